@@ -1,0 +1,187 @@
+"""Rows: a piece of the data with its gaps and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from genstream.errors import DataError
+from genstream.schema import Schema
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of data with an observed mask and weights.
+
+    Parameters
+    ----------
+    values
+        (n, d) float32 or float64; zero where an entry is missing.
+    observed
+        (n, d) bool, or None where every entry is observed.
+    weights
+        (n,) float64, not negative, or None where every row weighs 1.
+    """
+
+    values: Array
+    observed: NDArray[np.bool_] | None = None
+    weights: NDArray[np.float64] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        values: ArrayLike,
+        weights: ArrayLike | None = None,
+        *,
+        first_row: int = 0,
+        names: Sequence[str] | None = None,
+    ) -> Rows:
+        """Rows from an array in which NaN marks a missing entry.
+
+        `values` is (n, d) and left untouched; `weights` is (n,). `first_row` and `names` only
+        serve error messages. Raises DataError on a wrong shape, an infinite entry, or a weight
+        that is negative or not finite, naming the first row and column.
+        """
+        array = np.asarray(values)
+        if array.dtype not in (np.float32, np.float64):
+            try:
+                array = array.astype(np.float64)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"values of type {array.dtype} are not numbers: {error}") from None
+        if array.ndim != 2:
+            raise DataError(
+                f"expected a 2D array of rows and columns, got {array.ndim} dimensions: "
+                "Reshape your data with reshape(-1, 1) for a single feature"
+            )
+        observed: NDArray[np.bool_] | None = None
+        finite = np.isfinite(array)
+        if not finite.all():
+            infinite = np.isinf(array)
+            if infinite.any():
+                i, j = np.argwhere(infinite)[0]
+                column = repr(names[j]) if names is not None else str(j)
+                raise DataError(
+                    f"row {first_row + i}, column {column} is infinite: "
+                    "mark a missing entry with NaN, or clip the value"
+                )
+            observed = finite
+            array = np.where(finite, array, array.dtype.type(0))
+        return cls(array, observed, _checked_weights(weights, len(array), first_row))
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.values)
+
+    @property
+    def n_features(self) -> int:
+        return int(self.values.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held, in bytes."""
+        return sum(a.nbytes for a in (self.values, self.observed, self.weights) if a is not None)
+
+    def __getitem__(self, index: slice | Array) -> Rows:
+        """Some of the rows: a slice gives views, an index or mask array copies."""
+        return Rows(
+            self.values[index],
+            None if self.observed is None else self.observed[index],
+            None if self.weights is None else self.weights[index],
+        )
+
+    def select(self, columns: Sequence[int]) -> Rows:
+        """The same rows with some of the columns, by position."""
+        index = list(columns)
+        observed = None if self.observed is None else self.observed[:, index]
+        return Rows(self.values[:, index], observed, self.weights)
+
+    def filled(self, fill: float = np.nan) -> Array:
+        """The (n, d) array with missing entries set to `fill` (NaN)."""
+        if self.observed is None:
+            return self.values
+        return np.where(self.observed, self.values, self.values.dtype.type(fill))
+
+    @property
+    def row_weights(self) -> NDArray[np.float64]:
+        """(n,) weights, ones where none were given."""
+        return np.ones(self.n_rows) if self.weights is None else self.weights
+
+    @staticmethod
+    def concatenate(pieces: Iterable[Rows]) -> Rows:
+        """All pieces one after another; they must have the same columns."""
+        parts = list(pieces)
+        if len(parts) == 1:
+            return parts[0]
+        gaps = any(p.observed is not None for p in parts)
+        weighted = any(p.weights is not None for p in parts)
+        return Rows(
+            np.concatenate([p.values for p in parts]),
+            np.concatenate([p.is_observed for p in parts]) if gaps else None,
+            np.concatenate([p.row_weights for p in parts]) if weighted else None,
+        )
+
+    @property
+    def is_observed(self) -> NDArray[np.bool_]:
+        """(n, d) mask, all true where nothing is missing."""
+        if self.observed is None:
+            return np.ones(self.values.shape, dtype=bool)
+        return self.observed
+
+    def check(self, schema: Schema, *, first_row: int = 0) -> Rows:
+        """These rows, once they are known to be possible under `schema`.
+
+        Raises DataError naming the first row and column where a binary entry is not 0 or 1, a
+        count is negative or fractional, or a category is out of its levels.
+        """
+        if self.n_features != schema.n_features:
+            raise DataError(
+                f"the data have {self.n_features} columns, the schema {schema.n_features}"
+            )
+        for j, column in enumerate(schema.columns):
+            if column.kind == "real":
+                continue
+            x = self.values[:, j]
+            wrong = (x < 0) | (x != np.floor(x))
+            allowed = "0, 1, 2, ..."
+            if column.kind == "binary":
+                wrong |= x > 1
+                allowed = "0 or 1"
+            elif column.kind == "categorical":
+                wrong |= x >= column.n_levels
+                allowed = f"a level's position, 0 to {column.n_levels - 1}"
+            if self.observed is not None:
+                wrong &= self.observed[:, j]
+            if wrong.any():
+                i = int(np.argmax(wrong))
+                raise DataError(
+                    f"row {first_row + i}, column {column.name!r}: {x[i]:g} is not possible in a "
+                    f"{column.kind} column, which takes {allowed}"
+                )
+        return self
+
+
+def _checked_weights(
+    weights: ArrayLike | None, n_rows: int, first_row: int
+) -> NDArray[np.float64] | None:
+    if weights is None:
+        return None
+    array = np.asarray(weights, dtype=np.float64)
+    if array.ndim == 0:
+        array = np.full(n_rows, float(array))
+    if array.shape != (n_rows,):
+        raise DataError(
+            f"sample_weight.shape == {array.shape}, expected {(n_rows,)}: one weight a row"
+        )
+    wrong = ~(np.isfinite(array) & (array >= 0))
+    if wrong.any():
+        i = int(np.argmax(wrong))
+        raise DataError(
+            f"row {first_row + i} has weight {array[i]:g}: weights must be finite and not negative"
+        )
+    return array

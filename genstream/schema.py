@@ -1,0 +1,128 @@
+"""What the columns of a row are: names, kinds, levels and units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from genstream.errors import ConfigError, DataError
+
+Kind = Literal["real", "binary", "count", "categorical"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a row.
+
+    Parameters
+    ----------
+    name
+        Unique within a schema, not empty.
+    kind
+        `real` (any finite number), `binary` (0 or 1), `count` (0, 1, 2, ...) or `categorical`
+        (the position of a level, 0 .. L-1).
+    levels
+        Labels of a categorical column in the order of their codes; for a binary column the two
+        labels of 0 and 1, or nothing where the data are 0 and 1 themselves.
+    unit
+        Free text shown beside figures (`min`, `mile`).
+    """
+
+    name: str
+    kind: Kind = "real"
+    levels: tuple[str, ...] = ()
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("a column has an empty name: give every column a name")
+        if self.kind not in KINDS:
+            raise ConfigError(
+                f"column {self.name!r}: kind {self.kind!r} is not one of {', '.join(KINDS)}"
+            )
+        if len(set(self.levels)) != len(self.levels):
+            raise ConfigError(f"column {self.name!r}: a level is listed twice in {self.levels}")
+        if self.levels and self.kind not in ("categorical", "binary"):
+            raise ConfigError(f"column {self.name!r}: a {self.kind} column has no levels")
+        if self.kind == "categorical" and not self.levels:
+            raise ConfigError(f"column {self.name!r}: a categorical column needs its levels")
+        if self.kind == "binary" and len(self.levels) not in (0, 2):
+            raise ConfigError(
+                f"column {self.name!r}: a binary column has two levels, not {len(self.levels)}"
+            )
+
+    @property
+    def n_levels(self) -> int:
+        """Number of values a categorical column can take; 0 for other kinds."""
+        return len(self.levels) if self.kind == "categorical" else 0
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns of a row, in the order in which `Rows.values` holds them."""
+
+    columns: tuple[Column, ...]
+
+    def __post_init__(self) -> None:
+        if not self.columns:
+            raise ConfigError("a schema needs at least one column")
+        seen: set[str] = set()
+        for column in self.columns:
+            if column.name in seen:
+                raise ConfigError(f"column {column.name!r} appears twice")
+            seen.add(column.name)
+
+    @classmethod
+    def real(cls, names: int | Iterable[str]) -> Schema:
+        """A schema of real columns, from their names or their number (`x0`, `x1`, ...)."""
+        labels = (f"x{j}" for j in range(names)) if isinstance(names, int) else names
+        return cls(tuple(Column(str(name)) for name in labels))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(column.name for column in self.columns)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(column.kind for column in self.columns)
+
+    @property
+    def n_features(self) -> int:
+        return len(self.columns)
+
+    def __getitem__(self, name: str) -> Column:
+        return self.columns[self.index(name)]
+
+    def index(self, name: str) -> int:
+        """Position of the column called `name`. Raises DataError where there is none."""
+        for j, column in enumerate(self.columns):
+            if column.name == name:
+                return j
+        raise DataError(f"no column {name!r}; the columns are {', '.join(self.names)}")
+
+    def of_kind(self, kind: Kind) -> tuple[int, ...]:
+        """Positions of the columns of one kind."""
+        return tuple(j for j, column in enumerate(self.columns) if column.kind == kind)
+
+    def select(self, names: Sequence[str]) -> Schema:
+        """The schema of some columns, in the order named."""
+        return Schema(tuple(self[name] for name in names))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """A list of plain dictionaries, one a column; `from_json` undoes it."""
+        return [
+            {"name": c.name, "kind": c.kind, "levels": list(c.levels), "unit": c.unit}
+            for c in self.columns
+        ]
+
+    @classmethod
+    def from_json(cls, columns: Iterable[Mapping[str, Any]]) -> Schema:
+        """Inverse of `to_json`. Raises ConfigError where a column is not valid."""
+        return cls(
+            tuple(
+                Column(c["name"], c["kind"], tuple(c.get("levels", ())), c.get("unit", ""))
+                for c in columns
+            )
+        )

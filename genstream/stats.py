@@ -1,0 +1,149 @@
+"""Records of arrays, and sufficient statistics as a monoid over them.
+
+Parameters and statistics are both frozen dataclasses whose fields are arrays, numbers or further
+records. Fields are made with `axes(...)`, which names their dimensions, so that every record
+converts to a labelled `xarray.Dataset` and back without code of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genstream.errors import CorruptError
+
+if TYPE_CHECKING:
+    import xarray
+
+Array = NDArray[Any]
+R = TypeVar("R", bound="Record")
+
+
+def axes(*names: str) -> Any:
+    """A dataclass field holding an array whose dimensions are called `names`.
+
+    A first axis called `component` makes it one entry a component; without it the array is shared
+    by all components.
+    """
+    return dataclasses.field(metadata={"axes": names})
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """A frozen dataclass of arrays, numbers and further records."""
+
+    def leaves(self, prefix: str = "") -> Iterator[tuple[str, tuple[str, ...], Any]]:
+        """(dotted name, axis names, value) of every array and number, in field order."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Record):
+                yield from value.leaves(f"{prefix}{field.name}.")
+            elif value is not None:
+                yield prefix + field.name, field.metadata.get("axes", ()), value
+
+    def to_dataset(self, labels: Mapping[str, Sequence[str]] | None = None) -> xarray.Dataset:
+        """A labelled dataset with one variable a leaf; `labels` gives coordinates by axis name.
+
+        An axis ending in `_other` is the second of a pair (a covariance's columns) and takes its
+        partner's labels.
+        """
+        import xarray
+
+        coordinates = {}
+        variables = {}
+        for name, names, value in self.leaves():
+            variables[name] = (names, np.asarray(value))
+            for axis in names:
+                if labels and axis.removesuffix("_other") in labels:
+                    coordinates[axis] = list(labels[axis.removesuffix("_other")])
+        return xarray.Dataset(variables, coords=coordinates)
+
+    @classmethod
+    def from_dataset(
+        cls, dataset: xarray.Dataset, prefix: str = "", **nested: type[Record]
+    ) -> Self:
+        """Inverse of `to_dataset`; `nested` names the type of each field that is a record.
+
+        A nested record none of whose variables is there becomes None. Raises CorruptError where a
+        variable is missing.
+        """
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(cls):
+            name = prefix + field.name
+            inner = nested.get(field.name) or field.metadata.get("record")
+            if inner is not None:
+                here = any(str(v).startswith(name + ".") for v in dataset.variables)
+                values[field.name] = inner.from_dataset(dataset, name + ".") if here else None
+            elif name not in dataset:
+                raise CorruptError(f"variable {name!r} is missing from the stored {cls.__name__}")
+            else:
+                array = dataset[name].values
+                number = not field.metadata.get("axes")
+                values[field.name] = array.item() if number else np.ascontiguousarray(array)
+        return cls(**values)
+
+
+def record(inner: type[Record]) -> Any:
+    """A dataclass field holding a record of type `inner`, or None."""
+    return dataclasses.field(default=None, metadata={"record": inner})
+
+
+@dataclass(frozen=True, eq=False)
+class Monoid(Record):
+    """Statistics that add: `merge` is associative and commutative, `scale` distributes over it.
+
+    Integer fields count what was seen and are not scaled; all else is.
+    """
+
+    def merge(self, other: Self) -> Self:
+        """The statistics of both pieces of data together."""
+        return _zip(self, other)
+
+    def scale(self, by: float | Array) -> Self:
+        """Statistics weighing `by` times as much: one factor, or one per component (K,).
+
+        Arrays shared by all components have no factor of their own and are scaled by the mean
+        of `by`.
+        """
+        factor = np.asarray(by, dtype=np.float64)
+
+        def scaled(value: Any, names: tuple[str, ...]) -> Any:
+            if isinstance(value, int):
+                return value
+            if factor.ndim and names[:1] == ("component",):
+                return value * factor.reshape(-1, *([1] * (value.ndim - 1)))
+            return value * float(factor.mean())
+
+        return _map(self, scaled)
+
+    def zero(self) -> Self:
+        """The statistics of no data, in the shape of these: the neutral element of `merge`."""
+        return _map(self, lambda value, _: type(value)(0) if np.isscalar(value) else value * 0.0)
+
+
+def _map(item: R, function: Callable[[Any, tuple[str, ...]], Any]) -> R:
+    values = {}
+    for field in dataclasses.fields(item):
+        value = getattr(item, field.name)
+        if isinstance(value, Record):
+            value = _map(value, function)
+        elif value is not None:
+            value = function(value, field.metadata.get("axes", ()))
+        values[field.name] = value
+    return dataclasses.replace(item, **values)
+
+
+def _zip(left: R, right: R) -> R:
+    values = {}
+    for field in dataclasses.fields(left):
+        a, b = getattr(left, field.name), getattr(right, field.name)
+        if isinstance(a, Record):
+            values[field.name] = _zip(a, b)
+        else:
+            values[field.name] = None if a is None else a + b
+    return dataclasses.replace(left, **values)
