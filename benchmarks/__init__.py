@@ -1,0 +1,1 @@
+"""Benchmarks and the public data they and the tests run on; not part of the distribution."""

@@ -1,0 +1,85 @@
+"""Set-up shared by all tests: one BLAS thread, a silent Prefect, example data, absent packages."""
+
+from __future__ import annotations
+
+import importlib.abc
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+# Before numpy, or its BLAS has already made its threads: repeatable bits need one thread.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_variable] = "1"
+# Before prefect, which reads its settings once.
+os.environ.update(
+    DO_NOT_TRACK="1",
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_LOGGING_LEVEL="WARNING",
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS="180",
+)
+os.environ.pop("PREFECT_API_URL", None)
+os.environ.setdefault("MPLBACKEND", "agg")
+
+
+class Absent(importlib.abc.MetaPathFinder):
+    """Makes packages look as if they were not installed."""
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        self.packages = frozenset(packages)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname.partition(".")[0] in self.packages:
+            raise ModuleNotFoundError(f"{fullname} is absent in this run", name=fullname)
+        return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--without",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="run as if PACKAGE were not installed (may be given several times)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    absent = config.getoption("--without")
+    if loaded := sorted(name for name in absent if name in sys.modules):
+        raise pytest.UsageError(f"--without comes too late for {', '.join(loaded)}")
+    if absent:
+        sys.meta_path.insert(0, Absent(absent))
+
+
+@pytest.fixture(scope="session")
+def example_data() -> Callable[[str], Path]:
+    """Path of a file of `make data`; skips the test where it was never fetched."""
+    data = pytest.importorskip("benchmarks.data")
+
+    def find(name: str) -> Path:
+        try:
+            found: Path = data.path(name)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+        return found
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def prefect_harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One temporary Prefect server for all tests marked `flows`: it takes about 20 s to start."""
+    home = tmp_path_factory.mktemp("prefect")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(home))
+        from prefect.testing.utilities import prefect_test_harness
+
+        with prefect_test_harness(server_startup_timeout=180):
+            yield
