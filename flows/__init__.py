@@ -1,0 +1,1 @@
+"""The application: configuration, command line, and one Prefect flow a file."""

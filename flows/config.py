@@ -1,0 +1,670 @@
+"""The configuration of a run: one YAML file, closed vocabularies, and every error at once.
+
+A file is read as YAML 1.2 by a safe loader that keeps the place of each key. `load` applies the
+overrides of the command line, validates the whole, and reports all that is wrong together, one
+line a problem: ``file:line:column: key.path: what is wrong, what is allowed, did you mean``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainSerializer,
+    Tag,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq, CommentedSet, TaggedScalar
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from genstream.errors import ConfigError, StorageError
+
+Kind = Literal["real", "binary", "count", "categorical"]
+Path_ = tuple[str | int, ...]
+
+MAX_BYTES = 1 << 20
+"""A configuration is a page of text: a larger file is a mistake or an attack."""
+
+MAX_NODES = 100_000
+"""Aliases can make a small file large once expanded; this many values are refused."""
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_PREFIXES = "kMGT"
+_SIZE_UNITS = (
+    {"": 1, "B": 1, "KB": 10**3, "KiB": 2**10}
+    | {f"{p}B": 1000**n for n, p in enumerate(_PREFIXES, start=1)}
+    | {f"{p}iB": 1024**n for n, p in enumerate(_PREFIXES[1:], start=2)}
+)
+_TIME_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+_PASSES = re.compile(r"\s*(\d+)\s*pass(?:es)?\s*")
+_TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*")
+
+IN_PLACE = (".npy", ".zarr", ".parquet", ".pq")
+"""Endings of files already cut into chunks, which need no ingest."""
+
+
+def parse_size(value: object) -> int:
+    """Bytes of a size such as `2GiB`, `500MB` or a plain number of bytes."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    else:
+        match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+        unit = match and _SIZE_UNITS.get(match[2])
+        if not match or not unit:
+            raise ValueError("expected a size such as 2GiB, 500MB or a number of bytes")
+        size = int(float(match[1]) * unit)
+    if size <= 0:
+        raise ValueError("a size must be positive")
+    return size
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often: every so many seconds, or every so many passes over the data."""
+
+    seconds: float | None = None
+    passes: int | None = None
+
+    @classmethod
+    def parse(cls, value: object) -> Interval:
+        """An interval from text such as `5min`, `30s`, `1h` or `10 passes`."""
+        if isinstance(value, Interval):
+            return value
+        text = value if isinstance(value, str) else ""
+        if match := _PASSES.fullmatch(text):
+            interval = cls(passes=int(match[1]))
+        elif match := _TIME.fullmatch(text):
+            interval = cls(seconds=float(match[1]) * _TIME_UNITS[match[2]])
+        else:
+            raise ValueError("expected a time such as 30s, 5min or 1h, or a number such as 1 pass")
+        if not (interval.seconds or interval.passes):
+            raise ValueError("an interval must be longer than nothing")
+        return interval
+
+    def __str__(self) -> str:
+        if self.passes is not None:
+            return f"{self.passes} pass" + ("es" if self.passes != 1 else "")
+        return f"{self.seconds:g}s"
+
+
+def _label(value: object) -> object:
+    """Levels written as numbers (months, codes) are labels all the same."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _scheduler(value: object) -> object:
+    plain = ("threads", "synchronous", "distributed")
+    if isinstance(value, str) and (value in plain or re.fullmatch(r"(tcp|tls|ucx)://\S+", value)):
+        return value
+    hint = _suggest(str(value), plain)
+    given = f", got {_short(value)}"
+    raise ValueError(
+        f"expected one of {', '.join(plain)}, or an address tcp://host:port{given}{hint}"
+    )
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    return value
+
+
+def _source_tag(value: object) -> str | None:
+    if isinstance(value, Mapping | Drawn):
+        return "<drawn>"
+    return "<paths>" if isinstance(value, list) else "<path>"
+
+
+def _column_tag(value: object) -> str:
+    return "<column>" if isinstance(value, Mapping | ColumnSpec) else "<kind>"
+
+
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    WithJsonSchema({"type": ["string", "integer"], "examples": ["2GiB", "500MB"]}),
+]
+Every = Annotated[
+    Interval,
+    BeforeValidator(Interval.parse),
+    PlainSerializer(str),
+    WithJsonSchema({"type": "string", "examples": ["5min", "30s", "10 passes"]}),
+]
+Text = Annotated[str, Field(min_length=1)]
+Finite = Annotated[float, BeforeValidator(lambda v: _finite(v) if isinstance(v, float) else v)]
+
+
+class Section(BaseModel):
+    """Part of a configuration: no key but the named ones, no value of another type."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class ColumnSpec(Section):
+    """A column in full; a column of which only the kind is said may be written `name: kind`."""
+
+    kind: Kind
+    levels: list[Annotated[str, BeforeValidator(_label)]] | None = Field(
+        None,
+        min_length=1,
+        description="Labels of a categorical or binary column; left out, they are learned.",
+    )
+    unit: str = Field("", description="Shown beside figures.")
+
+
+class Drawn(Section):
+    """Data drawn from a known story, to see what a fit recovers."""
+
+    story: Literal["mixture"] = "mixture"
+    gigabytes: Annotated[Finite, Field(gt=0)] = Field(
+        12.0, description="Size of the drawn values, in units of 2^30 bytes."
+    )
+    n_components: int = Field(8, ge=1)
+    n_features: int = Field(16, ge=1)
+    covariance: Literal["full", "tied", "diag", "spherical"] = "full"
+    separation: Annotated[Finite, Field(gt=0)] = Field(
+        3.0, description="Spread of the component means, in standard deviations of a component."
+    )
+    seed: int = Field(0, ge=0)
+
+
+class Data(Section):
+    """What is fitted, and where it is kept."""
+
+    source: Annotated[
+        Annotated[Text, Tag("<path>")]
+        | Annotated[list[Text], Field(min_length=1), Tag("<paths>")]
+        | Annotated[Drawn, Tag("<drawn>")],
+        Discriminator(_source_tag),
+    ] = Field(description="A file, a pattern such as landing/*.parquet, a list, or drawn data.")
+    dataset: Text | None = Field(
+        None, description="Folder where ingest puts the data; left out, they are fitted in place."
+    )
+    columns: (
+        dict[
+            Text,
+            Annotated[
+                Annotated[Kind, Tag("<kind>")] | Annotated[ColumnSpec, Tag("<column>")],
+                Discriminator(_column_tag),
+            ],
+        ]
+        | None
+    ) = Field(None, min_length=1, description="Columns to model; left out, all, kinds inferred.")
+    id: Text | None = Field(None, description="Column carried through to scores.")
+    weights: Text | None = Field(None, description="Column of row weights.")
+    missing: Literal["allow", "forbid"] = "allow"
+    null_values: list[str] | None = Field(None, description="Texts that mean a missing entry.")
+    holdout: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
+        0.1, description="Share of the rows held out; null for none."
+    )
+    test: Text | None = Field(None, description="A file of rows to be held out, in its stead.")
+    dtype: Literal["float64", "float32"] = Field(
+        "float64", description="Numbers in which the dataset is stored."
+    )
+
+
+class Model(Section):
+    """What is fitted to the data."""
+
+    kind: Literal["mixture"] = "mixture"
+    n_components: int = Field(ge=1)
+    covariance: Literal["full", "tied", "diag", "spherical"] | None = Field(
+        None, description="Left out: full where all columns are real, diag otherwise."
+    )
+    prior: Literal["weak"] | None = Field("weak", description="null for maximum likelihood.")
+
+
+class Fit(Section):
+    """How it is fitted."""
+
+    method: Literal["batch"] = "batch"
+    max_steps: int = Field(200, ge=1)
+    tolerance: Annotated[Finite, Field(ge=0)] = Field(
+        1e-4, description="Nats a row; a step that gains less ends the fit."
+    )
+    n_init: int = Field(5, ge=1, description="Starts tried on a sample of rows.")
+    sample_rows: int = Field(50_000, ge=1, description="Rows of that sample.")
+    dtype: Literal["float64", "float32"] = "float64"
+    seed: int = Field(42, ge=0, lt=2**63)
+
+
+class Compute(Section):
+    """Where it is computed."""
+
+    scheduler: Annotated[
+        str,
+        BeforeValidator(_scheduler),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"enum": ["threads", "synchronous", "distributed"]},
+                    {"type": "string", "pattern": "^(tcp|tls|ucx)://"},
+                ]
+            }
+        ),
+    ] = "threads"
+    workers: int | None = Field(None, ge=1, description="Left out: as many as cores.")
+    memory_limit: Size | None = Field(None, description="Resident memory of the whole process.")
+
+
+class Checkpoint(Section):
+    """How often a fit can be resumed from."""
+
+    every: Every = Field(Interval(seconds=300.0), description="A time, or a number of passes.")
+    keep: int = Field(3, ge=1)
+
+
+class Publish(Section):
+    """Where a finished model goes."""
+
+    model: Text
+    keep: int = Field(30, ge=1)
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] = Field(
+        "run", description="Appears in the name of run folders."
+    )
+    data: Data
+    model: Model
+    fit: Fit = Fit()
+    compute: Compute = Compute()
+    checkpoint: Checkpoint = Checkpoint()
+    publish: Publish | None = None
+    report: bool = True
+    orchestrate: Literal["auto", "prefect", "none"] = "auto"
+
+    def column_specs(self) -> dict[str, ColumnSpec] | None:
+        """The columns of `data`, each in full, or None where they are left to be inferred."""
+        if self.data.columns is None:
+            return None
+        return {
+            name: spec if isinstance(spec, ColumnSpec) else ColumnSpec(kind=spec)
+            for name, spec in self.data.columns.items()
+        }
+
+    @property
+    def holdout(self) -> float | None:
+        """Share of rows held out; none where a test file is named and no share."""
+        if self.data.test is not None and "holdout" not in self.data.model_fields_set:
+            return None
+        return self.data.holdout
+
+    @property
+    def paths(self) -> list[str]:
+        """The source's paths and patterns; empty where data are drawn."""
+        source = self.data.source
+        if isinstance(source, Drawn):
+            return []
+        return [source] if isinstance(source, str) else list(source)
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values that `validate` turns into an equal configuration."""
+        plain: dict[str, Any] = self.model_dump(mode="json")
+        plain["data"]["holdout"] = self.holdout
+        return plain
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every default written out."""
+        stream = io.StringIO()
+        yaml = YAML(typ="rt", pure=True)
+        yaml.indent(mapping=2, sequence=4, offset=2)
+        yaml.dump(self.dump(), stream)
+        return stream.getvalue()
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a configuration, for editors."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Config.model_json_schema(),
+        "title": "genstream configuration",
+    }
+
+
+@dataclass
+class _Document:
+    """Plain values, and for every path in them where its key and its value were written."""
+
+    values: Any
+    name: str
+    keys: dict[Path_, str] = field(default_factory=dict)
+    places: dict[Path_, str] = field(default_factory=dict)
+
+    def place(self, path: Path_, *, key: bool = False) -> str:
+        """Where `path` was written, or the nearest part of it that was."""
+        if key and path in self.keys:
+            return self.keys[path]
+        for n in range(len(path), -1, -1):
+            if path[:n] in self.places:
+                return self.places[path[:n]]
+        return self.name
+
+    def get(self, path: Path_) -> Any:
+        """The value at `path`. Raises LookupError where there is none."""
+        value = self.values
+        for part in path:
+            if not isinstance(value, dict | list):
+                raise KeyError(part)
+            value = value[part]  # type: ignore[index]
+        return value
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration."""
+
+    place: str
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.place}: {self.path}: {self.message}"
+            if self.path
+            else (f"{self.place}: {self.message}")
+        )
+
+
+def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a file, with `key=value` overrides on top.
+
+    Raises ConfigError with every problem found, one a line.
+    """
+    return _validated(_read(Path(path)), overrides)
+
+
+def validate(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """A configuration from plain values, as `Config.dump` gives. Raises ConfigError."""
+    return _validated(_Document(dict(values), "configuration"), overrides)
+
+
+def _read(path: Path) -> _Document:
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise ConfigError(f"{path}: is a folder: name a configuration file (YAML)")
+        if size > MAX_BYTES:
+            raise ConfigError(f"{path}: {size} bytes are too many for a configuration: is it data?")
+        text = path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = _suggest(str(path), near) or "; `genstream init DATA` writes one"
+        raise ConfigError(f"{path}: no such configuration{hint}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: not a text in UTF-8 (byte {error.start}): is it data?"
+        ) from None
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
+    document = _Document(None, str(path))
+    _fill(document, (), _parse(text, str(path)), lambda mark: f"{path}:{mark[0] + 1}:{mark[1] + 1}")
+    if document.values is None:
+        raise ConfigError(f"{path}: is empty: `genstream init DATA` writes a configuration")
+    if not isinstance(document.values, dict):
+        raise ConfigError(f"{path}:1:1: expected keys such as `data:` and `model:`, got one value")
+    return document
+
+
+def _parse(text: str, name: str) -> Any:
+    yaml = YAML(typ="rt", pure=True)
+    yaml.version = "1.2"
+    try:
+        return yaml.load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
+        problem = " ".join(str(error.problem or error.context).split())
+        raise ConfigError(f"{where}: not valid YAML: {problem.split(' with value')[0]}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{name}: not valid YAML: {problem}") from None
+
+
+def _fill(
+    document: _Document, path: Path_, node: Any, place: Callable[[tuple[int, int]], str]
+) -> None:
+    """Set `path` of the document to the plain values of `node`, and note where they stand."""
+    problems: list[Problem] = []
+    count = 0
+
+    def at(mark: Any, fallback: str) -> str:
+        return place((mark[0], mark[1])) if mark else fallback
+
+    def plain(node: Any, path: Path_, here: str) -> Any:
+        nonlocal count
+        count += 1
+        if count > MAX_NODES:
+            raise ConfigError(f"{here}: more than {MAX_NODES} values: are aliases nested?")
+        document.places[path] = here
+        if isinstance(node, CommentedSet | TaggedScalar) or (
+            getattr(getattr(node, "tag", None), "value", None)
+        ):
+            problems.append(Problem(here, _dotted(path), "YAML tags are not supported"))
+            return None
+        if isinstance(node, CommentedMap):
+            result = {}
+            for key, value in node.items():
+                positions = (node.lc.data or {}).get(key)
+                key_place = at(positions and positions[:2], here)
+                if isinstance(key, bool) or not isinstance(key, str | int | float):
+                    problems.append(
+                        Problem(key_place, _dotted(path), f"key {key!r} is not text: quote it")
+                    )
+                    continue
+                inner = (*path, str(key))
+                document.keys[inner] = key_place
+                result[str(key)] = plain(value, inner, at(positions and positions[2:], here))
+            return result
+        if isinstance(node, CommentedSeq):
+            return [
+                plain(value, (*path, i), at((node.lc.data or {}).get(i), here))
+                for i, value in enumerate(node)
+            ]
+        if isinstance(node, str):
+            return str(node)
+        if isinstance(node, bool) or node is None:
+            return node
+        if isinstance(node, int | float):
+            # The loader keeps how a number was written in subclasses; only its value counts here.
+            kind = int if isinstance(node, int) else float
+            return kind(node)
+        return str(node)  # dates are text to us
+
+    values = plain(node, path, place((0, 0)))
+    if problems:
+        raise ConfigError("\n".join(map(str, problems)))
+    if not path:
+        document.values = values
+        return
+    parent = document.get(path[:-1])
+    parent[path[-1]] = values
+
+
+def _override(document: _Document, n: int, text: str) -> None:
+    here = f"override {n} ({text})"
+    key, equals, value = text.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise ConfigError(f"{here}: expected key=value such as model.n_components=8")
+    node: Any = document.values
+    path: Path_ = ()
+    for part in parts[:-1]:
+        inner = _step(node, part, here, path)
+        if isinstance(node, dict) and (inner not in node or node[inner] is None):
+            node[inner] = {}
+        node, path = node[inner], (*path, inner)
+    path = (*path, _step(node, parts[-1], here, path))
+    for known in (document.keys, document.places):
+        for old in [p for p in known if p[: len(path)] == path]:
+            del known[old]
+    document.keys[path] = here
+    _fill(document, path, _parse(value, here), lambda _: here)
+
+
+def _step(node: Any, part: str, here: str, path: Path_) -> str | int:
+    if isinstance(node, dict):
+        return part
+    if isinstance(node, list):
+        if part.isdigit() and int(part) < len(node):
+            return int(part)
+        raise ConfigError(f"{here}: {_dotted(path)} is a list of {len(node)}: no item {part!r}")
+    raise ConfigError(f"{here}: {_dotted(path)} is a value and has no key {part!r}")
+
+
+def _validated(document: _Document, overrides: Sequence[str]) -> Config:
+    for n, text in enumerate(overrides, start=1):
+        _override(document, n, text)
+    try:
+        config = Config.model_validate(document.values)
+    except ValidationError as error:
+        problems = [_explained(document, details) for details in error.errors()]
+        raise ConfigError("\n".join(dict.fromkeys(map(str, problems)))) from None
+    found = [
+        Problem(document.place(path), _dotted(path), message)
+        for path, message in _contradictions(config)
+    ]
+    if found:
+        raise ConfigError("\n".join(map(str, found)))
+    return config
+
+
+def _explained(document: _Document, details: ErrorDetails) -> Problem:
+    path = tuple(part for part in details["loc"] if not str(part).startswith("<"))
+    if path and path[-1] == "[key]":
+        path = path[:-1]
+    kind, context = details["type"], details.get("ctx", {})
+    given = f", got {_short(details['input'])}"
+    if kind == "extra_forbidden":
+        allowed = _allowed_keys(path[:-1])
+        message = f"unknown key; allowed are {', '.join(allowed)}{_suggest(str(path[-1]), allowed)}"
+        return Problem(document.place(path, key=True), _dotted(path), message)
+    if kind == "missing":
+        message = "is required and missing"
+    elif kind == "literal_error":
+        allowed = [part.strip("'") for part in re.findall(r"'[^']*'|\d+", context["expected"])]
+        choice = "expected" if len(allowed) == 1 else "expected one of"
+        hint = _suggest(str(details["input"]), allowed)
+        message = f"{choice} {', '.join(allowed)}{given}{hint}"
+    elif kind == "value_error":
+        message = str(context["error"])
+        message += "" if ", got " in message else given
+    elif kind == "model_type":
+        message = f"expected keys and values{given}"
+    elif kind == "string_pattern_mismatch":
+        message = f"expected letters, digits, '.', '_' and '-', at most 64{given}"
+    else:
+        message = details["msg"].replace("Input should be", "expected").strip()
+        message = message[0].lower() + message[1:] + given
+    return Problem(document.place(path), _dotted(path), message)
+
+
+def _allowed_keys(path: Path_) -> list[str]:
+    """The keys a mapping at `path` may have."""
+    section: type[BaseModel] = Config
+    for n, part in enumerate(path):
+        if path[:n] == ("data", "columns"):
+            section = ColumnSpec
+        elif path[: n + 1] != ("data", "columns"):
+            section = _section_of(section.model_fields[str(part)].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next(filter(None, map(_section_of, get_args(annotation))), None)
+
+
+def _contradictions(config: Config) -> list[tuple[Path_, str]]:
+    """What is wrong between keys that are each right by themselves."""
+    found: list[tuple[Path_, str]] = []
+    data, model = config.data, config.model
+    columns = config.column_specs() or {}
+    for name, spec in columns.items():
+        path = ("data", "columns", name)
+        if spec.levels is not None:
+            if spec.kind not in ("categorical", "binary"):
+                found.append(((*path, "levels"), f"a {spec.kind} column has no levels"))
+            elif spec.kind == "binary" and len(spec.levels) != 2:
+                found.append(
+                    ((*path, "levels"), f"a binary column has two levels, got {len(spec.levels)}")
+                )
+            if len(set(spec.levels)) != len(spec.levels):
+                found.append(((*path, "levels"), "a level is listed twice"))
+    mixed = [name for name, spec in columns.items() if spec.kind != "real"]
+    if mixed and model.covariance not in (None, "diag"):
+        kind = columns[mixed[0]].kind
+        message = (
+            f"{model.covariance} needs real columns, and {mixed[0]!r} is {kind}: "
+            "with mixed columns use diag, or leave it out"
+        )
+        found.append((("model", "covariance"), message))
+    for role in ("id", "weights"):
+        name = getattr(data, role)
+        if name in columns:
+            found.append(
+                (("data", role), f"{name!r} is also a modelled column: take it out of data.columns")
+            )
+    if data.id is not None and data.id == data.weights:
+        found.append((("data", "weights"), f"{data.id!r} is already the id of a row"))
+    if data.test is not None and config.holdout is not None:
+        found.append((("data", "holdout"), "give either a share to hold out or a test file"))
+    if config.fit.sample_rows < model.n_components:
+        found.append(
+            (("fit", "sample_rows"), f"fewer rows than the {model.n_components} components")
+        )
+    if isinstance(data.source, Drawn):
+        if data.dataset is None:
+            found.append(
+                (("data", "dataset"), "drawn data need a folder to be kept in, data/drawn say")
+            )
+        found += [
+            (("data", key), "has no meaning for drawn data: leave it out")
+            for key in ("columns", "id", "weights", "null_values")
+            if getattr(data, key) is not None
+        ]
+    elif data.dataset is None:
+        tables = [p for p in config.paths if not p.rstrip("/").lower().endswith(IN_PLACE)]
+        if tables:
+            found.append(
+                (
+                    ("data", "source"),
+                    f"{tables[0]!r} cannot be fitted in place ({', '.join(IN_PLACE)} can): "
+                    "say where to put the data, dataset: data/" + config.name,
+                )
+            )
+    return found
+
+
+def _suggest(word: str, choices: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _dotted(path: Path_) -> str:
+    return ".".join(map(str, path))
