@@ -24,6 +24,9 @@ DEVELOPMENT := $(VENV)/.development
 DATA := .data/.fetched
 POWER := .data/power/about.json
 
+# Test processes. Tests that need the Prefect server share one of them.
+JOBS ?= 2
+
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
 	schema rows stats gaussian columns story))
 
@@ -101,7 +104,7 @@ quickstart: $(RUNTIME) $(DATA)
 	@$(BIN)/python -m flows.pipeline configs/quickstart.yaml
 
 test: $(DEVELOPMENT) $(DATA)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 # The proof that the core needs neither the scheduler, nor the store, nor the orchestrator.
 test-core: $(DEVELOPMENT)

@@ -58,6 +58,13 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.meta_path.insert(0, Absent(absent))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep what needs the Prefect server in one process, so that only one server starts."""
+    for item in items:
+        if item.get_closest_marker("flows"):
+            item.add_marker(pytest.mark.xdist_group("flows"))
+
+
 @pytest.fixture(scope="session")
 def example_data() -> Callable[[str], Path]:
     """Path of a file of `make data`; skips the test where it was never fetched."""
