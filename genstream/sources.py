@@ -19,6 +19,7 @@ from genstream.rows import Rows
 from genstream.schema import Schema
 
 if TYPE_CHECKING:
+    import dask.array as da
     import zarr
 
 Array = NDArray[Any]
@@ -77,7 +78,8 @@ def n_rows(source: Source) -> int:
 class ArraySource:
     """What the sources of one two-dimensional array share: rows cut at given boundaries.
 
-    Subclasses say in `_take` how to get the rows from `first` to `last` as an array.
+    Subclasses say in `_take` how to get the rows from `first` to `last` as an array, or read whole
+    chunks in their own way.
     """
 
     kind = "array"
@@ -112,8 +114,11 @@ class ArraySource:
 
     def read(self, i: int) -> Rows:
         """Chunk `i`; see `Source.read`."""
+        return self._rows(i, self._take(self._starts[i], self._starts[i + 1]))
+
+    def _rows(self, i: int, taken: Any) -> Rows:
         first, last = self._starts[i], self._starts[i + 1]
-        values = np.ascontiguousarray(self._take(first, last), dtype=self.dtype)
+        values = np.ascontiguousarray(taken, dtype=self.dtype)
         weights = None if self.weights is None else _numbers(self.weights[first:last])
         try:
             rows = Rows.of(values, weights, first_row=first, names=self.schema.names)
@@ -269,6 +274,41 @@ class ZarrSource(ArraySource):
             "zarr_format": self.array.metadata.zarr_format,
             "chunks": list(self.array.chunks),
         }
+
+
+class DaskSource(ArraySource):
+    """A dask array of rows by features; a chunk is a block, all feature blocks of it together.
+
+    A block is computed in the thread that reads it, so the caller decides how many are in memory.
+    Unknown chunk sizes are computed once, here. Parameters and errors as for `NumpySource`.
+    """
+
+    kind = "dask"
+
+    def __init__(
+        self,
+        array: da.Array,
+        schema: Schema | Sequence[str] | None = None,
+        weights: Any = None,
+        *,
+        name: str = "dask array",
+    ) -> None:
+        if array.ndim == 2 and any(math.isnan(n) for n in (*array.chunks[0], *array.chunks[1])):
+            array = array.compute_chunk_sizes()
+        _checked_shape(name, array.shape, array.dtype)
+        if array.numblocks[1] > 1:
+            array = array.rechunk({1: -1})
+        self.array = array
+        chunk_rows = tuple(int(n) for n in array.chunks[0])
+        super().__init__(name, array.shape, array.dtype, chunk_rows, schema, weights)
+
+    def read(self, i: int) -> Rows:
+        """Chunk `i`; see `Source.read`."""
+        return self._rows(i, self.array.blocks[i].compute(scheduler="synchronous"))
+
+    def identity(self) -> dict[str, Any]:
+        """As for every array, with dask's name for the graph, which hashes its inputs."""
+        return super().identity() | {"token": self.array.name}
 
 
 class Split:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import dask.array as da
 import numpy as np
 import pytest
 import zarr
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from genstream.errors import ConfigError, CorruptError, DataError, GenstreamError, StorageError
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
-from genstream.sources import NpySource, NumpySource, Source, Split, ZarrSource, n_rows
+from genstream.sources import DaskSource, NpySource, NumpySource, Source, Split, ZarrSource, n_rows
 
 
 def everything(source: Source) -> Rows:
@@ -237,3 +238,17 @@ def test_flipped_bits_of_a_checksummed_zarr_are_found(tmp_path: Path) -> None:
     source.read(0)
     with pytest.raises(CorruptError, match="rows 50 to 99"):
         source.read(1)
+
+
+def test_dask_blocks_are_chunks() -> None:
+    x = with_gaps(500, 4)
+    source = DaskSource(da.from_array(x, chunks=(120, 3)))
+    assert source.chunk_rows == (120, 120, 120, 120, 20)
+    np.testing.assert_array_equal(everything(source).filled(), x)
+    copy = pickle.loads(pickle.dumps(source))
+    np.testing.assert_array_equal(copy.read(2).filled(), x[240:360])
+    unknown = da.from_array(x, chunks=(120, 3))
+    unknown = unknown[da.from_array(np.arange(500), chunks=120) % 2 == 0]
+    np.testing.assert_array_equal(everything(DaskSource(unknown)).filled(), x[::2])
+    with pytest.raises(DataError, match="dask array: expected a 2D array"):
+        DaskSource(da.zeros(10))
