@@ -1,0 +1,193 @@
+"""What all families share: the protocol, the pivot, cache blocks and the linear form.
+
+A family that is *linear in its features* `T(x)` has `log p(x | k) = eta_k . T(x) + log h(x)`, so a
+block of rows is scored for all components by one matrix product, and its sufficient statistics
+are gathered by a second one. Arrays are feature-major, `(features, rows)` and `(components, rows)`,
+so that features are built and normalised along contiguous lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genstream.rows import Rows
+from genstream.stats import Monoid, Record, axes
+
+Array = NDArray[Any]
+Index = slice | NDArray[np.intp]
+
+LOG_2PI = float(np.log(2 * np.pi))
+# A component whose quadratic form may be off by more than this many nats is computed more exactly.
+MAX_ROUNDING = 1e-3
+BLOCK_BYTES = 1 << 20
+MIN_BLOCK, MAX_BLOCK = 256, 4096
+
+
+class Walk(Protocol):
+    """One walk over a chunk of rows: blocks are scored, then gathered, in turn."""
+
+    def blocks(self) -> Iterator[Index]:
+        """The rows of each block, as a slice or an index array. Rows with nothing observed are
+        in no block."""
+
+    def score(self) -> Array:
+        """(K, n) of `log p(x | k) + log_weight_k` for the block at hand; a buffer to overwrite."""
+
+    def base(self) -> Array | None:
+        """(n,) of `log h(x)`, the part of the log-density that no component changes, or None."""
+
+    def gather(self, resp: Array) -> None:
+        """Add the block's statistics under weights (K, n), which are `r_k(x)` times row weight."""
+
+    def close(self) -> Monoid:
+        """The statistics gathered, in pivot coordinates."""
+
+
+class Kernel(Protocol):
+    """A family's parameters, prepared for a pass."""
+
+    def walk(self, rows: Rows) -> Walk:
+        """Begin a walk over one chunk."""
+
+
+class Family(Protocol):
+    """A distribution of rows given the component, with stacked parameters of K components."""
+
+    params_type: type[Record]
+    stats_type: type[Monoid]
+
+    def anchored(self, sample: Rows, n_components: int, weak_prior: bool) -> Self:
+        """This family with its pivot, and a weak prior if asked, fixed from a sample of rows."""
+
+    def vague(self, n_components: int) -> Record:
+        """K equal components as wide as the sample: where a start begins."""
+
+    def prepare(self, params: Any, log_weights: Array) -> Kernel:
+        """Natural parameters for one pass; `log_weights` (K,) are added to every score."""
+
+    def maximise(self, stats: Any, previous: Any) -> tuple[Record, NDArray[np.bool_]]:
+        """MAP parameters (maximum likelihood without a prior), and (K,) whether each component
+        was singular or empty, and so could not be estimated from its statistics alone."""
+
+    def log_prior(self, params: Any) -> float:
+        """Log prior density up to a constant; 0 without a prior."""
+
+    def place(self, params: Any, component: int, x: Array, observed: Array) -> Record:
+        """The parameters with one component moved to a row, as wide as the sample's share."""
+
+    def draw(self, params: Any, component: Array, rng: np.random.Generator) -> Array:
+        """(n, d) rows drawn from the components (n,)."""
+
+    def embed(self, rows: Rows) -> tuple[Array, Array]:
+        """(n, e) standardised coordinates for distances between rows, zero where missing, and
+        their (n, e) mask."""
+
+    def n_parameters(self, n_components: int) -> int:
+        """Free parameters of K components."""
+
+    def floored(self, params: Any) -> list[tuple[int, str]]:
+        """(component, column) of every variance that sits on its floor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pivot(Record):
+    """Where statistics are summed: `(x - shift) / scale`, one shift and scale a column.
+
+    Sums about a point near the data keep the digits that raw sums lose: the variance of data with
+    mean 1e6 and deviation 1 survives. Scales are powers of two, so scaling itself is exact.
+    """
+
+    shift: Array = axes("feature")
+    scale: Array = axes("feature")
+
+    @classmethod
+    def of(cls, mean: Array, variance: Array, *, common: bool = False) -> Pivot:
+        """A pivot at a sample's mean and deviation (d,); with `common`, one scale for all."""
+        deviation = np.sqrt(np.where(variance > 0, variance, 1.0))
+        if common and len(deviation):
+            deviation = np.full_like(deviation, np.sqrt(np.mean(deviation**2)))
+        return cls(np.asarray(mean, dtype=np.float64), np.exp2(np.round(np.log2(deviation))))
+
+    @classmethod
+    def none(cls, n_features: int) -> Pivot:
+        """The pivot that changes nothing."""
+        return cls(np.zeros(n_features), np.ones(n_features))
+
+    def block(self, values: Array, out: Array) -> Array:
+        """(n, d) rows as (d, n) pivot coordinates in `out`."""
+        block = out[:, : len(values)]
+        np.subtract(values.T, self.shift[:, None], out=block)
+        block *= (1.0 / self.scale)[:, None]
+        return block
+
+
+def moments(rows: Rows) -> tuple[Array, Array, Array]:
+    """Weighted mean, variance and observed weight (d,) of each column over its observed entries.
+
+    A column that is never observed has mean 0 and variance 0.
+    """
+    values = rows.values.astype(np.float64)
+    weight = rows.is_observed * rows.row_weights[:, None]
+    total = weight.sum(axis=0)
+    safe = np.where(total > 0, total, 1.0)
+    mean = (weight * values).sum(axis=0) / safe
+    variance = (weight * (values - mean) ** 2).sum(axis=0) / safe
+    return mean, variance, total
+
+
+def block_rows(n_lanes: int, itemsize: int) -> int:
+    """Rows in a block, so that `n_lanes` numbers a row stay in a core's own cache."""
+    rows = BLOCK_BYTES // max(1, n_lanes * itemsize)
+    return int(np.clip(1 << max(0, rows.bit_length() - 1), MIN_BLOCK, MAX_BLOCK))
+
+
+def slices(n_rows: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` rows."""
+    for start in range(0, n_rows, size):
+        yield slice(start, min(start + size, n_rows))
+
+
+class Linear:
+    """Natural parameters (K, p) at the precision each component needs.
+
+    Parameters
+    ----------
+    eta
+        (K, p) float64 natural parameters, the constant among them.
+    rounding
+        (K,) the error of `eta . T` in units of the unit roundoff, as estimated by the family.
+    dtype
+        The arithmetic asked for. In float32, components whose error would exceed `MAX_ROUNDING`
+        nats are scored and gathered in float64 (`fine`); where even float64 exceeds it the
+        family scores by its direct form (`direct`) and gathers in float64.
+    """
+
+    def __init__(self, eta: Array, rounding: Array, dtype: np.dtype[Any]) -> None:
+        self.eta = eta.astype(dtype)
+        self.dtype = dtype
+        unit = float(np.finfo(dtype).eps) / 2
+        self.fine = np.flatnonzero(unit * rounding > MAX_ROUNDING)
+        self.fine_eta = eta[self.fine]
+        self.direct = np.flatnonzero(np.finfo(np.float64).eps / 2 * rounding > MAX_ROUNDING)
+        if dtype == np.float64:
+            self.fine = self.fine[:0]
+
+    def score(self, features: Array, exact: Callable[[], Array], out: Array) -> Array:
+        """(K, n) of `eta . T`; `exact` gives the float64 features where they are needed."""
+        log_p = out[:, : features.shape[1]]
+        np.matmul(self.eta, features, out=log_p)
+        if self.fine.size:
+            log_p[self.fine] = self.fine_eta @ exact()
+        return log_p
+
+    def gather(self, features: Array, exact: Callable[[], Array], resp: Array) -> Array:
+        """(K, p) float64 of `resp @ T.T`."""
+        sums = (resp @ features.T).astype(np.float64)
+        if self.fine.size:
+            sums[self.fine] = resp[self.fine].astype(np.float64) @ exact().T
+        return sums

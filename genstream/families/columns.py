@@ -1,0 +1,632 @@
+"""Independent columns of any kind: real, binary, count and categorical.
+
+Given the component, columns are independent,
+
+    x_j ~ N(mean, variance) | Bernoulli(probability) | Poisson(rate) | Categorical(level_probability)
+
+so a missing entry is simply left out of the product, exactly. The features of a row are
+
+    T(x) = [1, y, y^2, binary x, count x, one-hot levels]
+
+with `y` the real columns in pivot coordinates; a block with gaps adds one row of ones where a
+column is observed, which carries that column's normaliser. A diagonal Gaussian is the case of real
+columns only; `spherical` shares one variance among a component's real columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import gammaln
+
+from genstream.families.blocks import (
+    LOG_2PI,
+    Array,
+    Index,
+    Linear,
+    Pivot,
+    block_rows,
+    moments,
+    slices,
+)
+from genstream.rows import Rows
+from genstream.schema import Schema
+from genstream.stats import Monoid, Record, axes, record
+
+# Smallest log-probability of a level, and log-rate of a count: finite, so that products stay so.
+LOG_TINY = -600.0
+# Smallest variance of a real column, as a share of the pivot's variance.
+FLOOR = 1e-9
+# A variance below this share of the raw second moment is rounding error.
+SINGULAR = 1e-14
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnsParams(Record):
+    """Parameters of K components over independent columns, in data units.
+
+    `variance` is (K,) where the real columns share one. `level_probability` holds the levels of all
+    categorical columns side by side; those of one column sum to 1.
+    """
+
+    mean: Array = axes("component", "real")
+    variance: Array = axes("component", "real")
+    probability: Array = axes("component", "binary")
+    rate: Array = axes("component", "count")
+    level_probability: Array = axes("component", "level")
+
+
+@dataclass(frozen=True, eq=False)
+class SphericalParams(ColumnsParams):
+    """Means of K spherical Gaussians with a variance each, in data units."""
+
+    variance: Array = axes("component")
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnsStats(Monoid):
+    """Sums of `r o` a column (the weight that observed it), and of `r o x` or `r o y`, `r o y^2`,
+    in pivot coordinates for real columns."""
+
+    sum_w: Array = axes("component", "feature")
+    sum_real: Array = axes("component", "real")
+    sum_square: Array = axes("component", "real")
+    sum_binary: Array = axes("component", "binary")
+    sum_count: Array = axes("component", "count")
+    sum_level: Array = axes("component", "level")
+
+
+@dataclass(frozen=True, eq=False)
+class SphericalStats(ColumnsStats):
+    """The same with squares summed over the columns as well."""
+
+    sum_square: Array = axes("component")
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnsPrior(Record):
+    """Conjugate priors of independent columns, in data units.
+
+    Real columns: Normal-inverse-chi-squared with `scatter`, `dof` and mean `mean` worth `strength`
+    rows. All others: `rows` pseudo-rows at the sample's own frequencies and means.
+    """
+
+    mean: Array = axes("real")
+    scatter: Array = axes("real")
+    strength: float = axes()
+    dof: float = axes()
+    probability: Array = axes("binary")
+    rate: Array = axes("count")
+    level_probability: Array = axes("level")
+    rows: float = axes()
+
+
+@dataclass(frozen=True, eq=False)
+class IndependentColumns:
+    """K components whose columns are independent of one another.
+
+    Parameters
+    ----------
+    schema
+        The columns, of any kind.
+    spherical
+        One variance a component, shared by its real columns.
+    ridge
+        Added to every variance after the M-step, in squared data units (scikit-learn's
+        `reg_covar`); no prior, so the log-likelihood may then fall by a little.
+    dtype
+        Arithmetic of the E-step, float64 or float32; sums are float64 always.
+    pivot, prior
+        Fixed by `anchored`; the pivot has an entry for every column, neutral where not real.
+    """
+
+    schema: Schema
+    spherical: bool = False
+    ridge: float = 0.0
+    dtype: str = "float64"
+    pivot: Pivot | None = record(Pivot)
+    prior: ColumnsPrior | None = record(ColumnsPrior)
+
+    @property
+    def params_type(self) -> type[Record]:
+        return SphericalParams if self.spherical else ColumnsParams
+
+    @property
+    def stats_type(self) -> type[Monoid]:
+        return SphericalStats if self.spherical else ColumnsStats
+
+    @cached_property
+    def real(self) -> Array:
+        """Positions of the real columns."""
+        return np.array(self.schema.of_kind("real"), dtype=np.intp)
+
+    @cached_property
+    def binary(self) -> Array:
+        """Positions of the binary columns."""
+        return np.array(self.schema.of_kind("binary"), dtype=np.intp)
+
+    @cached_property
+    def count(self) -> Array:
+        """Positions of the count columns."""
+        return np.array(self.schema.of_kind("count"), dtype=np.intp)
+
+    @cached_property
+    def level_column(self) -> Array:
+        """Position of the categorical column of each level, in the order of `level_probability`."""
+        sizes = [(j, self.schema.columns[j].n_levels) for j in self.schema.of_kind("categorical")]
+        return np.array([j for j, size in sizes for _ in range(size)], dtype=np.intp)
+
+    @cached_property
+    def level_code(self) -> Array:
+        """Code of each level within its column."""
+        sizes = [self.schema.columns[j].n_levels for j in self.schema.of_kind("categorical")]
+        return np.array([code for size in sizes for code in range(size)], dtype=np.float64)
+
+    @cached_property
+    def level_start(self) -> Array:
+        """Where each categorical column begins among the levels."""
+        return np.flatnonzero(np.diff(self.level_column, prepend=-1))
+
+    def level_totals(self, levels: Array) -> Array:
+        """(..., L) sums over the levels of each column, repeated for each of its levels."""
+        if not levels.shape[-1]:
+            return levels
+        sums = np.add.reduceat(levels, self.level_start, axis=-1)
+        sizes = np.diff(np.append(self.level_start, levels.shape[-1]))
+        return np.repeat(sums, sizes, axis=-1)
+
+    @property
+    def _pivot(self) -> Pivot:
+        return self.pivot if self.pivot is not None else Pivot.none(self.schema.n_features)
+
+    def anchored(self, sample: Rows, n_components: int, weak_prior: bool) -> IndependentColumns:
+        """Pivot at the real columns' means and deviations.
+
+        The weak prior is Fraley & Raftery's (2007, section 3.2) for variances, each column on its
+        own, and one pseudo-row at the sample's frequencies for every other kind.
+        """
+        mean, variance, total = moments(sample)
+        others = np.ones(self.schema.n_features, dtype=bool)
+        others[self.real] = False
+        pivot = Pivot.of(
+            np.where(others, 0.0, mean), np.where(others, 1.0, variance), common=self.spherical
+        )
+        if self.spherical:
+            pivot = Pivot.of(mean, variance, common=True)
+        prior = None
+        if weak_prior:
+            d = max(1, len(self.real))
+            spread = np.where(variance > 0, variance, 1.0)[self.real]
+            scatter = spread / n_components ** (2.0 / d)
+            levels = _level_sums(self, sample) + 0.5
+            prior = ColumnsPrior(
+                mean=mean[self.real],
+                scatter=np.full_like(scatter, scatter.mean()) if self.spherical else scatter,
+                strength=0.01,
+                dof=3.0,
+                probability=((mean * total + 0.5) / (total + 1.0))[self.binary],
+                rate=((mean * total + 0.5) / (total + 1.0))[self.count],
+                level_probability=levels / self.level_totals(levels),
+                rows=1.0,
+            )
+        return replace(self, pivot=pivot, prior=prior)
+
+    def vague(self, n_components: int) -> Record:
+        pivot = self._pivot
+        shape = (n_components, len(self.real))
+        mean = np.broadcast_to(pivot.shift[self.real], shape).copy()
+        variance = np.broadcast_to(pivot.scale[self.real] ** 2, shape).copy()
+        prior = self.prior
+        ones = np.ones(len(self.level_column))
+        levels = prior.level_probability if prior else ones / self.level_totals(ones)
+        binary = prior.probability if prior else np.full(len(self.binary), 0.5)
+        rate = prior.rate if prior else np.ones(len(self.count))
+
+        def stacked(row: Array) -> Array:
+            return np.tile(row, (n_components, 1))
+
+        return self.params_type(
+            mean,
+            variance[:, 0] if self.spherical else variance,
+            stacked(binary),
+            stacked(rate),
+            stacked(levels),
+        )
+
+    def variances(self, params: Any) -> Array:
+        """(K, real) variances, also where they are shared."""
+        if not self.spherical:
+            return np.asarray(params.variance)
+        return np.repeat(params.variance[:, None], len(self.real), axis=1)
+
+    def prepare(self, params: Any, log_weights: Array) -> ColumnsKernel:
+        return ColumnsKernel(self, params, log_weights)
+
+    def maximise(self, stats: Any, previous: Any) -> tuple[Record, NDArray[np.bool_]]:
+        """Mode of the conjugate posterior, column by column, over the rows that observed it.
+
+        Real, with `n` the observed weight, `S` the scatter about the weighted mean, `D` its squared
+        distance from the prior mean: `variance = (scatter + S + strength n / (strength + n) D) /
+        (dof + n + 3)`; shared variances sum over the d columns and divide by `dof + n + 2 + d`.
+        Others: `(sum + rows * prior) / (n + rows)`. Without a prior these are the plain averages;
+        a column that a component never observed keeps its previous parameters.
+        """
+        pivot, prior = self._pivot, self.prior
+        shift, scale = pivot.shift[self.real], pivot.scale[self.real]
+        rows = prior.rows if prior else 0.0
+        tiny = 1e-8
+
+        def average(sums: Array, n: Array, centre: Any, old: Array) -> Array:
+            total = n + rows
+            value = (sums + (rows * centre if prior else 0.0)) / np.where(total > tiny, total, 1.0)
+            return np.where(total > tiny, value, old)
+
+        n = stats.sum_w[:, self.real]
+        known = n > tiny
+        safe = np.where(known, n, 1.0)
+        mean = stats.sum_real / safe
+        about = safe * mean**2
+        floor = FLOOR
+        if self.spherical:
+            scatter = stats.sum_square - np.where(known, about, 0.0).sum(axis=1)
+            rounding = SINGULAR * stats.sum_square
+        else:
+            scatter = stats.sum_square - about
+            rounding = SINGULAR * stats.sum_square
+        scatter = np.maximum(scatter, rounding)
+        if prior is not None:
+            m0 = (prior.mean - shift) / scale
+            gap = np.where(known, mean - m0, 0.0)
+            pull = prior.strength * n / (prior.strength + n) * gap**2
+            psi = prior.scatter / scale**2
+            mean = (prior.strength * m0 + stats.sum_real) / (prior.strength + n)
+            if self.spherical:
+                variance = (psi.mean() + scatter + pull.sum(axis=1)) / (
+                    prior.dof + n.sum(axis=1) + 2 + len(self.real)
+                )
+            else:
+                variance = (psi + scatter + pull) / (prior.dof + n + 3)
+        else:
+            mean = np.where(known, mean, (previous.mean - shift) / scale)
+            if self.spherical:
+                total = n.sum(axis=1)
+                old = previous.variance / scale[0] ** 2
+                variance = np.where(total > tiny, scatter / np.where(total > tiny, total, 1), old)
+            else:
+                variance = np.where(known, scatter / safe, previous.variance / scale**2)
+        unit = scale[0] ** 2 if self.spherical else scale**2
+        variance = np.maximum(variance, floor) * unit + self.ridge
+        weight = stats.sum_w.max(axis=1)
+        level_n = stats.sum_w[:, self.level_column]
+        levels = average(
+            stats.sum_level,
+            level_n,
+            prior.level_probability if prior else None,
+            previous.level_probability,
+        )
+        params = self.params_type(
+            shift + mean * scale,
+            variance,
+            np.clip(
+                average(
+                    stats.sum_binary,
+                    stats.sum_w[:, self.binary],
+                    prior.probability if prior else None,
+                    previous.probability,
+                ),
+                0.0,
+                1.0,
+            ),
+            average(
+                stats.sum_count,
+                stats.sum_w[:, self.count],
+                prior.rate if prior else None,
+                previous.rate,
+            ),
+            levels / self.level_totals(levels),
+        )
+        faulty = weight <= tiny if prior is None else np.zeros(len(weight), dtype=bool)
+        return params, faulty
+
+    def log_prior(self, params: Any) -> float:
+        prior = self.prior
+        if prior is None:
+            return 0.0
+        variance = self.variances(params)
+        total = 0.0
+        if len(self.real):
+            pull = prior.strength * (params.mean - prior.mean) ** 2 / variance
+            total -= 0.5 * float(pull.sum())
+            if self.spherical:
+                width = prior.dof + 2 + len(self.real)
+                shared = params.variance
+                total -= 0.5 * float(
+                    (width * np.log(shared) + prior.scatter.mean() / shared).sum()
+                )
+            else:
+                total -= 0.5 * float(
+                    ((prior.dof + 3) * np.log(variance) + prior.scatter / variance).sum()
+                )
+        success, failure = _log(params.probability), _log1m(params.probability)
+        total += prior.rows * float(
+            (prior.probability * success + (1 - prior.probability) * failure).sum()
+        )
+        total += prior.rows * float((prior.rate * _log(params.rate) - params.rate).sum())
+        total += prior.rows * float(
+            (prior.level_probability * _log(params.level_probability)).sum()
+        )
+        return total
+
+    def place(self, params: Any, component: int, x: Array, observed: Array) -> Record:
+        """Real and count columns move to the row, categories lean half towards it."""
+        pivot = self._pivot
+        mean, rate = params.mean.copy(), params.rate.copy()
+        probability, levels = params.probability.copy(), params.level_probability.copy()
+        mean[component] = np.where(
+            observed[self.real], x[self.real], pivot.shift[self.real]
+        )
+        variance = params.variance.copy()
+        scale = pivot.scale[self.real] ** 2
+        variance[component] = scale[0] if self.spherical else scale
+        pooled = params.rate.mean(axis=0)
+        rate[component] = np.where(observed[self.count], 0.5 * (x[self.count] + pooled), pooled)
+        pooled = params.probability.mean(axis=0)
+        probability[component] = np.where(
+            observed[self.binary], 0.5 * (x[self.binary] + pooled), pooled
+        )
+        pooled = params.level_probability.mean(axis=0)
+        hit = x[self.level_column] == self.level_code
+        levels[component] = np.where(observed[self.level_column], 0.5 * (hit + pooled), pooled)
+        return self.params_type(mean, variance, probability, rate, levels)
+
+    def draw(self, params: Any, component: Array, rng: np.random.Generator) -> Array:
+        n = len(component)
+        out = np.empty((n, self.schema.n_features))
+        if len(self.real):
+            deviation = np.sqrt(self.variances(params))
+            noise = rng.standard_normal((n, len(self.real)))
+            out[:, self.real] = params.mean[component] + noise * deviation[component]
+        if len(self.binary):
+            uniform = rng.random((n, len(self.binary)))
+            out[:, self.binary] = uniform < params.probability[component]
+        if len(self.count):
+            out[:, self.count] = rng.poisson(params.rate[component])
+        edges = np.append(self.level_start, len(self.level_column))
+        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+            below = np.cumsum(params.level_probability[:, start:stop], axis=1)[:, :-1]
+            uniform = rng.random(n)
+            code = (uniform[:, None] >= below[component]).sum(axis=1)
+            out[:, self.level_column[start]] = code
+        return out
+
+    def embed(self, rows: Rows) -> tuple[Array, Array]:
+        """Standardised reals and log-counts; binaries and one-hot levels by their spread."""
+        observed = rows.is_observed
+        pivot = self._pivot
+        parts, masks = [], []
+        seen = observed[:, self.real]
+        parts.append((rows.values[:, self.real] - pivot.shift[self.real]) / pivot.scale[self.real])
+        masks.append(seen)
+        for positions in (self.count, self.binary):
+            x = rows.values[:, positions].astype(np.float64)
+            seen = observed[:, positions]
+            x = np.log1p(np.maximum(x, 0.0))
+            n = np.maximum(seen.sum(axis=0), 1)
+            centre = (x * seen).sum(axis=0) / n
+            spread = np.sqrt((((x - centre) ** 2) * seen).sum(axis=0) / n)
+            parts.append((x - centre) / np.where(spread > 0, spread, 1.0))
+            masks.append(seen)
+        hit = rows.values[:, self.level_column] == self.level_code
+        share = np.maximum(_level_sums(self, rows), 1.0)
+        # Chi-squared scaling: a rare level sets rows apart more than a common one, up to a bound.
+        weight = np.minimum(np.sqrt(self.level_totals(share) / share), 3.0) / np.sqrt(2.0)
+        parts.append(hit * weight)
+        masks.append(observed[:, self.level_column])
+        mask = np.concatenate(masks, axis=1)
+        return np.where(mask, np.concatenate(parts, axis=1), 0.0), mask
+
+    def n_parameters(self, n_components: int) -> int:
+        real = len(self.real)
+        levels = len(self.level_column) - len(self.level_start)
+        spread = 1 if self.spherical else real
+        return n_components * (real + spread + len(self.binary) + len(self.count) + levels)
+
+    def floored(self, params: Any) -> list[tuple[int, int]]:
+        """(component, column position) whose variance sits on its floor or ridge."""
+        floor = np.maximum(FLOOR * self._pivot.scale[self.real] ** 2, self.ridge) * 1.5
+        at = np.argwhere(self.variances(params) <= floor)
+        return [(int(k), int(self.real[j])) for k, j in at]
+
+
+def _log(p: Array) -> Array:
+    """Log, not below `LOG_TINY`."""
+    return np.log(np.maximum(p, np.exp(LOG_TINY)))
+
+
+def _log1m(p: Array) -> Array:
+    """log(1 - p), not below the log of the roundoff of 1."""
+    return np.log1p(-np.minimum(p, 1.0 - np.finfo(np.float64).epsneg))
+
+
+def _level_sums(family: IndependentColumns, rows: Rows) -> Array:
+    """(L,) weight of each level in some rows."""
+    hit = rows.values[:, family.level_column] == family.level_code
+    hit &= rows.is_observed[:, family.level_column]
+    return np.asarray(rows.row_weights @ hit)
+
+
+class ColumnsKernel:
+    """Independent columns prepared for a pass."""
+
+    def __init__(self, family: IndependentColumns, params: Any, log_weights: Array) -> None:
+        self.family, self.log_weights = family, log_weights
+        self.dtype = np.dtype(family.dtype)
+        self.n_components = len(log_weights)
+        self.pivot = family._pivot
+        shift, scale = self.pivot.shift[family.real], self.pivot.scale[family.real]
+        self.mean = (params.mean - shift) / scale
+        self.variance = family.variances(params) / scale**2
+        slope = self.mean / self.variance
+        quadratic = self.mean * slope
+        # The normaliser of each column: what an observed entry adds at y = 0 or x = 0.
+        self.normaliser = np.zeros((self.n_components, family.schema.n_features))
+        self.normaliser[:, family.real] = -0.5 * (
+            quadratic + np.log(self.variance) + LOG_2PI
+        ) - np.log(scale)
+        failure = _log1m(params.probability)
+        self.normaliser[:, family.binary] = failure
+        self.normaliser[:, family.count] = -params.rate
+        curvature = -0.5 / self.variance
+        if family.spherical:
+            curvature = curvature[:, :1]
+        log_rate = _log(params.rate)
+        self.slopes = np.concatenate(
+            [
+                slope,
+                curvature,
+                _log(params.probability) - failure,
+                log_rate,
+                _log(params.level_probability),
+            ],
+            axis=1,
+        )
+        # Poisson terms cancel as well: x log rate - rate near x = rate.
+        counts = params.rate * (1.0 + np.abs(log_rate))
+        self.rounding = 2 * quadratic.sum(axis=1) + 2 * counts.sum(axis=1)
+        self.n_square = curvature.shape[1]
+
+    def linear(self, gaps: bool) -> Linear:
+        """Natural parameters of the features of complete blocks, or of blocks with gaps."""
+        constant = self.log_weights
+        if not gaps:
+            constant = constant + self.normaliser.sum(axis=1)
+        pieces = [constant[:, None], self.slopes]
+        if gaps:
+            pieces.append(self.normaliser)
+        return Linear(np.concatenate(pieces, axis=1), self.rounding, self.dtype)
+
+    def walk(self, rows: Rows) -> ColumnsWalk:
+        return ColumnsWalk(self, rows)
+
+
+class ColumnsWalk:
+    """A walk over one chunk in consecutive blocks."""
+
+    def __init__(self, kernel: ColumnsKernel, rows: Rows) -> None:
+        self.kernel, self.rows = kernel, rows
+        family = kernel.family
+        gaps = rows.observed is not None
+        self.linear = kernel.linear(gaps)
+        self.width = self.linear.eta.shape[1]
+        k = kernel.n_components
+        self.size = block_rows(self.width + k, kernel.dtype.itemsize)
+        self.features = np.empty((self.width, self.size), dtype=kernel.dtype)
+        self.y = np.empty((len(family.real), self.size))
+        self.log_p = np.empty((k, self.size), dtype=kernel.dtype)
+        self.sums = np.zeros((k, self.width))
+        self.pivot = Pivot(
+            kernel.pivot.shift[family.real], kernel.pivot.scale[family.real]
+        )
+
+    def blocks(self) -> Iterator[Index]:
+        for piece in slices(self.rows.n_rows, self.size):
+            self.piece = piece
+            self._exact: Array | None = None
+            self.block = self._fill(self.features)
+            yield piece
+
+    def _fill(self, buffer: Array) -> Array:
+        family = self.kernel.family
+        values = self.rows.values[self.piece]
+        n = len(values)
+        features = buffer[:, :n]
+        observed = None if self.rows.observed is None else self.rows.observed[self.piece].T
+        real, columns = len(family.real), values.T
+        y = self.pivot.block(values[:, family.real], self.y)
+        if observed is not None:
+            y *= observed[family.real]
+        self.block_y = y
+        features[0] = 1.0
+        at = 1
+        features[at : at + real] = y
+        at += real
+        if family.spherical:
+            np.einsum("in,in->n", y, y, out=features[at], casting="same_kind")
+        else:
+            np.multiply(y, y, out=features[at : at + real], casting="same_kind")
+        at += self.kernel.n_square
+        for positions in (family.binary, family.count):
+            features[at : at + len(positions)] = columns[positions]
+            at += len(positions)
+        for j, code in zip(family.level_column, family.level_code, strict=True):
+            np.equal(columns[j], code, out=features[at], casting="unsafe")
+            if observed is not None and code == 0.0:
+                features[at] *= observed[j]
+            at += 1
+        if observed is not None:
+            features[at:] = observed
+        return features
+
+    def exact(self) -> Array:
+        """Features in float64."""
+        if self.block.dtype == np.float64:
+            return self.block
+        if self._exact is None:
+            self._exact = self._fill(np.empty(self.features.shape))
+        return self._exact
+
+    def score(self) -> Array:
+        log_p = self.linear.score(self.block, self.exact, self.log_p)
+        for k in self.linear.direct:
+            log_p[k] = self._direct(int(k))
+        return log_p
+
+    def _direct(self, k: int) -> Array:
+        """Score of one component by squared distances, for a mean far out in pivot units."""
+        kernel = self.kernel
+        real = len(kernel.mean[k])
+        features = self.exact()
+        eta = np.concatenate([kernel.log_weights[k : k + 1], kernel.slopes[k]])
+        eta[1 : 1 + real + kernel.n_square] = 0.0
+        log_p = eta @ features[: len(eta)]
+        constant = kernel.normaliser[k].copy()
+        constant[kernel.family.real] += 0.5 * kernel.mean[k] ** 2 / kernel.variance[k]
+        gap = (self.block_y - kernel.mean[k][:, None]) ** 2 / kernel.variance[k][:, None]
+        if self.rows.observed is None:
+            return np.asarray(log_p + constant.sum() - 0.5 * gap.sum(axis=0))
+        observed = self.rows.observed[self.piece].T
+        gap *= observed[kernel.family.real]
+        return np.asarray(log_p + constant @ observed - 0.5 * gap.sum(axis=0))
+
+    def base(self) -> Array | None:
+        """`-sum log x!` over the observed counts of each row."""
+        counts = self.kernel.family.count
+        if not len(counts):
+            return None
+        x = self.rows.values[self.piece][:, counts].astype(np.float64)
+        factorials = gammaln(x + 1.0)
+        if self.rows.observed is not None:
+            factorials *= self.rows.observed[self.piece][:, counts]
+        return np.asarray(-factorials.sum(axis=1))
+
+    def gather(self, resp: Array) -> None:
+        self.sums += self.linear.gather(self.block, self.exact, resp)
+
+    def close(self) -> Monoid:
+        family, sums = self.kernel.family, self.sums
+        real = len(family.real)
+        sizes = [1, real, self.kernel.n_square, len(family.binary), len(family.count)]
+        sizes.append(len(family.level_column))
+        edges = np.cumsum(sizes)
+        n, first, second, binary, count, level = np.split(sums[:, : edges[-1]], edges[:-1], axis=1)
+        observed = sums[:, edges[-1] :]
+        if self.rows.observed is None:
+            observed = np.repeat(n, family.schema.n_features, axis=1)
+        return family.stats_type(
+            observed, first, second[:, 0] if family.spherical else second, binary, count, level
+        )
