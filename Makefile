@@ -103,7 +103,7 @@ power: $(POWER)
 quickstart: $(RUNTIME) $(DATA)
 	@$(BIN)/python -m flows.pipeline configs/quickstart.yaml
 
-test: $(DEVELOPMENT) $(DATA)
+test: $(DEVELOPMENT) $(DATA) $(POWER)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 # The proof that the core needs neither the scheduler, nor the store, nor the orchestrator.
