@@ -211,9 +211,7 @@ class Story:
         family = walk.close()
         return StoryStats(rows.n_rows, rows.n_rows - n_observed, weight, objective, sum_r, family)
 
-    def maximise(
-        self, stats: StoryStats, previous: Params
-    ) -> tuple[Params, NDArray[np.bool_]]:
+    def maximise(self, stats: StoryStats, previous: Params) -> tuple[Params, NDArray[np.bool_]]:
         """The M-step, and (K,) which components were empty or singular and need rescue."""
         family, faulty = self.family.maximise(stats.family, previous.family)
         weights = stats.sum_r + self.weight_prior
@@ -234,9 +232,7 @@ class Story:
         weights = np.log(np.maximum(params.weights, 1e-300))
         return self.weight_prior * float(weights.sum()) + self.family.log_prior(params.family)
 
-    def _posterior_blocks(
-        self, params: Params, rows: Rows
-    ) -> Iterator[tuple[Index, Array, Array]]:
+    def _posterior_blocks(self, params: Params, rows: Rows) -> Iterator[tuple[Index, Array, Array]]:
         walk = self._walk(params, rows)
         for index in walk.blocks():
             log_joint = walk.score()

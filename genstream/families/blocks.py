@@ -33,7 +33,8 @@ class Walk(Protocol):
 
     def blocks(self) -> Iterator[Index]:
         """The rows of each block, as a slice or an index array. Rows with nothing observed are
-        in no block."""
+        in no block.
+        """
 
     def score(self) -> Array:
         """(K, n) of `log p(x | k) + log_weight_k` for the block at hand; a buffer to overwrite."""
@@ -72,7 +73,8 @@ class Family(Protocol):
 
     def maximise(self, stats: Any, previous: Any) -> tuple[Record, NDArray[np.bool_]]:
         """MAP parameters (maximum likelihood without a prior), and (K,) whether each component
-        was singular or empty, and so could not be estimated from its statistics alone."""
+        was singular or empty, and so could not be estimated from its statistics alone.
+        """
 
     def log_prior(self, params: Any) -> float:
         """Log prior density up to a constant; 0 without a prior."""
@@ -85,7 +87,8 @@ class Family(Protocol):
 
     def embed(self, rows: Rows) -> tuple[Array, Array]:
         """(n, e) standardised coordinates for distances between rows, zero where missing, and
-        their (n, e) mask."""
+        their (n, e) mask.
+        """
 
     def n_parameters(self, n_components: int) -> int:
         """Free parameters of K components."""

@@ -71,7 +71,8 @@ class SphericalParams(ColumnsParams):
 @dataclass(frozen=True, eq=False)
 class ColumnsStats(Monoid):
     """Sums of `r o` a column (the weight that observed it), and of `r o x` or `r o y`, `r o y^2`,
-    in pivot coordinates for real columns."""
+    in pivot coordinates for real columns.
+    """
 
     sum_w: Array = axes("component", "feature")
     sum_real: Array = axes("component", "real")
@@ -345,9 +346,7 @@ class IndependentColumns:
             if self.spherical:
                 width = prior.dof + 2 + len(self.real)
                 shared = params.variance
-                total -= 0.5 * float(
-                    (width * np.log(shared) + prior.scatter.mean() / shared).sum()
-                )
+                total -= 0.5 * float((width * np.log(shared) + prior.scatter.mean() / shared).sum())
             else:
                 total -= 0.5 * float(
                     ((prior.dof + 3) * np.log(variance) + prior.scatter / variance).sum()
@@ -367,9 +366,7 @@ class IndependentColumns:
         pivot = self._pivot
         mean, rate = params.mean.copy(), params.rate.copy()
         probability, levels = params.probability.copy(), params.level_probability.copy()
-        mean[component] = np.where(
-            observed[self.real], x[self.real], pivot.shift[self.real]
-        )
+        mean[component] = np.where(observed[self.real], x[self.real], pivot.shift[self.real])
         variance = params.variance.copy()
         scale = pivot.scale[self.real] ** 2
         variance[component] = scale[0] if self.spherical else scale
@@ -519,6 +516,13 @@ class ColumnsWalk:
 
     def __init__(self, kernel: ColumnsKernel, rows: Rows) -> None:
         self.kernel, self.rows = kernel, rows
+        # Rows with nothing observed say nothing: they are in no block.
+        self.index: Array | None = None
+        if rows.observed is not None:
+            useful = rows.observed.any(axis=1)
+            if not useful.all():
+                self.index = np.flatnonzero(useful)
+                self.rows = rows[self.index]
         family = kernel.family
         gaps = rows.observed is not None
         self.linear = kernel.linear(gaps)
@@ -529,16 +533,14 @@ class ColumnsWalk:
         self.y = np.empty((len(family.real), self.size))
         self.log_p = np.empty((k, self.size), dtype=kernel.dtype)
         self.sums = np.zeros((k, self.width))
-        self.pivot = Pivot(
-            kernel.pivot.shift[family.real], kernel.pivot.scale[family.real]
-        )
+        self.pivot = Pivot(kernel.pivot.shift[family.real], kernel.pivot.scale[family.real])
 
     def blocks(self) -> Iterator[Index]:
         for piece in slices(self.rows.n_rows, self.size):
             self.piece = piece
             self._exact: Array | None = None
             self.block = self._fill(self.features)
-            yield piece
+            yield piece if self.index is None else self.index[piece]
 
     def _fill(self, buffer: Array) -> Array:
         family = self.kernel.family

@@ -85,7 +85,8 @@ class TiedStats(Monoid):
 @dataclass(frozen=True, eq=False)
 class NormalWishart(Record):
     """Conjugate prior `covariance ~ InvWishart(diag(scatter), dof)`,
-    `mean | covariance ~ N(mean, covariance / strength)`, in data units."""
+    `mean | covariance ~ N(mean, covariance / strength)`, in data units.
+    """
 
     mean: Array = axes("feature")
     scatter: Array = axes("feature")
@@ -95,7 +96,8 @@ class NormalWishart(Record):
     @classmethod
     def weak(cls, mean: Array, variance: Array, n_components: int, dof: float) -> NormalWishart:
         """The default prior of Fraley & Raftery (2007, section 3.2): `strength` 0.01, and a
-        scatter that gives each of K components its share of the sample's volume."""
+        scatter that gives each of K components its share of the sample's volume.
+        """
         share = n_components ** (2.0 / max(1, len(mean)))
         positive = np.where(variance > 0, variance, 1.0)
         return cls(mean, positive / share, 0.01, dof)
@@ -173,7 +175,8 @@ class Gaussian:
 
     def prepare(self, params: Any, log_weights: Array) -> GaussianKernel:
         """Factors every covariance. Raises numpy.linalg.LinAlgError where one is not positive
-        definite, before any data are touched."""
+        definite, before any data are touched.
+        """
         mean, covariance = self.pivoted(params)
         return GaussianKernel(
             mean, covariance, log_weights, self._pivot, self.tied, np.dtype(self.dtype)
@@ -233,7 +236,8 @@ class Gaussian:
     @staticmethod
     def _singular(covariance: Array, raw: Array) -> NDArray[np.bool_]:
         """Which of (C, d, d) covariances are not safely positive definite, given the raw second
-        moments (C, d) they were computed from."""
+        moments (C, d) they were computed from.
+        """
         singular = np.zeros(len(covariance), dtype=bool)
         for c, matrix in enumerate(covariance):
             variance = np.diagonal(matrix)
@@ -258,7 +262,9 @@ class Gaussian:
         log_det = np.linalg.slogdet(covariance)[1] + 2 * np.log(pivot.scale).sum()
         trace = np.einsum("cii,i->c", precision, prior.scatter / pivot.scale**2)
         gap = mean - (prior.mean - pivot.shift) / pivot.scale
-        pull = np.einsum("ki,kij,kj->k", gap, np.broadcast_to(precision, (len(gap), *precision.shape[1:])), gap)
+        pull = np.einsum(
+            "ki,kij,kj->k", gap, np.broadcast_to(precision, (len(gap), *precision.shape[1:])), gap
+        )
         weight = prior.dof + self.n_features + 1 + (len(gap) if self.tied else 1)
         return float(-0.5 * (weight * log_det.sum() + trace.sum() + prior.strength * pull.sum()))
 
@@ -367,11 +373,13 @@ class Marginals:
             cross = kernel.precision[:, missing[:, :, None], self.seen[:, None, :]].swapaxes(0, 1)
             spread = _inverse(hidden)
             gain = -spread @ cross
-            self.precision = kernel.precision[seen_pair].swapaxes(0, 1) + cross.swapaxes(2, 3) @ gain
+            self.precision = (
+                kernel.precision[seen_pair].swapaxes(0, 1) + cross.swapaxes(2, 3) @ gain
+            )
             factor = np.linalg.cholesky(hidden)
-            self.log_det = kernel.log_det + 2 * np.log(
-                np.diagonal(factor, axis1=2, axis2=3)
-            ).sum(axis=2)
+            self.log_det = kernel.log_det + 2 * np.log(np.diagonal(factor, axis1=2, axis2=3)).sum(
+                axis=2
+            )
         else:
             observed = kernel.covariance[seen_pair].swapaxes(0, 1)
             cross = kernel.covariance[:, missing[:, :, None], self.seen[:, None, :]].swapaxes(0, 1)
@@ -525,7 +533,8 @@ class GaussianWalk:
         self, patterns: Array, rare: Array, counts: Array, starts: Array, order: Array
     ) -> Iterator[Index]:
         """Blocks of rows whose patterns are rare but observe equally many columns: the linear
-        algebra of many patterns at a time."""
+        algebra of many patterns at a time.
+        """
         if not len(rare):
             return
         kernel = self.kernel
@@ -575,14 +584,14 @@ class _PatternBlock:
         self.width = o * (o + 1) // 2 + o + 1
         self.sums = np.zeros((walk.kernel.n_components, self.width))
         self.seen = marginal.seen[0]
-        self.pivot = Pivot(
-            walk.kernel.pivot.shift[self.seen], walk.kernel.pivot.scale[self.seen]
-        )
+        self.pivot = Pivot(walk.kernel.pivot.shift[self.seen], walk.kernel.pivot.scale[self.seen])
         self.whole = o == walk.kernel.n_features
         self._exact: Array | None = None
 
     def load(self, values: Array) -> None:
-        self.y = self.pivot.block(values if self.whole else values[:, self.seen], self.walk.y[: len(self.seen)])
+        self.y = self.pivot.block(
+            values if self.whole else values[:, self.seen], self.walk.y[: len(self.seen)]
+        )
         buffer = self.walk.features[: self.width]
         y = self.y if buffer.dtype == np.float64 else self.y.astype(buffer.dtype)
         self.features = fill_features(y, buffer)

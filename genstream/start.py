@@ -1,0 +1,188 @@
+"""First parameters: a row sample, seeding that minds gaps, and short fits of which the best wins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genstream.errors import DataError
+from genstream.families.blocks import Array
+from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
+from genstream.passes import Passes
+from genstream.rows import Rows
+from genstream.story import Params, Story
+
+# Memory the row sample may take, in bytes, whatever the number of columns.
+SAMPLE_BYTES = 64 << 20
+# Rows kept with the state, from which empty components are re-seeded.
+RESCUE_ROWS = 2048
+# Rows on which distances are computed for seeding.
+SEED_ROWS = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class Pick:
+    """Work for a pass: the rows of each chunk that belong to the sample."""
+
+    index: tuple[NDArray[np.int64], ...]
+
+    def __call__(self, chunk: int, rows: Rows) -> Rows:
+        picked = rows[self.index[chunk]]
+        return Rows(picked.values.astype(np.float64), picked.observed, picked.weights)
+
+
+def draw_sample(passes: Passes, n_rows: int, seed: int) -> Rows:
+    """At most `n_rows` rows drawn without replacement over all chunks, in one pass.
+
+    Rows with nothing observed or of weight 0 are left out. Raises DataError where none is left.
+    """
+    sizes = np.array(passes.source.chunk_rows)
+    total = int(sizes.sum())
+    if total == 0:
+        raise DataError("the data have no rows")
+    width = passes.source.schema.n_features
+    n_rows = min(total, n_rows, max(1000, SAMPLE_BYTES // (9 * width)))
+    rng = np.random.default_rng([seed, 0])
+    if n_rows == total:
+        chosen = np.arange(total)
+    else:
+        chosen = np.sort(rng.choice(total, n_rows, replace=False))
+    edges = np.concatenate([[0], np.cumsum(sizes)])
+    cuts = np.searchsorted(chosen, edges)
+    index = tuple(
+        chosen[first:last] - edge
+        for first, last, edge in zip(cuts[:-1], cuts[1:], edges[:-1], strict=True)
+    )
+    sample = Rows.concatenate(list(passes.map(Pick(index))))
+    useful = sample.is_observed.any(axis=1) & (sample.row_weights > 0)
+    if not useful.any():
+        raise DataError(
+            "nothing can be learned: every sampled row has no observed entry or weighs nothing"
+        )
+    return sample if useful.all() else sample[useful]
+
+
+def seed_centres(
+    x: Array, observed: NDArray[np.bool_], weight: Array, n_centres: int, rng: np.random.Generator
+) -> Array:
+    """(K, e) centres by k-means++ (Arthur & Vassilvitskii 2007, section 2.2) with gaps.
+
+    Distances are squared distances over the entries that a row observed, scaled up to all `e`
+    coordinates. A centre takes its missing coordinates from the column means, which are 0 here.
+    Fewer distinct rows than centres give repeated centres.
+    """
+    n = len(x)
+    nearest = np.full(n, np.inf)
+    centres = np.empty((n_centres, x.shape[1]))
+    # Greedy: of several candidates the one that leaves the least distance (section 5).
+    n_trials = 2 + int(np.log(n_centres))
+    for k in range(n_centres):
+        mass = weight if k == 0 else weight * nearest
+        total = mass.sum()
+        chance = mass / total if total > 0 else weight / weight.sum()
+        trials = rng.choice(n, size=1 if k == 0 else n_trials, p=chance)
+        reached = np.minimum(nearest[:, None], _distances(x, observed, x[trials]))
+        best = int((weight @ reached).argmin())
+        nearest = reached[:, best]
+        centres[k] = x[trials[best]]
+    return centres
+
+
+def _distances(x: Array, observed: NDArray[np.bool_], centres: Array) -> Array:
+    """(n, K) squared distances over the observed coordinates, scaled up to all of them."""
+    seen = observed.astype(np.float64)
+    squared = (x**2).sum(axis=1)[:, None] - 2 * x @ centres.T + seen @ (centres**2).T
+    share = seen.mean(axis=1)[:, None]
+    return np.asarray(np.maximum(squared, 0.0) / np.where(share > 0, share, 1.0))
+
+
+def cluster(
+    x: Array,
+    observed: NDArray[np.bool_],
+    weight: Array,
+    centres: Array,
+    max_steps: int = 10,
+) -> tuple[Array, NDArray[np.intp]]:
+    """Lloyd's algorithm from given centres, over observed entries: centres and labels (n,)."""
+    labels = np.full(len(x), -1)
+    for _ in range(max_steps):
+        fresh = _distances(x, observed, centres).argmin(axis=1)
+        if (fresh == labels).all():
+            break
+        labels = fresh
+        member = np.zeros((len(centres), len(x)))
+        member[labels, np.arange(len(x))] = weight
+        mass = member @ observed
+        centres = np.where(mass > 0, (member @ x) / np.where(mass > 0, mass, 1.0), centres)
+    return centres, _distances(x, observed, centres).argmin(axis=1)
+
+
+def seed_params(story: Story, sample: Rows, rng: np.random.Generator) -> Params:
+    """Parameters from clusters of the sample: seeding, a few Lloyd steps, and one M-step."""
+    x, observed = story.family.embed(sample)
+    weight = sample.row_weights
+    small = np.arange(len(x))
+    if len(x) > SEED_ROWS:
+        small = np.sort(rng.choice(len(x), SEED_ROWS, replace=False))
+    centres = seed_centres(x[small], observed[small], weight[small], story.n_components, rng)
+    centres, _ = cluster(x[small], observed[small], weight[small], centres)
+    labels = _distances(x, observed, centres).argmin(axis=1)
+    return params_from_labels(story, sample, labels)
+
+
+def params_from_labels(story: Story, sample: Rows, labels: NDArray[np.intp]) -> Params:
+    """One M-step on a hard assignment (n,) of the sample to components."""
+    responsibilities = np.zeros((sample.n_rows, story.n_components))
+    responsibilities[np.arange(sample.n_rows), labels] = 1.0
+    vague = story.vague()
+    return story.m_step(story.e_step(vague, sample, responsibilities), vague)
+
+
+def warm_start(
+    story: Story,
+    passes: Passes,
+    *,
+    n_init: int = 5,
+    seed: int = 42,
+    sample_rows: int = 50_000,
+    short_steps: int = 10,
+    long_steps: int = 100,
+    tolerance: float = 1e-4,
+    on_start: Callable[[int, float], None] | None = None,
+) -> tuple[Story, FitState]:
+    """An anchored story and a state from which full passes begin.
+
+    A sample over all chunks fixes pivot and prior. Of `n_init` seeded fits of `short_steps` EM
+    steps on the sample the one with the best objective goes on, for at most `long_steps`, to
+    `tolerance` (nats a row). `on_start(i, mean objective)` is called after each short fit.
+    Everything follows from `seed`. Raises DataError where the data cannot start a fit.
+    """
+    sample = draw_sample(passes, sample_rows, seed)
+    story = story.anchored(sample)
+    rng = np.random.default_rng([seed, 1])
+    kept = sample
+    if sample.n_rows > RESCUE_ROWS:
+        kept = sample[np.sort(rng.choice(sample.n_rows, RESCUE_ROWS, replace=False))]
+    best: FitState | None = None
+    for i in range(max(1, n_init)):
+        rng = np.random.default_rng([seed, 2, i])
+        state = FitState(seed_params(story, sample, rng), seed=seed, sample=kept)
+        state = fit(story, BatchEM(short_steps, tolerance), Resident(sample), state)
+        value = state.trace[-1].mean_objective
+        if on_start is not None:
+            on_start(i, value)
+        if np.isfinite(value) and (best is None or value > best.trace[-1].mean_objective):
+            best = state
+    if best is None:
+        raise DataError(
+            "no start gave a finite log-likelihood on the row sample: "
+            "look for extreme values, or keep the weak prior"
+        )
+    if best.outcome is Outcome.MAX_STEPS and long_steps > short_steps:
+        best = replace(best, outcome=Outcome.RUNNING)
+        best = fit(story, BatchEM(long_steps, tolerance), Resident(sample), best)
+    rows = Rows(kept.values, kept.observed)
+    return story, FitState(best.params, seed=seed, sample=rows)
