@@ -21,7 +21,7 @@ def seconds(statement: str) -> float:
 
 @pytest.mark.parametrize("statement", ["import genstream", "from genstream import *"])
 def test_import_leaves_heavy_packages_alone(statement):
-    """Not even the use of every public name needs them; only what draws, orchestrates or spreads."""
+    """Only what draws, orchestrates or spreads the work needs them, not the public names."""
     code = f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))"
     loaded = set(json.loads(run(code).stdout))
     assert "genstream" in loaded
