@@ -18,7 +18,6 @@ import numpy as np
 from genstream.errors import CorruptError
 from genstream.families.blocks import Array
 from genstream.rows import Rows
-from genstream.stats import Monoid
 from genstream.story import Params, Responsibility, Story, StoryStats, soft
 from genstream.threads import one_blas_thread
 
@@ -219,7 +218,7 @@ class EStep:
     params: Params
     responsibility: Responsibility = soft
 
-    def __call__(self, chunk: int, rows: Rows) -> Monoid:
+    def __call__(self, _chunk: int, rows: Rows) -> StoryStats:
         return self.story.e_step(self.params, rows, self.responsibility)
 
 
@@ -263,7 +262,8 @@ class BatchEM:
             0.0,
         )
         outcome = Outcome.RUNNING
-        params, rescues, events = state.params, state.rescues, ()
+        params, rescues = state.params, state.rescues
+        events: tuple[str, ...] = ()
         if not np.isfinite(info.mean_objective):
             outcome = Outcome.NONFINITE
         else:

@@ -8,6 +8,7 @@ the same bits.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -74,7 +75,7 @@ class Passes:
         self.on_progress = on_progress
         self.n_rows = sum(source.chunk_rows)
 
-    def fold(self, work: Callable[[int, Rows], T]) -> T:
+    def fold(self, work: Work) -> Any:
         """`work(chunk, rows)` of every chunk, merged in the fixed tree.
 
         `work` returns something with `merge`; on a cluster it and its results are sent between
@@ -87,12 +88,12 @@ class Passes:
         ]
         if self.scheduler == "distributed" or "://" in self.scheduler:
             return self._fold_cluster(work, ranges)
-        report = self._reporter(ranges)
+        report = self._reporter()
         if _in_memory(self.source):
             return self._fold_pool(work, ranges, report)
         return self._fold_dask(work, ranges, report)
 
-    def _reporter(self, ranges: list[tuple[int, int]]) -> Callable[[tuple[int, int]], None]:
+    def _reporter(self) -> Callable[[tuple[int, int]], None]:
         done = 0
 
         def report(span: tuple[int, int]) -> None:
@@ -114,11 +115,11 @@ class Passes:
 
     def _tasks(self, work: Work, ranges: list[tuple[int, int]]) -> Iterator[Callable[[], Any]]:
         for first, last in ranges:
-            yield lambda first=first, last=last: fold_range(self.source, work, first, last)
+            yield functools.partial(fold_range, self.source, work, first, last)
 
     def _graph(self, work: Work, ranges: list[tuple[int, int]], leaf: Callable[..., Any]) -> Any:
         """The pass as one delayed value: a task a range, merged in the fixed tree."""
-        from dask import delayed
+        from dask.delayed import delayed
 
         # One node holds source and work, so that parameters are shipped once, not once a task.
         shared = delayed((self.source, work), traverse=False)
@@ -163,7 +164,7 @@ class Passes:
         except (
             distributed.scheduler.KilledWorker,
             distributed.client.FutureCancelledError,
-            distributed.comm.CommClosedError,
+            distributed.comm.core.CommClosedError,
             OSError,
             TimeoutError,
         ) as error:

@@ -1,4 +1,4 @@
-"""First parameters: a row sample, seeding that minds gaps, and short fits of which the best wins."""
+"""First parameters: a row sample, seeding that minds gaps, and short fits; the best goes on."""
 
 from __future__ import annotations
 

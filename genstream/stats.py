@@ -123,7 +123,7 @@ class Monoid(Record):
 
     def zero(self) -> Self:
         """The statistics of no data, in the shape of these: the neutral element of `merge`."""
-        return _map(self, lambda value, _: type(value)(0) if np.isscalar(value) else value * 0.0)
+        return _map(self, lambda value, _: value * 0)
 
 
 def _map(item: R, function: Callable[[Any, tuple[str, ...]], Any]) -> R:

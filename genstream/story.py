@@ -19,12 +19,13 @@ from genstream.families.blocks import Array, Index, Pivot, Walk
 from genstream.families.columns import ColumnsPrior, IndependentColumns
 from genstream.families.gaussian import Gaussian, NormalWishart
 from genstream.rows import Rows
-from genstream.schema import Schema
+from genstream.schema import Kind, Schema
 from genstream.stats import Monoid, Record, axes
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 DTYPES = ("float64", "float32")
 PRIORS = ("weak", None)
+NUMERIC: tuple[Kind, ...] = ("real", "binary", "count")
 
 # A responsibility rule turns log-joints (K, n) into responsibilities in place, and returns the
 # (n,) contributions sum_k r (log joint - log r) to the objective.
@@ -40,7 +41,7 @@ def soft(log_joint: Array) -> Array:
     np.exp(log_joint, out=log_joint)
     total = log_joint.sum(axis=0)
     log_joint *= 1.0 / total
-    return np.asarray(peak + np.log(total, dtype=np.float64))
+    return np.add(peak, np.log(total, dtype=np.float64), dtype=np.float64)
 
 
 def hard(log_joint: Array) -> Array:
@@ -93,7 +94,8 @@ class Posterior:
     @property
     def component(self) -> NDArray[np.intp]:
         """(n,) the likeliest component of each row."""
-        return np.argmax(self.responsibilities, axis=1)
+        best: NDArray[np.intp] = np.argmax(self.responsibilities, axis=1)
+        return best
 
 
 @dataclass(frozen=True)
@@ -282,10 +284,7 @@ class Story:
     def labels(self) -> dict[str, Sequence[str]]:
         """Labels of the axes of `Params`, for `Params.to_dataset`."""
         columns = self.schema.columns
-        kinds = {
-            kind: [columns[j].name for j in self.schema.of_kind(kind)]  # type: ignore[arg-type]
-            for kind in ("real", "binary", "count")
-        }
+        kinds = {kind: [columns[j].name for j in self.schema.of_kind(kind)] for kind in NUMERIC}
         levels = [
             f"{columns[j].name}={level}"
             for j in self.schema.of_kind("categorical")

@@ -2,7 +2,7 @@
 
 Given the component, columns are independent,
 
-    x_j ~ N(mean, variance) | Bernoulli(probability) | Poisson(rate) | Categorical(level_probability)
+    x_j ~ N(mean, variance) | Bernoulli(probability) | Poisson(rate) | Categorical(p)
 
 so a missing entry is simply left out of the product, exactly. The features of a row are
 
@@ -15,6 +15,7 @@ columns only; `spherical` shares one variance among a component's real columns.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -134,11 +135,11 @@ class IndependentColumns:
     prior: ColumnsPrior | None = record(ColumnsPrior)
 
     @property
-    def params_type(self) -> type[Record]:
+    def params_type(self) -> type[ColumnsParams]:
         return SphericalParams if self.spherical else ColumnsParams
 
     @property
-    def stats_type(self) -> type[Monoid]:
+    def stats_type(self) -> type[ColumnsStats]:
         return SphericalStats if self.spherical else ColumnsStats
 
     @cached_property
@@ -394,7 +395,7 @@ class IndependentColumns:
         if len(self.count):
             out[:, self.count] = rng.poisson(params.rate[component])
         edges = np.append(self.level_start, len(self.level_column))
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        for start, stop in itertools.pairwise(edges):
             below = np.cumsum(params.level_probability[:, start:stop], axis=1)[:, :-1]
             uniform = rng.random(n)
             code = (uniform[:, None] >= below[component]).sum(axis=1)

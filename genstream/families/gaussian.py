@@ -183,7 +183,7 @@ class Gaussian:
         )
 
     def maximise(self, stats: Any, previous: Any) -> tuple[Record, NDArray[np.bool_]]:
-        """Mode of the Normal-inverse-Wishart posterior (Fraley & Raftery 2007, eq. 7-9)
+        """Mode of the Normal-inverse-Wishart posterior (Fraley & Raftery 2007, eq. 7-9).
 
             mean_k = (strength m0 + sum_wx) / (strength + n_k)
             covariance_k = (diag(scatter) + S_k + c_k D_k) / (dof + n_k + d + 2)
@@ -408,7 +408,7 @@ class Marginals:
         log_det, log_scale = self.log_det, self.log_scale[:, None]
         if quadratic.ndim == 1:
             log_det, log_scale = log_det[0], log_scale[0]
-        return (
+        return np.asarray(
             -0.5 * (quadratic + log_det + self.n_observed * LOG_2PI)
             - log_scale
             + self.kernel.log_weights
@@ -652,7 +652,7 @@ class _TiedBlock:
         self.features = features
 
     def score(self) -> Array:
-        d, n = self.y.shape
+        n = self.y.shape[1]
         log_p = self.walk.log_p[:, :n]
         z = self.kernel.whiten[0] @ self.y
         if self.linear.direct.size:
