@@ -41,14 +41,15 @@ def soft(log_joint: Array) -> Array:
     np.exp(log_joint, out=log_joint)
     total = log_joint.sum(axis=0)
     log_joint *= 1.0 / total
-    return np.add(peak, np.log(total, dtype=np.float64), dtype=np.float64)
+    value: Array = np.add(peak, np.log(total, dtype=np.float64), dtype=np.float64)
+    return value
 
 
 def hard(log_joint: Array) -> Array:
     """All responsibility to the likeliest component; the objective is its log-joint."""
     best = log_joint.argmax(axis=0)
     every = np.arange(log_joint.shape[1])
-    objective = log_joint[best, every].astype(np.float64)
+    objective: Array = log_joint[best, every].astype(np.float64)
     log_joint[:] = 0.0
     log_joint[best, every] = 1.0
     return objective
@@ -284,13 +285,15 @@ class Story:
     def labels(self) -> dict[str, Sequence[str]]:
         """Labels of the axes of `Params`, for `Params.to_dataset`."""
         columns = self.schema.columns
-        kinds = {kind: [columns[j].name for j in self.schema.of_kind(kind)] for kind in NUMERIC}
+        labels: dict[str, Sequence[str]] = {
+            kind: [columns[j].name for j in self.schema.of_kind(kind)] for kind in NUMERIC
+        }
         levels = [
             f"{columns[j].name}={level}"
             for j in self.schema.of_kind("categorical")
             for level in columns[j].levels
         ]
-        return {"feature": list(self.schema.names), "level": levels, **kinds}
+        return labels | {"feature": list(self.schema.names), "level": levels}
 
     def params_from(self, dataset: Any, prefix: str = "") -> Params:
         """Parameters from `Params.to_dataset`. Raises CorruptError where a variable is missing."""

@@ -24,7 +24,7 @@ Index = slice | NDArray[np.intp]
 LOG_2PI = float(np.log(2 * np.pi))
 # A component whose quadratic form may be off by more than this many nats is computed more exactly.
 MAX_ROUNDING = 1e-3
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 21
 MIN_BLOCK, MAX_BLOCK = 256, 4096
 
 
