@@ -177,7 +177,7 @@ class Drawn(Section):
     )
     n_components: int = Field(8, ge=1)
     n_features: int = Field(16, ge=1)
-    covariance: Literal["full", "tied", "diag", "spherical"] = "full"
+    covariance: Literal["full", "diag"] = "full"
     separation: Annotated[Finite, Field(gt=0)] = Field(
         3.0, description="Spread of the component means, in standard deviations of a component."
     )

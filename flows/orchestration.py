@@ -1,0 +1,43 @@
+"""Prefect, kept quiet and local: must be called before `prefect` is imported for the first time.
+
+Without `PREFECT_API_URL` flows run on Prefect's embedded server, which listens on loopback, keeps
+its database in the project's own state folder, sends no telemetry and prints nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flows.run import STATE
+from genstream.errors import StorageError
+
+_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_API_HOST": "127.0.0.1",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180",
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+    # An error is reported once, by whoever called the flow; what Prefect would print of it, and of
+    # events its embedded server cannot deliver any more at shutdown, is for its server only.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_SERVER_LEVEL": "CRITICAL",
+}
+
+
+def configured() -> bool:
+    """Whether the user has a Prefect server, so that `orchestrate: auto` uses it."""
+    return bool(os.environ.get("PREFECT_API_URL"))
+
+
+def prepare() -> None:
+    """Set what Prefect reads when it is imported; what the user has set stays."""
+    for key, value in _SETTINGS.items():
+        os.environ.setdefault(key, value)
+    if not configured():
+        home = Path(os.environ.setdefault("PREFECT_HOME", str((STATE / "prefect").resolve())))
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"{home}: Prefect's state cannot be kept here: {error.strerror}"
+            raise StorageError(message) from None

@@ -1,0 +1,282 @@
+"""Run folders: everything one run was given, did and found, so that it can be resumed and redone.
+
+``runs/20261123T021500Z-nightly-3f9a2c/`` holds `config.yaml` (the input, as given), `resolved.yaml`
+(every default written out), `run.json` (status and what each stage found), `repro.json` (what it
+takes to get the same bits again), `metrics.jsonl` (one line a step), `log.txt`, `checkpoint/` and
+`report.html`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn
+
+from flows.config import Config, load
+from genstream.errors import ConfigError, ConflictError, CorruptError, GenstreamError, StorageError
+
+RUNS = Path("runs")
+STATE = Path(".genstream")
+"""Folder of what the application keeps for itself: Prefect's database, logs of crashes."""
+
+Status = Literal["running", "done", "failed", "interrupted"]
+
+log = logging.getLogger("genstream")
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; the exit code is 128 plus the number of the signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        """What the process exits with (130 for SIGINT, 143 for SIGTERM)."""
+        return 128 + self.signum
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it, SIGINT and SIGTERM raise `Interrupted`, once; a second one ends the process.
+
+    Outside the main thread signals are not ours to handle, and nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(signum: int, _: FrameType | None) -> NoReturn:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+        raise Interrupted(signum)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, handle) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls, config_path: str | os.PathLike[str], overrides: Sequence[str] = (), root: Path = RUNS
+    ) -> Run:
+        """A new folder for a run of a configuration. Raises ConfigError where that is wrong."""
+        config = load(config_path, overrides)
+        now = datetime.now(UTC)
+        run = cls(root / f"{now:%Y%m%dT%H%M%SZ}-{config.name}-{secrets.token_hex(3)}")
+        run.path.mkdir(parents=True)
+        shutil.copyfile(config_path, run.path / "config.yaml")
+        _write(run.path / "resolved.yaml", config.to_yaml())
+        run.update(
+            id=run.id,
+            name=config.name,
+            config=str(config_path),
+            overrides=list(overrides),
+            created=now.isoformat(timespec="seconds"),
+            status="running",
+            reason="",
+            process=_this_process(),
+        )
+        return run
+
+    @classmethod
+    def find(cls, reference: str, root: Path = RUNS) -> Run:
+        """The run a user means: a folder, an id, its beginning or end, or `last`.
+
+        Raises ConfigError where none or several match.
+        """
+        if (Path(reference) / "run.json").is_file():
+            return cls(Path(reference))
+        runs = {run.id: run for run in cls.all(root)}
+        if reference == "last" and runs:
+            return runs[max(runs)]
+        matches = [
+            name for name in runs if name.startswith(reference) or name.endswith(f"-{reference}")
+        ]
+        if reference in runs or len(matches) == 1:
+            return runs[reference if reference in runs else matches[0]]
+        if len(matches) > 1:
+            raise ConfigError(f"run {reference!r} could be any of {', '.join(sorted(matches))}")
+        near = difflib.get_close_matches(reference, runs, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; `genstream runs` lists them"
+        raise ConfigError(f"no run {reference!r} in {root}/{hint}")
+
+    @staticmethod
+    def all(root: Path = RUNS) -> list[Run]:
+        """All runs, oldest first."""
+        return [Run(path.parent) for path in sorted(root.glob("*/run.json"))]
+
+    @property
+    def id(self) -> str:
+        """Name of the folder."""
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return load(self.path / "resolved.yaml")
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the states a fit can be resumed from."""
+        return self.path / "checkpoint"
+
+    @property
+    def report(self) -> Path:
+        """The report of the run."""
+        return self.path / "report.html"
+
+    def info(self) -> dict[str, Any]:
+        """Contents of `run.json`. Raises CorruptError where it is not readable."""
+        return _read_json(self.path / "run.json")
+
+    def update(self, **values: Any) -> None:
+        """Set keys of `run.json`, atomically."""
+        path = self.path / "run.json"
+        known = _read_json(path) if path.exists() else {}
+        _write(path, json.dumps({**known, **values}, indent=2) + "\n")
+
+    @property
+    def status(self) -> Status:
+        """Where the run is; a run whose process is gone counts as interrupted."""
+        info = self.info()
+        status: Status = info["status"]
+        if status == "running" and not _alive(info["process"]):
+            return "interrupted"
+        return status
+
+    def write_json(self, name: str, values: Any) -> None:
+        """Write a JSON file of the run, atomically."""
+        _write(self.path / name, json.dumps(values, indent=2) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON file of the run; empty where there is none yet."""
+        path = self.path / name
+        return _read_json(path) if path.exists() else {}
+
+    def append_metrics(self, values: dict[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; a step that was redone after a kill appears once."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        steps: dict[int, dict[str, Any]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # a kill can cut the last line
+                values = json.loads(line)
+                steps[values["step"]] = values
+        return [steps[step] for step in sorted(steps)]
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Within it this process works on the run: its log is kept, its end is recorded.
+
+        Raises ConflictError where another process is at it.
+        """
+        info = self.info()
+        mine = _this_process()
+        if info["status"] == "running" and info["process"] != mine and _alive(info["process"]):
+            raise ConflictError(
+                f"run {self.id} is being worked on by process {info['process']['pid']}: wait for "
+                "it, or stop it first"
+            )
+        self.update(status="running", reason="", process=mine)
+        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        try:
+            with interruptible():
+                yield
+        except BaseException as error:
+            interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+            if isinstance(error, GenstreamError) or interrupted:
+                log.error("%s", error)
+            else:
+                log.exception("unexpected error")
+            with contextlib.suppress(OSError):  # on a full disk the first error is the one to show
+                self.update(
+                    status="interrupted" if interrupted else "failed",
+                    reason=str(error) or type(error).__name__,
+                )
+            raise
+        else:
+            self.update(status="done", finished=datetime.now(UTC).isoformat(timespec="seconds"))
+        finally:
+            log.removeHandler(handler)
+            handler.close()
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file so that a reader, and a crash, sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CorruptError(f"{path}: is not the JSON that was written: {error}") from None
+    if not isinstance(values, dict):
+        raise CorruptError(f"{path}: is not the JSON that was written: not an object")
+    return values
+
+
+def _this_process() -> dict[str, Any]:
+    import psutil
+
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+    }
+
+
+def _alive(process: dict[str, Any]) -> bool:
+    """Whether a recorded process still runs; one on another host is taken to."""
+    import psutil
+
+    if process["host"] != socket.gethostname():
+        return True
+    try:
+        started = psutil.Process(process["pid"]).create_time()
+    except psutil.Error:
+        return False
+    return bool(abs(started - process["started"]) < 1.0)
