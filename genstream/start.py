@@ -22,6 +22,8 @@ RESCUE_ROWS = 2048
 # Rows on which distances are computed for seeding.
 SEED_ROWS = 20_000
 
+Seeding = Callable[[Story, Rows, np.random.Generator], Params]
+
 
 @dataclass(frozen=True, eq=False)
 class Pick:
@@ -63,6 +65,14 @@ def draw_sample(passes: Passes, n_rows: int, seed: int) -> Rows:
             "nothing can be learned: every sampled row has no observed entry or weighs nothing"
         )
     return sample if useful.all() else sample[useful]
+
+
+def rescue_rows(sample: Rows, seed: int) -> Rows:
+    """At most `RESCUE_ROWS` rows of the sample, without weights, to keep with a state."""
+    if sample.n_rows > RESCUE_ROWS:
+        rng = np.random.default_rng([seed, 1])
+        sample = sample[np.sort(rng.choice(sample.n_rows, RESCUE_ROWS, replace=False))]
+    return Rows(sample.values, sample.observed)
 
 
 def seed_centres(
@@ -151,25 +161,24 @@ def warm_start(
     short_steps: int = 10,
     long_steps: int = 100,
     tolerance: float = 1e-4,
+    seeding: Seeding = seed_params,
     on_start: Callable[[int, float], None] | None = None,
 ) -> tuple[Story, FitState]:
     """An anchored story and a state from which full passes begin.
 
     A sample over all chunks fixes pivot and prior. Of `n_init` seeded fits of `short_steps` EM
     steps on the sample the one with the best objective goes on, for at most `long_steps`, to
-    `tolerance` (nats a row). `on_start(i, mean objective)` is called after each short fit.
+    `tolerance` (nats a row). `seeding` makes the parameters each short fit begins with;
+    `on_start(i, mean objective)` is called after each of them.
     Everything follows from `seed`. Raises DataError where the data cannot start a fit.
     """
     sample = draw_sample(passes, sample_rows, seed)
     story = story.anchored(sample)
-    rng = np.random.default_rng([seed, 1])
-    kept = sample
-    if sample.n_rows > RESCUE_ROWS:
-        kept = sample[np.sort(rng.choice(sample.n_rows, RESCUE_ROWS, replace=False))]
+    kept = rescue_rows(sample, seed)
     best: FitState | None = None
     for i in range(max(1, n_init)):
         rng = np.random.default_rng([seed, 2, i])
-        state = FitState(seed_params(story, sample, rng), seed=seed, sample=kept)
+        state = FitState(seeding(story, sample, rng), seed=seed, sample=kept)
         state = fit(story, BatchEM(short_steps, tolerance), Resident(sample), state)
         value = state.trace[-1].mean_objective
         if on_start is not None:
@@ -184,5 +193,4 @@ def warm_start(
     if best.outcome is Outcome.MAX_STEPS and long_steps > short_steps:
         best = replace(best, outcome=Outcome.RUNNING)
         best = fit(story, BatchEM(long_steps, tolerance), Resident(sample), best)
-    rows = Rows(kept.values, kept.observed)
-    return story, FitState(best.params, seed=seed, sample=rows)
+    return story, FitState(best.params, seed=seed, sample=kept)
