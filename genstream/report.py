@@ -1,0 +1,846 @@
+"""The report of a fit: one HTML file with everything in it, readable without a network.
+
+Figures are drawn by matplotlib as SVG and set into the page, where they take its text colour, so
+that they are readable on a light and on a dark screen. Whatever grows with the number of components
+or columns is cut to what tells most, and the page says what was left out.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genstream import __version__
+from genstream.errors import StorageError
+from genstream.evaluate import (
+    ColumnCheck,
+    Criteria,
+    HeldOut,
+    LevelCheck,
+    NumericCheck,
+    PredictiveCheck,
+    criteria,
+)
+from genstream.families.gaussian import Gaussian
+from genstream.learn import FitState, StepInfo
+from genstream.rows import Rows
+from genstream.schema import Column
+from genstream.story import Params, Story
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Array = NDArray[np.float64]
+
+# What the page shows at most of each.
+MAX_COMPONENTS = 20
+MAX_COMPONENT_COLUMNS = 12
+MAX_COLUMNS = 40
+MAX_CHECKS = 24
+MAX_LEVELS = 10
+MAX_NAMED_LEVELS = 3
+MAX_POINTS = 4_000
+MAX_WARNINGS = 20
+MAX_STEPS = 12
+# A drawn column is called different from the real one beyond both of these.
+FAR, FAR_EXPECTED = 0.05, 3.0
+
+# Distinct also to colour-blind readers (Okabe & Ito 2008), grey and black left out.
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800")
+REAL, DRAWN = "#7f8c99", "#d55e00"
+# Stands for the page's text colour until the figure is set into it.
+INK = "#010203"
+
+
+@dataclass(frozen=True)
+class ReportInput:
+    """All that a report shows.
+
+    Parameters
+    ----------
+    title
+        Name of the run or model.
+    story, state
+        The fitted story and the last state of its fit.
+    data
+        What the rows are and where they came from, as label and value.
+    train, test
+        Scores on the rows of the fit and on held-out rows.
+    check
+        Drawn rows against real rows.
+    sample
+        Some real rows, of which up to `MAX_POINTS` become the picture of the assignments.
+    reproducibility
+        Seed, versions, data identity, chunking and whatever else repeats the fit; may be nested.
+    notes
+        Warnings besides those that the story, the state and the check give themselves.
+    created
+        When the fit ended.
+    """
+
+    title: str
+    story: Story
+    state: FitState
+    data: Mapping[str, object] = field(default_factory=dict)
+    train: HeldOut | None = None
+    test: HeldOut | None = None
+    check: PredictiveCheck | None = None
+    sample: Rows | None = None
+    reproducibility: Mapping[str, object] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+def write_report(path: str | Path, content: ReportInput) -> Path:
+    """Write the report to `path` as one HTML file, replacing what was there as a whole.
+
+    Raises StorageError where the file cannot be written; a report that was there is then left.
+    """
+    target = Path(path)
+    page = render_report(content)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(page)
+            Path(name).chmod(0o644)
+            Path(name).replace(target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StorageError(f"the report cannot be written to {target}: {error.strerror}") from error
+    return target
+
+
+def render_report(content: ReportInput) -> str:
+    """The report as the text of one HTML page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("genstream", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "percent": percent}
+    return environment.get_template("report.html.j2").render(_page(content))
+
+
+# --- numbers and words ---------------------------------------------------------------------------
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number in `digits` significant digits, as people write it."""
+    if value is None or not np.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    size = int(np.floor(np.log10(abs(value))))
+    if -4 <= size < 9:
+        text = f"{value:,.{max(0, digits - 1 - size)}f}"
+        text = text.rstrip("0").rstrip(".") if "." in text else text
+    else:
+        text = f"{value:.{digits - 1}e}"
+    return text.replace("-", "−")
+
+
+def percent(share: float | None) -> str:
+    """A share in percent; a positive one never reads as nothing, nor a missing one as all."""
+    if share is None or not np.isfinite(share):
+        return "–"
+    if 0 < share < 0.001:
+        return "< 0.1 %"
+    if 0.999 < share < 1:
+        return "> 99.9 %"
+    return f"{100 * share:.1f}".removesuffix(".0") + " %"
+
+
+def _one_line(text: str, length: int = 24) -> str:
+    """A label for a figure: without control characters, and not longer than the figure bears."""
+    flat = "".join(c if c.isprintable() else " " for c in text)
+    return flat if len(flat) <= length else flat[: length - 1] + "…"
+
+
+def _with_unit(column: Column | ColumnCheck) -> str:
+    return f"{column.name} ({column.unit})" if column.unit else column.name
+
+
+def _flat(record: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value in words) of a nested mapping; long lists are cut."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):
+            shown = ", ".join(str(item) for item in value[:8])
+            more = len(value) - 8
+            yield f"{prefix}{key}", f"{shown}, … ({more} more)" if more > 0 else shown
+        else:
+            yield f"{prefix}{key}", "–" if value is None else str(value)
+
+
+# --- what the components say ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """The components in terms of columns, whatever the family.
+
+    `mean` and `sd` (K, d) are those of real and count columns, NaN elsewhere. `levels[j]` (K, L)
+    are level probabilities of a binary or categorical column. `overall` and `spread` (d,) are the
+    mixture's own mean and deviation. `separation` (d,) is the share of a column's variance that
+    lies between components: of a categorical column, that of its level indicators (Goodman &
+    Kruskal's tau between component and level). `covariance(k)` is (d, d), or None where columns
+    are independent given the component.
+    """
+
+    story: Story
+    weights: Array
+    mean: Array
+    sd: Array
+    levels: dict[int, Array]
+    covariance: Callable[[int], Array] | None
+    overall: Array
+    spread: Array
+    separation: Array
+
+    @classmethod
+    def of(cls, story: Story, params: Params) -> Portrait:
+        """Read off the parameters, in data units."""
+        d, weights, family = story.schema.n_features, params.weights, story.family
+        theta: Any = params.family
+        mean = np.full((story.n_components, d), np.nan)
+        sd = mean.copy()
+        levels: dict[int, Array] = {}
+        covariance: Callable[[int], Array] | None = None
+        if isinstance(family, Gaussian):
+            mean[:] = theta.mean
+            sd[:] = np.sqrt(np.diagonal(theta.covariance, axis1=-2, axis2=-1))
+            tied = family.tied
+
+            def covariance(k: int) -> Array:
+                matrix: Array = theta.covariance if tied else theta.covariance[k]
+                return matrix
+
+        else:
+            mean[:, family.real] = theta.mean
+            sd[:, family.real] = np.sqrt(family.variances(theta))
+            mean[:, family.count] = theta.rate
+            sd[:, family.count] = np.sqrt(theta.rate)
+            for i, j in enumerate(family.binary):
+                p = theta.probability[:, i]
+                levels[int(j)] = np.column_stack([1 - p, p])
+            for j in np.unique(family.level_column):
+                levels[int(j)] = theta.level_probability[:, family.level_column == j]
+        overall = weights @ mean
+        between = weights @ (mean - overall) ** 2
+        total = between + weights @ sd**2
+        separation = between / np.where(total > 0, total, 1.0)
+        for j, p in levels.items():
+            average = weights @ p
+            apart = float((weights @ (p - average) ** 2).sum())
+            possible = float((average * (1 - average)).sum())
+            separation[j] = apart / possible if possible > 0 else 0.0
+        return cls(
+            story, weights, mean, sd, levels, covariance, overall, np.sqrt(total), separation
+        )
+
+    @property
+    def heaviest(self) -> NDArray[np.intp]:
+        """(K,) components from the heaviest to the lightest."""
+        return np.argsort(-self.weights, kind="stable")
+
+    def most_telling(self, n: int) -> list[int]:
+        """Positions of the `n` columns with the largest separation, in the order of the schema."""
+        best = np.argsort(-np.nan_to_num(self.separation), kind="stable")[:n]
+        return sorted(int(j) for j in best)
+
+    def top_levels(self, k: int, j: int, n: int = MAX_NAMED_LEVELS) -> list[tuple[str, float]]:
+        """(label, probability) of a component's most probable levels."""
+        labels = self.story.schema.columns[j].levels or ("0", "1")
+        p = self.levels[j][k]
+        best = np.argsort(-p, kind="stable")[:n]
+        return [(labels[i], float(p[i])) for i in best if p[i] >= 0.005 or i == best[0]]
+
+    def signature(self, k: int) -> list[str]:
+        """What sets a component apart from the mixture, in words: up to three columns."""
+        scored: list[tuple[float, str]] = []
+        columns = self.story.schema.columns
+        for j, column in enumerate(columns):
+            if j in self.levels:
+                average = self.weights @ self.levels[j]
+                lift = self.levels[j][k] - average
+                best = int(np.argmax(lift))
+                label = (column.levels or ("0", "1"))[best]
+                share = percent(float(self.levels[j][k][best]))
+                rest = percent(float(average[best]))
+                noise = np.sqrt(max(average[best] * (1 - average[best]), 1e-12))
+                scored.append(
+                    (float(lift[best] / noise), f"{column.name} {label}: {share}, overall {rest}")
+                )
+            elif self.spread[j] > 0:
+                z = (self.mean[k, j] - self.overall[j]) / self.spread[j]
+                word = "high" if z > 0 else "low"
+                unit = f" {column.unit}" if column.unit else ""
+                scored.append(
+                    (abs(float(z)), f"{word} {column.name}: {number(self.mean[k, j], 3)}{unit}")
+                )
+        scored.sort(key=lambda pair: -pair[0])
+        return [text for score, text in scored[:3] if score > 0.25]
+
+
+def component_colours(n_components: int) -> Array:
+    """(K, 3) RGB in [0, 1]: a palette for few components, hues a golden angle apart for many."""
+    from matplotlib.colors import hsv_to_rgb, to_rgb
+
+    if n_components <= len(PALETTE):
+        return np.array([to_rgb(c) for c in PALETTE[:n_components]])
+    k = np.arange(n_components)
+    hue = (0.58 + k * 0.6180339887498949) % 1.0
+    value = np.where(k % 2, 0.72, 0.9)
+    colours: Array = hsv_to_rgb(np.column_stack([hue, np.full(n_components, 0.75), value]))
+    return colours
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """A figure set into the page, and what it shows in words."""
+
+    svg: Markup
+    alt: str
+    caption: str = ""
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of a size in inches, in the report's style, without any global state."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "axes.edgecolor": INK,
+        "axes.facecolor": "none",
+        "axes.labelcolor": INK,
+        "axes.linewidth": 0.6,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "figure.facecolor": "none",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "legend.frameon": False,
+        "savefig.facecolor": "none",
+        "svg.fonttype": "none",
+        "svg.hashsalt": "genstream",
+        "text.color": INK,
+        "text.parse_math": False,
+        "xtick.color": INK,
+        "ytick.color": INK,
+    }
+    with mpl.rc_context(style), warnings.catch_warnings():
+        # The reader's browser has the fonts that matplotlib lacks.
+        warnings.filterwarnings("ignore", message=".*missing from font.*")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        yield figure, figure.add_subplot()
+
+
+def _svg(figure: Figure) -> Markup:
+    """The figure as an SVG element whose ids no other figure has, in the page's text colour."""
+    from markupsafe import Markup
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\s(?:xmlns(?::\w+)?|version)="[^"]*"', "", text)
+    text = text.replace("xlink:href", "href").replace(INK, "currentColor")
+    # Named by content, so that the same input gives the same page.
+    prefix = f"f{zlib.crc32(text.encode()):08x}-"
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'(href="|url\()#', rf"\1#{prefix}", text)
+    text = re.sub(r"\s*\n\s*", "\n", text)
+    return Markup(text)  # noqa: S704 - matplotlib has escaped every label
+
+
+def _trace_picture(trace: Sequence[StepInfo]) -> Picture | None:
+    """Mean log-likelihood and, under a prior, the objective that EM climbs, step by step."""
+    from matplotlib.ticker import MaxNLocator
+
+    trace = [info for info in trace if np.isfinite(info.mean_loglik)]
+    if len(trace) < 2:
+        return None
+    steps = [info.step for info in trace]
+    loglik = np.array([info.mean_loglik for info in trace])
+    objective = np.array([info.mean_objective for info in trace])
+    has_prior = any(info.log_prior for info in trace)
+    with _figure(5.6, 3.0) as (figure, axes):
+        axes.plot(steps, loglik, color=PALETTE[0], lw=1.6, label="log-likelihood")
+        if has_prior:
+            axes.plot(
+                steps, objective, color=PALETTE[1], lw=1.4, ls="--", label="with the log-prior"
+            )
+        rescued = [i for i, info in enumerate(trace) if info.events]
+        if rescued:
+            axes.plot(
+                np.array(steps)[rescued],
+                loglik[rescued],
+                "o",
+                ms=4,
+                color=DRAWN,
+                label="component re-seeded",
+            )
+        shown = np.concatenate([loglik, objective]) if has_prior else loglik
+        # The first steps climb so far that the rest would look flat.
+        first = max(1, len(trace) // 20)
+        rest = np.concatenate([loglik[first:], objective[first:]]) if has_prior else loglik[first:]
+        low = shown.min()
+        if np.ptp(rest) > 0 and rest.min() - low > 3 * np.ptp(rest):
+            axes.set_ylim(rest.min() - 0.25 * np.ptp(rest), rest.max() + 0.08 * np.ptp(rest))
+        axes.set_xlabel("step")
+        axes.set_ylabel("nats a row")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.ticklabel_format(axis="y", useOffset=False)
+        axes.grid(visible=True, alpha=0.2)
+        if has_prior or rescued:
+            axes.legend(loc="lower right")
+        alt = (
+            f"Mean log-likelihood over {len(trace)} steps, from {number(loglik[0])} "
+            f"to {number(loglik[-1])} nats a row."
+        )
+        return Picture(_svg(figure), alt)
+
+
+def _coordinates(column: Column, values: Array, rng: np.random.Generator) -> Array:
+    """Where points lie along a column: levels are spread out so that they can be told apart."""
+    if column.kind in ("binary", "categorical"):
+        return values + rng.uniform(-0.36, 0.36, len(values))
+    if column.kind == "count":
+        return values + rng.uniform(-0.3, 0.3, len(values))
+    return values
+
+
+def _view(axis_values: Array, column: Column | None) -> tuple[float, float]:
+    """Limits that hold the bulk of the points."""
+    if column is None:
+        return -0.5, 0.5
+    if column.kind in ("binary", "categorical"):
+        return -0.6, len(column.levels or "01") - 0.4
+    low, high = np.quantile(axis_values, (0.004, 0.996))
+    reach = 0.06 * (high - low) or 1.0
+    return float(low - reach), float(high + reach)
+
+
+def _telling_pair(portrait: Portrait) -> list[int]:
+    """The two columns to look at: real and count columns first, by separation."""
+    columns = portrait.story.schema.columns
+    separation = np.nan_to_num(portrait.separation)
+
+    def rank(j: int) -> tuple[bool, float]:
+        return columns[j].kind in ("binary", "categorical"), -float(separation[j])
+
+    return sorted(range(len(columns)), key=rank)[:2]
+
+
+def _assignment_picture(portrait: Portrait, params: Params, sample: Rows) -> Picture | None:
+    """Real rows on the two most telling columns, coloured by the mix of their components."""
+    from matplotlib.patches import Ellipse
+
+    story = portrait.story
+    pair = _telling_pair(portrait)
+    rng = np.random.default_rng(0)
+    seen = np.flatnonzero(sample.is_observed[:, pair].all(axis=1))
+    if not len(seen):
+        return None
+    chosen = np.sort(rng.permutation(seen)[:MAX_POINTS])
+    rows = sample[chosen]
+    responsibilities = story.infer(params, rows).responsibilities
+    order = portrait.heaviest
+    colours = np.empty((story.n_components, 3))
+    colours[order] = component_colours(story.n_components)
+    mixed = np.clip(responsibilities @ colours, 0, 1)
+    columns: list[Column | None] = [story.schema.columns[j] for j in pair]
+    points = [
+        _coordinates(story.schema.columns[j], rows.values[:, j].astype(np.float64), rng)
+        for j in pair
+    ]
+    if len(pair) == 1:
+        columns.append(None)
+        points.append(rng.uniform(-0.4, 0.4, len(rows.values)))
+    with _figure(5.6, 4.2) as (figure, axes):
+        axes.scatter(points[0], points[1], c=mixed, s=7, alpha=0.6, linewidths=0, rasterized=True)
+        limits = [_view(p, c) for p, c in zip(points, columns, strict=True)]
+        axes.set_xlim(*limits[0])
+        axes.set_ylim(*limits[1])
+        numeric = [c is not None and c.kind in ("real", "count") for c in columns]
+        for k in order[: len(PALETTE)] if all(numeric) else ():
+            centre = portrait.mean[k, pair]
+            within = all(a <= c <= b for c, (a, b) in zip(centre, limits, strict=True))
+            if portrait.covariance is not None:
+                shape = portrait.covariance(int(k))[np.ix_(pair, pair)]
+            else:
+                shape = np.diag(portrait.sd[k, pair] ** 2)
+            values, vectors = np.linalg.eigh(shape)
+            width, height = 4 * np.sqrt(np.maximum(values, 0))
+            angle = np.degrees(np.arctan2(vectors[1, 0], vectors[0, 0]))
+            axes.add_patch(
+                Ellipse(
+                    (centre[0], centre[1]), width, height, angle=angle,
+                    fill=False, ec=colours[k], lw=1.2,
+                )
+            )  # fmt: skip
+            if within:
+                axes.text(
+                    centre[0], centre[1], str(k), ha="center", va="center", fontsize=8,
+                    color="white", fontweight="bold",
+                    bbox={"boxstyle": "circle,pad=0.25", "fc": colours[k], "ec": "white"},
+                )  # fmt: skip
+        _name_axis(axes, 0, columns[0])
+        _name_axis(axes, 1, columns[1])
+        inside = [(p >= a) & (p <= b) for p, (a, b) in zip(points, limits, strict=True)]
+        outside = int((~np.logical_and(*inside)).sum())
+        names = " and ".join(c.name for c in columns if c is not None)
+        caption = (
+            f"{len(chosen):,} sampled rows on {names}, where the components differ most. Each "
+            "point mixes the colours of the components in proportion to its responsibilities: a "
+            "pure colour is a sure assignment, a blend a row between components."
+        )
+        if any(numeric) and all(numeric):
+            caption += " Ellipses lie two standard deviations around the means"
+            left_out = story.n_components - min(story.n_components, len(PALETTE))
+            caption += f" of the {len(PALETTE)} heaviest components." if left_out else "."
+        if not all(c is not None and c.kind == "real" for c in columns):
+            caption += " Points are spread a little where they would lie on each other."
+        if outside:
+            caption += f" {outside:,} rows lie outside the view."
+        alt = f"Scatter plot of {len(chosen):,} rows on {names}, coloured by component."
+        return Picture(_svg(figure), alt, caption)
+
+
+def _name_axis(axes: Axes, which: int, column: Column | None) -> None:
+    axis = (axes.xaxis, axes.yaxis)[which]
+    if column is None:
+        axis.set_ticks([])
+        return
+    set_label = (axes.set_xlabel, axes.set_ylabel)[which]
+    set_label(_one_line(_with_unit(column), 48))
+    if column.kind in ("binary", "categorical"):
+        levels = column.levels or ("0", "1")
+        if len(levels) <= 16:
+            axis.set_ticks(range(len(levels)), [_one_line(level, 12) for level in levels])
+            if which == 0 and len(levels) > 5:
+                axes.tick_params(axis="x", labelrotation=90)
+
+
+def _check_picture(check: ColumnCheck) -> Picture:
+    """Drawn against real entries of one column."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    with _figure(3.0, 2.1) as (figure, axes):
+        if isinstance(check, NumericCheck):
+            edges = np.array(check.edges)
+            axes.stairs(check.real_shares, edges, fill=True, color=REAL, alpha=0.5, label="real")
+            axes.stairs(check.drawn_shares, edges, color=DRAWN, lw=1.5, label="drawn")
+            axes.set_xlabel(_one_line(_with_unit(check), 36))
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.set_ylim(bottom=0)
+            words = f"real mean {number(check.real.mean)}, drawn mean {number(check.drawn.mean)}"
+        else:
+            order = np.argsort(-np.array(check.real_shares), kind="stable")[:MAX_LEVELS]
+            places = np.arange(len(order))
+            real = np.array(check.real_shares)[order]
+            drawn = np.array(check.drawn_shares)[order]
+            axes.barh(places - 0.2, real, 0.38, color=REAL, alpha=0.7, label="real")
+            axes.barh(places + 0.2, drawn, 0.38, color=DRAWN, label="drawn")
+            axes.set_yticks(places, [_one_line(check.levels[i], 14) for i in order])
+            axes.invert_yaxis()
+            axes.set_xlabel(_one_line(_with_unit(check), 36))
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+            top = check.levels[order[0]]
+            words = f"level {top}: real {percent(real[0])}, drawn {percent(drawn[0])}"
+        axes.legend(fontsize=8, handlelength=1.2, borderaxespad=0)
+        return Picture(_svg(figure), f"{check.name}, drawn against real: {words}.")
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One column of one component: a value, and its spread or further levels.
+
+    `shade` in -100..100 says how far it lies from the mixture's mean.
+    """
+
+    text: str
+    detail: str = ""
+    shade: int = 0
+
+
+def _component_cell(portrait: Portrait, k: int, j: int) -> Cell:
+    if j in portrait.levels:
+        (first, share), *rest = portrait.top_levels(k, j)
+        detail = ", ".join(f"{label} {percent(p)}" for label, p in rest)
+        return Cell(f"{first} {percent(share)}", detail)
+    mean, sd = float(portrait.mean[k, j]), float(portrait.sd[k, j])
+    spread = float(portrait.spread[j])
+    z = (mean - float(portrait.overall[j])) / spread if spread > 0 else 0.0
+    shade = int(np.clip(50 * z, -100, 100))
+    if portrait.story.schema.columns[j].kind == "count":
+        return Cell(number(mean), "a row", shade)
+    return Cell(number(mean), f"± {number(sd, 3)}", shade)
+
+
+def _components(portrait: Portrait) -> dict[str, Any]:
+    order = [int(k) for k in portrait.heaviest]
+    shown, hidden = order[:MAX_COMPONENTS], order[MAX_COMPONENTS:]
+    telling = portrait.most_telling(MAX_COMPONENT_COLUMNS)
+    columns = portrait.story.schema.columns
+    colours = component_colours(len(order))
+    return {
+        "columns": [_with_unit(columns[j]) for j in telling],
+        "n_columns_left": len(columns) - len(telling),
+        "n_left": len(hidden),
+        "weight_left": float(portrait.weights[hidden].sum()),
+        "heaviest": float(portrait.weights[order[0]]),
+        "rows": [
+            {
+                "name": k,
+                "colour": _hex(colours[rank]),
+                "weight": float(portrait.weights[k]),
+                "signature": portrait.signature(k),
+                "cells": [_component_cell(portrait, k, j) for j in telling],
+            }
+            for rank, k in enumerate(shown)
+        ],
+    }
+
+
+def _hex(colour: Array) -> str:
+    from matplotlib.colors import to_hex
+
+    return to_hex(tuple(colour))
+
+
+def _columns(portrait: Portrait, missing: Mapping[str, float]) -> dict[str, Any]:
+    schema = portrait.story.schema
+    gaps = np.array([missing.get(name, 0.0) for name in schema.names])
+    telling = np.maximum(np.nan_to_num(portrait.separation), gaps)
+    shown = sorted(np.argsort(-telling, kind="stable")[:MAX_COLUMNS].tolist())
+    return {
+        "n_left": schema.n_features - len(shown),
+        "n_gappy": int((gaps > 0).sum()),
+        "known": bool(missing),
+        "rows": [
+            {
+                "name": schema.columns[j].name,
+                "kind": schema.columns[j].kind,
+                "unit": schema.columns[j].unit,
+                "levels": len(schema.columns[j].levels),
+                "missing": float(gaps[j]),
+                "separation": float(portrait.separation[j]),
+            }
+            for j in shown
+        ],
+    }
+
+
+def _is_far(check: ColumnCheck) -> bool:
+    return check.distance > max(FAR, FAR_EXPECTED * check.expected_distance)
+
+
+def _checks(check: PredictiveCheck) -> dict[str, Any]:
+    def badness(column: ColumnCheck) -> float:
+        return -column.distance if np.isfinite(column.distance) else 1.0
+
+    worst = sorted(check.columns, key=badness)[:MAX_CHECKS]
+    chosen = {column.name for column in worst}
+    shown = [column for column in check.columns if column.name in chosen]
+    return {
+        "n_real": check.n_real,
+        "n_drawn": check.n_drawn,
+        "n_left": len(check.columns) - len(shown),
+        "n_far": sum(_is_far(column) for column in check.columns),
+        "columns": [
+            {
+                "name": _with_unit(column),
+                "distance": column.distance,
+                "expected": column.expected_distance,
+                "far": _is_far(column),
+                "summary": _check_words(column),
+                "picture": _check_picture(column),
+            }
+            for column in shown
+        ],
+        "pairs": check.pairs[:5],
+        "correlation_error": check.correlation_error,
+    }
+
+
+def _check_words(check: ColumnCheck) -> str:
+    if isinstance(check, LevelCheck):
+        off = np.array(check.drawn_shares) - np.array(check.real_shares)
+        most = int(np.argmax(np.abs(off)))
+        return (
+            f"{check.levels[most]}: real {percent(check.real_shares[most])}, "
+            f"drawn {percent(check.drawn_shares[most])}"
+        )
+    real, drawn = check.real, check.drawn
+    return (
+        f"mean {number(real.mean, 3)} real, {number(drawn.mean, 3)} drawn; "
+        f"sd {number(real.sd, 3)} real, {number(drawn.sd, 3)} drawn"
+    )
+
+
+def _warnings(content: ReportInput) -> list[str]:
+    state, check = content.state, content.check
+    found = [state.outcome.advice] if state.outcome.advice else []
+    found += [*content.story.warnings(state.params), *state.events, *content.notes]
+    if check is not None:
+        far = [column.name for column in check.columns if _is_far(column)]
+        if far:
+            names = ", ".join(far[:8]) + (f" and {len(far) - 8} more" if len(far) > 8 else "")
+            found.append(f"drawn rows differ from real rows in {names}: see the predictive check")
+        never = [column.name for column in check.columns if column.missing == 1.0]
+        if never:
+            found.append(f"no sampled row has a value in {', '.join(never[:8])}")
+    return found
+
+
+def _fit_words(train: HeldOut | None, test: HeldOut | None) -> str:
+    """What the difference between the fitted and the held-out rows says, in one sentence."""
+    if train is None or test is None:
+        return ""
+    gap = train.mean_loglik - test.mean_loglik
+    error = float(np.hypot(train.standard_error, test.standard_error))
+    size = f"{number(abs(gap), 3)} ± {number(error, 2)} nats a row"
+    if abs(gap) <= 2 * error:
+        return f"Held-out rows are explained as well as the rows of the fit (difference {size})."
+    if gap > 0:
+        return (
+            f"Held-out rows are explained worse than the rows of the fit, by {size}: "
+            "fewer components or more rows would narrow this."
+        )
+    return f"Held-out rows are explained better than the rows of the fit, by {size}."
+
+
+def _model_facts(story: Story, state: FitState) -> dict[str, str]:
+    told = story.to_json()
+    prior = "weak conjugate priors (MAP)" if story.prior else "none (maximum likelihood)"
+    facts = {
+        "Story": f"{story.n_components} components, {told['covariance']} covariance",
+        "Free parameters": f"{story.n_parameters:,}",
+        "Prior": prior,
+        "Arithmetic": story.dtype,
+        "Outcome": f"{state.outcome.value.replace('_', ' ')} after {state.step} steps",
+    }
+    if told["reg_covar"]:
+        facts["Added to variances"] = number(told["reg_covar"])
+    if any(kind != "real" for kind in story.schema.kinds):
+        facts["Story"] = f"{story.n_components} components over independent columns"
+    if state.trace:
+        seconds = sum(info.seconds for info in state.trace)
+        facts["Time in steps"] = f"{number(seconds, 3)} s"
+        if seconds > 0:
+            speed = sum(info.n_rows for info in state.trace) / seconds
+            facts["Speed"] = f"{speed:,.0f} rows/s"
+    return facts
+
+
+def _data_facts(content: ReportInput) -> dict[str, str]:
+    facts = dict(_flat(content.data))
+    schema = content.story.schema
+    kinds = [f"{len(schema.of_kind(kind))} {kind}" for kind in sorted(set(schema.kinds))]
+    facts["Columns"] = f"{schema.n_features} ({', '.join(kinds)})"
+    for label, score in (("Rows fitted", content.train), ("Rows held out", content.test)):
+        if score is not None:
+            facts[label] = f"{score.n_rows:,}"
+            if score.n_unobserved:
+                facts[f"{label}, nothing observed"] = f"{score.n_unobserved:,}"
+    if content.train is None and content.state.trace:
+        last = content.state.trace[-1]
+        facts["Rows fitted"] = f"{last.n_rows:,}"
+        if last.n_unobserved:
+            facts["Rows fitted, nothing observed"] = f"{last.n_unobserved:,}"
+    return facts
+
+
+def _headline(content: ReportInput) -> list[tuple[str, str, str]]:
+    """(label, figure, explanation) of what a reader looks for first."""
+    cards = []
+    for label, score in (("held-out fit", content.test), ("fit", content.train)):
+        if score is not None:
+            error = f"± {number(score.standard_error, 2)} nats a row"
+            cards.append((label, number(score.mean_loglik), error))
+    trace = content.state.trace
+    if not cards and trace:
+        cards.append(("fit", number(trace[-1].mean_loglik), "nats a row, at the last step"))
+    n_rows = content.train.n_rows if content.train else trace[-1].n_rows if trace else None
+    if n_rows is not None:
+        cards.append(("rows", f"{n_rows:,}", f"{content.story.schema.n_features} columns"))
+    weights = content.state.params.weights
+    cards.append(("components", str(len(weights)), f"heaviest {percent(float(weights.max()))}"))
+    cards.append(("steps", str(content.state.step), content.state.outcome.value.replace("_", " ")))
+    return cards
+
+
+def _page(content: ReportInput) -> dict[str, Any]:
+    """What the template shows."""
+    story, state = content.story, content.state
+    portrait = Portrait.of(story, state.params)
+    missing: dict[str, float] = {}
+    if content.train is not None:
+        missing = content.train.missing
+    elif content.check is not None:
+        missing = {column.name: column.missing for column in content.check.columns}
+    assignment = None
+    if content.sample is not None and content.sample.n_rows:
+        assignment = _assignment_picture(portrait, state.params, content.sample)
+    found = _warnings(content)
+    fits: Criteria | None = criteria(story, content.train) if content.train else None
+    scores = [("rows of the fit", content.train), ("held-out rows", content.test)]
+    steps = state.trace[-MAX_STEPS:]
+    return {
+        "title": content.title,
+        "created": content.created.strftime("%Y-%m-%d %H:%M %Z"),
+        "headline": _headline(content),
+        "warnings": found[:MAX_WARNINGS],
+        "n_warnings_left": max(0, len(found) - MAX_WARNINGS),
+        "model": _model_facts(story, state),
+        "data": _data_facts(content),
+        "columns": _columns(portrait, missing),
+        "components": _components(portrait),
+        "assignment": assignment,
+        "trace": _trace_picture(state.trace),
+        "steps": steps,
+        "n_steps_left": len(state.trace) - len(steps),
+        "scores": [(label, score) for label, score in scores if score is not None],
+        "fit_words": _fit_words(content.train, content.test),
+        "criteria": fits,
+        "check": _checks(content.check) if content.check is not None else None,
+        "reproducibility": list(_flat(content.reproducibility)),
+        "version": __version__,
+    }
