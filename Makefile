@@ -24,11 +24,14 @@ DEVELOPMENT := $(VENV)/.development
 DATA := .data/.fetched
 POWER := .data/power/about.json
 
+# What `make bench` runs: speed beside scikit-learn, and equal bits on every scheduler.
+BENCHMARKS ?= speed schedulers
+
 # Test processes. Tests that need the Prefect server share one of them.
 JOBS ?= 2
 
-CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-	schema rows stats gaussian columns story))
+CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
+	schema rows stats gaussian columns story)))
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
@@ -121,7 +124,7 @@ lint: $(DEVELOPMENT)
 	$(BIN)/lint-imports
 
 bench: $(DEVELOPMENT) $(DATA) $(POWER)
-	$(BIN)/python -m benchmarks
+	@for each in $(BENCHMARKS); do echo "== $$each"; $(BIN)/python -m benchmarks.$$each || exit; done
 
 clean:
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.abc
+import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -26,18 +27,24 @@ os.environ.pop("PREFECT_API_URL", None)
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
-class Absent(importlib.abc.MetaPathFinder):
-    """Makes packages look as if they were not installed."""
+class Without:
+    """A finder of the import system that has never heard of some packages."""
 
-    def __init__(self, packages: Sequence[str]) -> None:
+    def __init__(self, finder: Any, packages: Collection[str]) -> None:
+        self.finder = finder
         self.packages = frozenset(packages)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        # None, as for a package that is not there: those who only ask whether it is must hear no.
         if fullname.partition(".")[0] in self.packages:
-            raise ModuleNotFoundError(f"{fullname} is absent in this run", name=fullname)
-        return None
+            return None
+        found: ModuleSpec | None = self.finder.find_spec(fullname, path, target)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.finder, name)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,7 +62,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if loaded := sorted(name for name in absent if name in sys.modules):
         raise pytest.UsageError(f"--without comes too late for {', '.join(loaded)}")
     if absent:
-        sys.meta_path.insert(0, Absent(absent))
+        # Every finder: pytest has one of its own, which finds packages that carry a plugin.
+        sys.meta_path[:] = [Without(finder, absent) for finder in sys.meta_path]
+    if found := [name for name in absent if importlib.util.find_spec(name)]:
+        raise pytest.UsageError(f"--without had no effect on {', '.join(found)}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
