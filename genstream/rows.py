@@ -49,10 +49,15 @@ class Rows:
         that is negative or not finite, naming the first row and column.
         """
         array = np.asarray(values)
+        if array.dtype.kind == "c":
+            raise DataError("Complex data not supported: give real and imaginary parts as columns")
+        if array.dtype.kind not in "biufO":
+            # NumPy would read dates as nanoseconds, and a missing date as a very early one.
+            raise DataError(f"values of type {array.dtype} are not numbers")
         if array.dtype not in (np.float32, np.float64):
             try:
                 array = array.astype(np.float64)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise DataError(f"values of type {array.dtype} are not numbers: {error}") from None
         if array.ndim != 2:
             raise DataError(
