@@ -36,17 +36,19 @@ class Pick:
         return Rows(picked.values.astype(np.float64), picked.observed, picked.weights)
 
 
-def draw_sample(passes: Passes, n_rows: int, seed: int) -> Rows:
+def draw_sample(passes: Passes, n_rows: int | None, seed: int) -> Rows:
     """At most `n_rows` rows drawn without replacement over all chunks, in one pass.
 
-    Rows with nothing observed or of weight 0 are left out. Raises DataError where none is left.
+    None stands for all rows; a number is lowered where so many would take too much memory. Rows
+    with nothing observed or of weight 0 are left out. Raises DataError where none is left.
     """
     sizes = np.array(passes.source.chunk_rows)
     total = int(sizes.sum())
     if total == 0:
         raise DataError("the data have no rows")
     width = passes.source.schema.n_features
-    n_rows = min(total, n_rows, max(1000, SAMPLE_BYTES // (9 * width)))
+    limit = total if n_rows is None else min(n_rows, max(1000, SAMPLE_BYTES // (9 * width)))
+    n_rows = min(total, limit)
     rng = np.random.default_rng([seed, 0])
     if n_rows == total:
         chosen = np.arange(total)
@@ -62,7 +64,7 @@ def draw_sample(passes: Passes, n_rows: int, seed: int) -> Rows:
     useful = sample.is_observed.any(axis=1) & (sample.row_weights > 0)
     if not useful.any():
         raise DataError(
-            "nothing can be learned: every sampled row has no observed entry or weighs nothing"
+            "nothing can be learned: every sampled row has no observed entry or zero weight"
         )
     return sample if useful.all() else sample[useful]
 

@@ -273,7 +273,6 @@ class IndependentColumns:
         safe = np.where(known, n, 1.0)
         mean = stats.sum_real / safe
         about = safe * mean**2
-        floor = FLOOR
         if self.spherical:
             scatter = stats.sum_square - np.where(known, about, 0.0).sum(axis=1)
             rounding = SINGULAR * stats.sum_square
@@ -302,7 +301,7 @@ class IndependentColumns:
             else:
                 variance = np.where(known, scatter / safe, previous.variance / scale**2)
         unit = scale[0] ** 2 if self.spherical else scale**2
-        variance = np.maximum(variance, floor) * unit + self.ridge
+        variance = np.maximum(variance * unit + self.ridge, FLOOR * unit)
         weight = stats.sum_w.max(axis=1)
         level_n = stats.sum_w[:, self.level_column]
         levels = average(
