@@ -43,6 +43,7 @@ from genstream.story import Params, Story
 if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
@@ -52,16 +53,19 @@ MAX_COMPONENTS = 20
 MAX_COMPONENT_COLUMNS = 12
 MAX_COLUMNS = 40
 MAX_CHECKS = 24
-MAX_LEVELS = 10
+MAX_LEVELS = 12
 MAX_NAMED_LEVELS = 3
 MAX_POINTS = 4_000
+MAX_ELLIPSES = 12
 MAX_WARNINGS = 20
 MAX_STEPS = 12
 # A drawn column is called different from the real one beyond both of these.
 FAR, FAR_EXPECTED = 0.05, 3.0
 
 # Distinct also to colour-blind readers (Okabe & Ito 2008), grey and black left out.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800")
+PALETTE = (
+    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#b8a800", "#7b5aa6",
+)  # fmt: skip
 REAL, DRAWN = "#7f8c99", "#d55e00"
 # Stands for the page's text colour until the figure is set into it.
 INK = "#010203"
@@ -140,7 +144,7 @@ def render_report(content: ReportInput) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "percent": percent}
+    environment.filters |= {"number": number, "percent": percent, "with_error": with_error}
     return environment.get_template("report.html.j2").render(_page(content))
 
 
@@ -162,15 +166,23 @@ def number(value: float | None, digits: int = 4) -> str:
     return text.replace("-", "−")
 
 
+def with_error(value: float, error: float) -> str:
+    """A number in as many decimals as its standard error has meaning for."""
+    if not (np.isfinite(value) and np.isfinite(error) and error > 0):
+        return number(value)
+    decimals = max(0, 1 - int(np.floor(np.log10(error))))
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
 def percent(share: float | None) -> str:
-    """A share in percent; a positive one never reads as nothing, nor a missing one as all."""
+    """A share in percent; what is not nothing or all never reads as if it were."""
     if share is None or not np.isfinite(share):
         return "–"
     if 0 < share < 0.001:
-        return "< 0.1 %"
+        return "< 0.1\u00a0%"
     if 0.999 < share < 1:
-        return "> 99.9 %"
-    return f"{100 * share:.1f}".removesuffix(".0") + " %"
+        return "> 99.9\u00a0%"
+    return f"{share:.0%}"[:-1] + "\u00a0%" if share in (0, 1) else f"{100 * share:.1f}\u00a0%"
 
 
 def _one_line(text: str, length: int = 24) -> str:
@@ -293,14 +305,14 @@ class Portrait:
                 rest = percent(float(average[best]))
                 noise = np.sqrt(max(average[best] * (1 - average[best]), 1e-12))
                 scored.append(
-                    (float(lift[best] / noise), f"{column.name} {label}: {share}, overall {rest}")
+                    (float(lift[best] / noise), f"{column.name} {label} {share} (overall {rest})")
                 )
             elif self.spread[j] > 0:
                 z = (self.mean[k, j] - self.overall[j]) / self.spread[j]
                 word = "high" if z > 0 else "low"
                 unit = f" {column.unit}" if column.unit else ""
                 scored.append(
-                    (abs(float(z)), f"{word} {column.name}: {number(self.mean[k, j], 3)}{unit}")
+                    (abs(float(z)), f"{word} {column.name} {number(self.mean[k, j], 3)}{unit}")
                 )
         scored.sort(key=lambda pair: -pair[0])
         return [text for score, text in scored[:3] if score > 0.25]
@@ -394,12 +406,12 @@ def _trace_picture(trace: Sequence[StepInfo]) -> Picture | None:
     loglik = np.array([info.mean_loglik for info in trace])
     objective = np.array([info.mean_objective for info in trace])
     has_prior = any(info.log_prior for info in trace)
-    with _figure(5.6, 3.0) as (figure, axes):
-        axes.plot(steps, loglik, color=PALETTE[0], lw=1.6, label="log-likelihood")
+    with _figure(4.6, 2.7) as (figure, axes):
+        marker = "." if len(trace) <= 20 else ""
+        axes.plot(steps, loglik, color=PALETTE[0], lw=1.6, marker=marker, label="log-likelihood")
         if has_prior:
-            axes.plot(
-                steps, objective, color=PALETTE[1], lw=1.4, ls="--", label="with the log-prior"
-            )
+            label = "with the log-prior"
+            axes.plot(steps, objective, "--", color=PALETTE[1], lw=1.4, marker=marker, label=label)
         rescued = [i for i, info in enumerate(trace) if info.events]
         if rescued:
             axes.plot(
@@ -423,7 +435,7 @@ def _trace_picture(trace: Sequence[StepInfo]) -> Picture | None:
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.grid(visible=True, alpha=0.2)
         if has_prior or rescued:
-            axes.legend(loc="lower right")
+            axes.legend(loc="best", framealpha=0)
         alt = (
             f"Mean log-likelihood over {len(trace)} steps, from {number(loglik[0])} "
             f"to {number(loglik[-1])} nats a row."
@@ -487,13 +499,13 @@ def _assignment_picture(portrait: Portrait, params: Params, sample: Rows) -> Pic
     if len(pair) == 1:
         columns.append(None)
         points.append(rng.uniform(-0.4, 0.4, len(rows.values)))
-    with _figure(5.6, 4.2) as (figure, axes):
+    with _figure(4.6, 3.7) as (figure, axes):
         axes.scatter(points[0], points[1], c=mixed, s=7, alpha=0.6, linewidths=0, rasterized=True)
         limits = [_view(p, c) for p, c in zip(points, columns, strict=True)]
         axes.set_xlim(*limits[0])
         axes.set_ylim(*limits[1])
         numeric = [c is not None and c.kind in ("real", "count") for c in columns]
-        for k in order[: len(PALETTE)] if all(numeric) else ():
+        for k in order[:MAX_ELLIPSES] if all(numeric) else ():
             centre = portrait.mean[k, pair]
             within = all(a <= c <= b for c, (a, b) in zip(centre, limits, strict=True))
             if portrait.covariance is not None:
@@ -527,8 +539,8 @@ def _assignment_picture(portrait: Portrait, params: Params, sample: Rows) -> Pic
         )
         if any(numeric) and all(numeric):
             caption += " Ellipses lie two standard deviations around the means"
-            left_out = story.n_components - min(story.n_components, len(PALETTE))
-            caption += f" of the {len(PALETTE)} heaviest components." if left_out else "."
+            left_out = story.n_components > MAX_ELLIPSES
+            caption += f" of the {MAX_ELLIPSES} heaviest components." if left_out else "."
         if not all(c is not None and c.kind == "real" for c in columns):
             caption += " Points are spread a little where they would lie on each other."
         if outside:
@@ -553,36 +565,48 @@ def _name_axis(axes: Axes, which: int, column: Column | None) -> None:
 
 
 def _check_picture(check: ColumnCheck) -> Picture:
-    """Drawn against real entries of one column."""
+    """Drawn against real entries of one column; the page has the legend."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+    share_axis: Axis
     with _figure(3.0, 2.1) as (figure, axes):
         if isinstance(check, NumericCheck):
             edges = np.array(check.edges)
-            axes.stairs(check.real_shares, edges, fill=True, color=REAL, alpha=0.5, label="real")
-            axes.stairs(check.drawn_shares, edges, color=DRAWN, lw=1.5, label="drawn")
+            axes.stairs(check.real_shares, edges, fill=True, color=REAL, alpha=0.5)
+            axes.stairs(check.drawn_shares, edges, color=DRAWN, lw=1.5)
             axes.set_xlabel(_one_line(_with_unit(check), 36))
             axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.yaxis.set_major_locator(MaxNLocator(4))
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            share_axis = axes.yaxis
             axes.set_ylim(bottom=0)
             words = f"real mean {number(check.real.mean)}, drawn mean {number(check.drawn.mean)}"
         else:
-            order = np.argsort(-np.array(check.real_shares), kind="stable")[:MAX_LEVELS]
+            order = _levels_to_show(check)
             places = np.arange(len(order))
             real = np.array(check.real_shares)[order]
             drawn = np.array(check.drawn_shares)[order]
-            axes.barh(places - 0.2, real, 0.38, color=REAL, alpha=0.7, label="real")
-            axes.barh(places + 0.2, drawn, 0.38, color=DRAWN, label="drawn")
+            axes.barh(places - 0.2, real, 0.38, color=REAL, alpha=0.7)
+            axes.barh(places + 0.2, drawn, 0.38, color=DRAWN)
             axes.set_yticks(places, [_one_line(check.levels[i], 14) for i in order])
             axes.invert_yaxis()
             axes.set_xlabel(_one_line(_with_unit(check), 36))
-            axes.xaxis.set_major_locator(MaxNLocator(4))
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-            top = check.levels[order[0]]
-            words = f"level {top}: real {percent(real[0])}, drawn {percent(drawn[0])}"
-        axes.legend(fontsize=8, handlelength=1.2, borderaxespad=0)
+            share_axis = axes.xaxis
+            words = ", ".join(
+                f"{check.levels[i]} {percent(check.real_shares[i])} real and "
+                f"{percent(check.drawn_shares[i])} drawn"
+                for i in order[:3]
+            )
+        share_axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 4, 5, 10]))
+        top = max(*check.real_shares, *check.drawn_shares)
+        share_axis.set_major_formatter(PercentFormatter(1.0, decimals=0 if top > 0.04 else None))
         return Picture(_svg(figure), f"{check.name}, drawn against real: {words}.")
+
+
+def _levels_to_show(check: LevelCheck) -> list[int]:
+    """Positions of the commonest levels, by share; numbers (months, hours) in their own order."""
+    order = np.argsort(-np.array(check.real_shares), kind="stable")[:MAX_LEVELS].tolist()
+    if all(check.levels[i].lstrip("-").isdecimal() for i in order):
+        order.sort(key=lambda i: int(check.levels[i]))
+    return [int(i) for i in order]
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -609,8 +633,6 @@ def _component_cell(portrait: Portrait, k: int, j: int) -> Cell:
     spread = float(portrait.spread[j])
     z = (mean - float(portrait.overall[j])) / spread if spread > 0 else 0.0
     shade = int(np.clip(50 * z, -100, 100))
-    if portrait.story.schema.columns[j].kind == "count":
-        return Cell(number(mean), "a row", shade)
     return Cell(number(mean), f"± {number(sd, 3)}", shade)
 
 
@@ -791,13 +813,17 @@ def _data_facts(content: ReportInput) -> dict[str, str]:
 def _headline(content: ReportInput) -> list[tuple[str, str, str]]:
     """(label, figure, explanation) of what a reader looks for first."""
     cards = []
-    for label, score in (("held-out fit", content.test), ("fit", content.train)):
+    for label, score in (
+        ("log-likelihood, held out", content.test),
+        ("log-likelihood, fit", content.train),
+    ):
         if score is not None:
-            error = f"± {number(score.standard_error, 2)} nats a row"
-            cards.append((label, number(score.mean_loglik), error))
+            value = with_error(score.mean_loglik, score.standard_error)
+            cards.append((label, value, f"± {number(score.standard_error, 2)} nats a row"))
     trace = content.state.trace
     if not cards and trace:
-        cards.append(("fit", number(trace[-1].mean_loglik), "nats a row, at the last step"))
+        last = trace[-1]
+        cards.append(("log-likelihood", number(last.mean_loglik), "nats a row, at the last step"))
     n_rows = content.train.n_rows if content.train else trace[-1].n_rows if trace else None
     if n_rows is not None:
         cards.append(("rows", f"{n_rows:,}", f"{content.story.schema.n_features} columns"))
@@ -826,6 +852,7 @@ def _page(content: ReportInput) -> dict[str, Any]:
     return {
         "title": content.title,
         "created": content.created.strftime("%Y-%m-%d %H:%M %Z"),
+        "colours": {"real": REAL, "drawn": DRAWN},
         "headline": _headline(content),
         "warnings": found[:MAX_WARNINGS],
         "n_warnings_left": max(0, len(found) - MAX_WARNINGS),
