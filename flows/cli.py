@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -130,7 +131,7 @@ def resume(run: RunRef, as_json: AsJson = False) -> None:
 
 
 def _finish(run: Run, as_json: bool) -> None:
-    from flows.stages import summary, summary_text
+    from flows.showing import summary, summary_text
 
     _show(summary(run), summary_text(run), as_json)
 
@@ -252,10 +253,10 @@ def show(
 @app.command()
 def report(run: RunRef, as_json: AsJson = False) -> None:
     """Write the report of a run again."""
-    from flows.stages import write_run_report
+    from flows import stages
 
-    path = write_run_report(Run.find(run))
-    _show({"report": str(path)}, str(path), as_json)
+    written = stages.report(Run.find(run))
+    _show(written, written["path"], as_json)
 
 
 @app.command()
@@ -278,10 +279,15 @@ def doctor(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    guarded(app)
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Call `command`; exit with the code of whatever error it raises, after one line about it."""
     wants_json = "--json" in sys.argv[1:]
     try:
         with interruptible():
-            app()
+            command()
     except (Interrupted, KeyboardInterrupt) as error:
         code = error.exit_code if isinstance(error, Interrupted) else 130
         message = str(error) or "interrupted"
@@ -298,6 +304,34 @@ def main() -> None:
     elif message:
         typer.echo(f"error: {message}", err=True)
     sys.exit(code)
+
+
+def run_config(flow: Callable[[str], object]) -> None:
+    """The command line of a flow's module: make a run of a configuration and call the flow."""
+
+    def command(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+        run = Run.create(config, overrides or ())
+        flow(str(run.path))
+        _finish(run, as_json)
+
+    _single(command)
+
+
+def run_existing(flow: Callable[[str], object]) -> None:
+    """The command line of a flow's module that takes a run which is there already."""
+
+    def command(run: RunRef, as_json: AsJson = False) -> None:
+        found = Run.find(run)
+        flow(str(found.path))
+        _finish(found, as_json)
+
+    _single(command)
+
+
+def _single(command: Callable[..., None]) -> None:
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    alone.command()(command)
+    guarded(alone)
 
 
 def explain(error: Exception) -> tuple[int, str]:

@@ -7,6 +7,7 @@ its database in the project's own state folder, sends no telemetry and prints no
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from flows.run import STATE
@@ -41,3 +42,12 @@ def prepare() -> None:
         except OSError as error:
             message = f"{home}: Prefect's state cannot be kept here: {error.strerror}"
             raise StorageError(message) from None
+
+
+def artifact_key(run: str, what: str) -> str:
+    """Key of an artifact: its kind and the name of what was run, as Prefect allows it.
+
+    One key for all runs of a name, so that Prefect shows their history.
+    """
+    name = Path(run).name.split("-", 1)[-1].rsplit("-", 1)[0]
+    return re.sub(r"[^a-z0-9]+", "-", f"{name}-{what}".lower()).strip("-")

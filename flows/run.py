@@ -160,6 +160,16 @@ class Run:
         known = _read_json(path) if path.exists() else {}
         _write(path, json.dumps({**known, **values}, indent=2) + "\n")
 
+    def stage(self, name: str) -> dict[str, Any]:
+        """What a stage found; empty where it is not done."""
+        found: dict[str, Any] = self.info().get("stages", {}).get(name, {})
+        return found
+
+    def record(self, stage: str, found: dict[str, Any]) -> dict[str, Any]:
+        """Record what a stage found, which marks it as done."""
+        self.update(stages={**self.info().get("stages", {}), stage: found})
+        return found
+
     @property
     def status(self) -> Status:
         """Where the run is; a run whose process is gone counts as interrupted."""

@@ -1,0 +1,47 @@
+"""The flow that brings a source into its dataset: ``python -m flows.ingest CONFIG``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flows import orchestration, stages
+from flows.run import Run
+
+orchestration.prepare()
+
+from prefect import flow, task  # noqa: E402 - Prefect reads its settings when imported
+from prefect.artifacts import create_table_artifact  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+
+
+@task(name="ingest", cache_policy=NO_CACHE)
+def ingest_batches(run: str) -> dict[str, Any]:
+    """What `stages.ingest` does, for the run in folder `run`."""
+    return stages.ingest(Run(Path(run)))
+
+
+@flow(name="ingest")
+def ingest(run: str) -> dict[str, Any]:
+    """Ingest the data of a run that is being worked on, and show its batches."""
+    found = ingest_batches(run)
+    if found:
+        create_table_artifact(
+            table=found["batches"][-100:],
+            key=orchestration.artifact_key(run, "batches"),
+            description=f"{found['rows']:,} rows in {found['path']}",
+        )
+    return found
+
+
+def main_flow(run: str) -> None:
+    """Ingest only."""
+    folder = Run(Path(run))
+    with folder.working():
+        ingest(run)
+
+
+if __name__ == "__main__":
+    from flows.cli import run_config
+
+    run_config(main_flow)

@@ -1,0 +1,524 @@
+"""What a run does, stage by stage: ingest, fit, evaluate, publish, report.
+
+Each stage takes a run, does its work with one or two calls of the library, and records in the run
+folder what it found. A stage that is recorded is not done again, and a fit goes on from its newest
+checkpoint: to resume a run is to walk its stages once more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flows.config import Compute, Config, Drawn
+from flows.run import Run
+from flows.terminal import FitProgress, RowProgress, bars, bytes_text
+from genstream.errors import ComputeError, ConfigError, DataError
+
+if TYPE_CHECKING:
+    from genstream.learn import FitState, StepInfo
+    from genstream.passes import Passes
+    from genstream.sources import Source
+    from genstream.story import Params, Story
+
+T = TypeVar("T")
+OnStep = Callable[["FitState", "StepInfo"], None]
+
+log = logging.getLogger("genstream")
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def ingest_data(config: Config, on_rows: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Bring the source into the dataset; what is there already is left as it is.
+
+    Returns the dataset's path, the manifest that holds the data, its rows, and every batch looked
+    at. Raises ConfigError where no dataset is named, and DataError where the data are not right.
+    """
+    from genstream.store import Dataset, ingest
+
+    data = config.data
+    if data.dataset is None:
+        raise ConfigError(
+            "data.dataset is not set, so that the source is fitted in place: there is no ingest"
+        )
+    begin = time.monotonic()
+    if isinstance(data.source, Drawn):
+        report = _ingest_drawn(data.source, data.dataset, data.dtype, on_rows)
+    else:
+        specs = config.column_specs()
+        report = ingest(
+            config.paths,
+            data.dataset,
+            columns=None if specs is None else {name: _column(name, specs[name]) for name in specs},
+            id_column=data.id,
+            weights=data.weights,
+            missing=data.missing,
+            null_values=data.null_values,
+            dtype=data.dtype,
+            on_progress=on_rows,
+        ).to_json()
+    dataset = Dataset.open(data.dataset)
+    return {
+        **report,
+        "path": data.dataset,
+        "rows": dataset.n_rows,
+        "seconds": round(time.monotonic() - begin, 3),
+    }
+
+
+def _ingest_drawn(
+    drawn: Drawn, path: str, dtype: str, on_rows: Callable[[int], None] | None
+) -> dict[str, Any]:
+    from flows.draw import draw_rows, known_story
+
+    raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run: those fitted, and those held out where there are any."""
+
+    train: Source
+    held_out: Source | None
+
+
+def open_data(config: Config, manifest: int | None = None) -> Data:
+    """The rows a configuration means, of the given manifest of its dataset (the newest).
+
+    Raises DataError where there are none, or where they do not have the columns named.
+    """
+    from genstream.sources import Split, open_source
+    from genstream.store import Dataset
+
+    data = config.data
+    if data.dataset is not None:
+        whole = Dataset.open(data.dataset).source(manifest)
+    else:
+        paths = config.paths
+        whole = open_source(
+            paths[0] if len(paths) == 1 else paths, _schema(config), weights=data.weights
+        )
+    if data.test is not None:
+        return Data(whole, open_source(data.test, whole.schema))
+    share = config.holdout
+    if share is None:
+        return Data(whole, None)
+    seed = config.fit.seed
+    return Data(Split(whole, "train", share, seed), Split(whole, "test", share, seed))
+
+
+# --- fit -----------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def cluster(compute: Compute) -> Iterator[None]:
+    """Within it `scheduler: distributed` means a cluster of processes on this machine."""
+    if compute.scheduler != "distributed":
+        yield
+        return
+    import distributed
+
+    with (
+        distributed.LocalCluster(
+            n_workers=compute.workers or os.cpu_count() or 1,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address=None,
+            memory_limit=compute.memory_limit or "auto",
+            silence_logs=logging.CRITICAL,
+        ) as processes,
+        distributed.Client(processes),
+    ):
+        yield
+
+
+def _passes(
+    source: Source, compute: Compute, on_progress: Callable[[int, int], None] | None = None
+) -> Passes:
+    from genstream.passes import Passes
+
+    return Passes(
+        source, scheduler=compute.scheduler, workers=compute.workers, on_progress=on_progress
+    )
+
+
+class Checkpoints:
+    """Saves the states of a fit, as often as the configuration says; `close` saves the last."""
+
+    def __init__(self, run: Run, config: Config, story: Story) -> None:
+        self._run, self._story = run, story
+        self._every, self._keep = config.checkpoint.every, config.checkpoint.keep
+        self._time = time.monotonic()
+        self._saved: FitState | None = None
+        self._state: FitState | None = None
+
+    def __call__(self, state: FitState, info: StepInfo) -> None:
+        """Note a state, and save it if it is time to."""
+        self._state = state
+        every = self._every
+        due = (
+            info.step % every.passes == 0
+            if every.passes is not None
+            else time.monotonic() - self._time >= (every.seconds or 0.0)
+        )
+        if due:
+            self.close()
+
+    def close(self) -> None:
+        """Save the newest state, unless it is saved already."""
+        from genstream.store import save_checkpoint
+
+        if self._state is None or self._state is self._saved:
+            return
+        save_checkpoint(self._run.checkpoint, self._story, self._state, keep=self._keep)
+        self._saved, self._time = self._state, time.monotonic()
+
+
+def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dict[str, Any]:
+    """Fit the model of a run, from its newest checkpoint or from a warm start.
+
+    Raises ComputeError where the log-likelihood ceased to be finite. Whatever else is raised, and
+    whenever, the last finished step is saved first.
+    """
+    from genstream import learn, start, store
+    from genstream.sources import n_rows
+    from genstream.story import mixture
+
+    config = run.config
+    data = open_data(config, run.stage("ingest").get("manifest"))
+    record = _reproducibility(config, data)
+    _check_unchanged(run, record)
+    run.write_json("repro.json", record)
+    options = config.fit
+    begin = time.monotonic()
+    with cluster(config.compute), bars(quiet) as progress:
+        shown = FitProgress(progress, options.max_steps, options.tolerance)
+        passes = _passes(data.train, config.compute, shown.on_rows)
+        found = store.load_checkpoint(run.checkpoint)
+        if found is None:
+            log.info("start from a sample of at most %d rows", options.sample_rows)
+            story, state = start.warm_start(
+                mixture(
+                    data.train.schema,
+                    config.model.n_components,
+                    covariance=config.model.covariance,
+                    prior=config.model.prior,
+                    dtype=options.dtype,
+                ),
+                passes,
+                n_init=options.n_init,
+                seed=options.seed,
+                sample_rows=options.sample_rows,
+            )
+            store.save_checkpoint(run.checkpoint, story, state, keep=config.checkpoint.keep)
+        else:
+            story, state = found
+            log.info("resume after step %d", state.step)
+        checkpoints = Checkpoints(run, config, story)
+        first, pass_rows = state.step, n_rows(data.train)
+
+        def keep_metrics(state: FitState, info: StepInfo) -> None:
+            line = {
+                "step": info.step,
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "mean_loglik": info.mean_loglik,
+                "mean_objective": info.mean_objective,
+                "seconds": info.seconds,
+                "rows_per_s": pass_rows / max(info.seconds, 1e-9),
+                "peak_rss": peak_memory(),
+                "events": list(info.events),
+            }
+            run.append_metrics(line)
+            log.info("step %d: mean log-likelihood %.6f", info.step, info.mean_loglik)
+            for event in info.events:
+                log.warning("step %d: %s", info.step, event)
+
+        try:
+            state = learn.fit(
+                story,
+                learn.BatchEM(options.max_steps, options.tolerance),
+                passes,
+                state,
+                on_step=(checkpoints, keep_metrics, shown.on_step, *on_step),
+            )
+        finally:
+            checkpoints.close()
+    if state.outcome is learn.Outcome.NONFINITE:
+        raise ComputeError(f"the fit ended at step {state.step}: {state.outcome.advice}")
+    seconds = time.monotonic() - begin
+    steps = state.step - first
+    itemsize = 4 if config.data.dtype == "float32" and config.data.dataset else 8
+    return run.record(
+        "fit",
+        {
+            "outcome": state.outcome.value,
+            "advice": state.outcome.advice,
+            "steps": state.step,
+            "rows": pass_rows,
+            "mean_loglik": state.trace[-1].mean_loglik,
+            "n_unobserved": state.trace[-1].n_unobserved,
+            "seconds": seconds,
+            "rows_per_s": pass_rows * steps / max(seconds, 1e-9),
+            "bytes_read": pass_rows * data.train.schema.n_features * itemsize * (steps + 1),
+            "peak_rss": peak_memory(),
+            "digest": digest(state.params),
+        },
+    )
+
+
+def peak_memory() -> int:
+    """Most resident memory this process ever had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def digest(params: Params) -> str:
+    """SHA-256 of all parameters, to the bit."""
+    import numpy as np
+
+    found = hashlib.sha256()
+    for name, _, value in params.leaves():
+        array = np.ascontiguousarray(value)
+        found.update(f"{name} {array.dtype.str} {array.shape};".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+def _reproducibility(config: Config, data: Data) -> dict[str, Any]:
+    """What decides every bit of a fit."""
+    import threadpoolctl
+
+    chunks = data.train.chunk_rows
+    names = ("genstream", "numpy", "scipy", "zarr", "dask", "pyarrow")
+    return {
+        "seed": config.fit.seed,
+        "data": data.train.identity(),
+        "held_out": None if data.held_out is None else data.held_out.identity(),
+        "chunking": {
+            "chunks": len(chunks),
+            "rows": sum(chunks),
+            "sha256": hashlib.sha256(json.dumps(chunks).encode()).hexdigest(),
+        },
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in names},
+        "blas": [
+            f"{pool['internal_api']} {pool['version']} ({pool.get('architecture', 'unknown')})"
+            for pool in threadpoolctl.threadpool_info()
+            if pool["user_api"] == "blas"
+        ],
+        "machine": platform.machine(),
+        "scheduler": config.compute.scheduler,
+    }
+
+
+def _check_unchanged(run: Run, record: dict[str, Any]) -> None:
+    before = run.read_json("repro.json")
+    for key in ("data", "held_out", "chunking"):
+        if before and json.loads(json.dumps(record[key])) != before[key]:
+            raise DataError(
+                f"run {run.id}: the data are no longer those the run began with ({key} in "
+                "repro.json differs): start a new run"
+            )
+    for name, version in record["versions"].items():
+        known = before.get("versions", {}).get(name, version)
+        if known != version:
+            log.warning("%s is %s now and was %s: bits may differ", name, version, known)
+
+
+# --- evaluate, publish, report -------------------------------------------------------------------
+
+
+def _fitted(run: Run) -> tuple[Story, FitState]:
+    from genstream.store import load_checkpoint
+
+    found = load_checkpoint(run.checkpoint)
+    if found is None:
+        raise ConfigError(f"run {run.id} has no fitted model yet: `genstream resume {run.id}`")
+    return found
+
+
+def evaluate(run: Run, *, quiet: bool = False) -> dict[str, Any]:
+    """Score the rows fitted and the rows held out, and compare drawn rows with real ones."""
+    import numpy as np
+
+    from genstream.evaluate import criteria, held_out, predictive_check
+
+    config = run.config
+    data = open_data(config, run.stage("ingest").get("manifest"))
+    story, state = _fitted(run)
+    params = state.params
+    with cluster(config.compute), bars(quiet) as progress:
+        train = held_out(
+            story, params, _passes(data.train, config.compute, RowProgress(progress, "score"))
+        )
+        test = None
+        if data.held_out is not None and sum(data.held_out.chunk_rows):
+            on_rows = RowProgress(progress, "score held-out rows")
+            test = held_out(story, params, _passes(data.held_out, config.compute, on_rows))
+    rng = np.random.default_rng([config.fit.seed, 3])
+    unseen = data.held_out if test is not None and data.held_out is not None else data.train
+    check = predictive_check(story, params, unseen, rng)
+    scores = {
+        "train": train.to_json(),
+        "held_out": None if test is None else test.to_json(),
+        "criteria": criteria(story, train).to_json(),
+    }
+    if isinstance(config.data.source, Drawn):
+        from flows.draw import recovery
+
+        scores["recovery"] = recovery(config.data.source, params).to_json()
+    run.write_json("evaluation.json", {**scores, "check": check.to_json()})
+    return run.record("evaluate", {**scores, "peak_rss": peak_memory()})
+
+
+def publish(run: Run) -> dict[str, Any]:
+    """Make the fitted model the champion of its folder, once however often it is called."""
+    from genstream.store import ModelStore
+
+    target = run.config.publish
+    if target is None:
+        return {}
+    story, state = _fitted(run)
+    models = ModelStore(target.model)
+    raise NotImplementedError
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Write `report.html` of a run that was evaluated; returns its path."""
+    import numpy as np
+
+    from genstream.evaluate import HeldOut, PredictiveCheck, sample_rows
+    from genstream.report import ReportInput, write_report
+
+    found = run.read_json("evaluation.json")
+    if not found:
+        raise ConfigError(f"run {run.id} was not evaluated yet: `genstream resume {run.id}`")
+    config, info = run.config, run.info()
+    data = open_data(config, run.stage("ingest").get("manifest"))
+    story, state = _fitted(run)
+    rng = np.random.default_rng([config.fit.seed, 4])
+    fitted = run.stage("fit")
+    written = write_report(
+        run.report,
+        ReportInput(
+            title=config.name,
+            story=story,
+            state=state,
+            data=_data_facts(config, data),
+            train=_revived(HeldOut, found["train"]),
+            test=_revived(HeldOut, found["held_out"]) if found["held_out"] else None,
+            check=_revived(PredictiveCheck, found["check"]),
+            sample=sample_rows(data.train, 4_000, rng),
+            reproducibility={"run": run.id, **run.read_json("repro.json"), **_fit_facts(fitted)},
+            notes=[fitted["advice"]] if fitted.get("advice") else [],
+            created=datetime.fromisoformat(info.get("finished") or info["created"]),
+        ),
+    )
+    return run.record("report", {"path": str(written)})
+
+
+def _data_facts(config: Config, data: Data) -> dict[str, object]:
+    source = config.data.source
+    facts: dict[str, object] = {
+        "source": f"{source.gigabytes:g} GiB drawn from a known story"
+        if isinstance(source, Drawn)
+        else ", ".join(config.paths),
+        "dataset": config.data.dataset or "fitted in place",
+        "rows fitted": sum(data.train.chunk_rows),
+        "columns": data.train.schema.n_features,
+    }
+    if data.held_out is not None:
+        facts["rows held out"] = sum(data.held_out.chunk_rows)
+    return facts
+
+
+def _fit_facts(fitted: dict[str, Any]) -> dict[str, object]:
+    if not fitted:
+        return {}
+    return {
+        "parameters": f"sha256 {fitted['digest']}",
+        "peak memory": bytes_text(fitted["peak_rss"]),
+        "seconds": round(fitted["seconds"], 1),
+    }
+
+
+def _revived(kind: type[T], plain: Any) -> T:
+    """A result from what its `to_json` gave: None stands for a number that is not finite."""
+    from pydantic import TypeAdapter
+
+    def numbers(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: numbers(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [numbers(item) for item in value]
+        return float("nan") if value is None else value
+
+    return TypeAdapter(kind).validate_python(numbers(plain))
+
+
+# --- all of them ---------------------------------------------------------------------------------
+
+
+def ingest(run: Run, *, quiet: bool = False) -> dict[str, Any]:
+    """Bring the source of a run into its dataset, and pin the manifest that is fitted."""
+    config = run.config
+    if config.data.dataset is None:
+        return {}
+    with bars(quiet) as progress:
+        return run.record("ingest", ingest_data(config, RowProgress(progress, "ingest")))
+
+
+def run_stages(run: Run, *, quiet: bool = False) -> Run:
+    """All stages of a run that are not done yet, through Prefect where the configuration says."""
+    from flows import orchestration
+
+    mode = run.config.orchestrate
+    if mode == "prefect" or (mode == "auto" and orchestration.configured()):
+        from flows.pipeline import run_flow
+
+        return run_flow(run)
+    with run.working():
+        walk(run, quiet=quiet)
+    return run
+
+
+def remaining(run: Run) -> list[str]:
+    """Names of the stages of a run that are not recorded yet, in their order."""
+    config = run.config
+    wanted = {
+        "ingest": config.data.dataset is not None,
+        "fit": True,
+        "evaluate": True,
+        "publish": config.publish is not None,
+        "report": config.report,
+    }
+    return [name for name, due in wanted.items() if due and not run.stage(name)]
+
+
+def walk(run: Run, *, quiet: bool = False) -> None:
+    """The stages that remain, in their order."""
+    for name in remaining(run):
+        match name:
+            case "ingest":
+                ingest(run, quiet=quiet)
+            case "fit":
+                fit(run, quiet=quiet)
+            case "evaluate":
+                evaluate(run, quiet=quiet)
+            case "publish":
+                publish(run)
+            case "report":
+                report(run)
