@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from genstream import __version__
 from genstream.errors import StorageError
@@ -50,6 +51,7 @@ Array = NDArray[np.float64]
 
 # What the page shows at most of each.
 MAX_COMPONENTS = 20
+MAX_PORTRAITS = 12
 MAX_COMPONENT_COLUMNS = 12
 MAX_COLUMNS = 40
 MAX_CHECKS = 24
@@ -463,90 +465,123 @@ def _view(axis_values: Array, column: Column | None) -> tuple[float, float]:
     return float(low - reach), float(high + reach)
 
 
-def _telling_pair(portrait: Portrait) -> list[int]:
-    """The two columns to look at: real and count columns first, by separation."""
+def _telling_pair(portrait: Portrait, rows: Rows, responsibilities: Array) -> list[int]:
+    """The two columns to look at, real and count columns before the others.
+
+    Of those, the first is the one whose ranks lie furthest between the components, so that a few
+    far rows do not decide; the second counts only for what its ranks do not share with the first.
+    """
     columns = portrait.story.schema.columns
-    separation = np.nan_to_num(portrait.separation)
-
-    def rank(j: int) -> tuple[bool, float]:
-        return columns[j].kind in ("binary", "categorical"), -float(separation[j])
-
-    return sorted(range(len(columns)), key=rank)[:2]
+    numeric = [j for j, column in enumerate(columns) if column.kind in ("real", "count")]
+    others = [j for j in range(len(columns)) if j not in numeric]
+    others.sort(key=lambda j: -float(portrait.separation[j]))
+    if len(numeric) < 2:
+        return [*numeric, *others][:2]
+    observed = rows.is_observed[:, numeric]
+    ranks = np.zeros(observed.shape)
+    for i, j in enumerate(numeric):
+        seen = observed[:, i]
+        z = rankdata(rows.values[seen, j])
+        spread = z.std() if len(z) else 0.0
+        ranks[seen, i] = (z - z.mean()) / spread if spread > 0 else 0.0
+    # Ranks have mean 0 and variance 1, so this is the share of variance between components.
+    mass = responsibilities.T @ observed
+    between = (responsibilities.T @ ranks) ** 2 / np.where(mass > 0, mass, 1.0)
+    apart = between.sum(axis=0) / np.maximum(observed.sum(axis=0), 1)
+    first = int(np.argmax(apart))
+    both = observed & observed[:, [first]]
+    shared = (ranks * ranks[:, [first]]).sum(axis=0) / np.maximum(both.sum(axis=0), 1)
+    rest = apart * (1 - np.minimum(shared**2, 1.0))
+    rest[first] = -1.0
+    return [numeric[first], numeric[int(np.argmax(rest))]]
 
 
 def _assignment_picture(portrait: Portrait, params: Params, sample: Rows) -> Picture | None:
     """Real rows on the two most telling columns, coloured by the mix of their components."""
-    from matplotlib.patches import Ellipse
-
     story = portrait.story
-    pair = _telling_pair(portrait)
     rng = np.random.default_rng(0)
-    seen = np.flatnonzero(sample.is_observed[:, pair].all(axis=1))
-    if not len(seen):
-        return None
-    chosen = np.sort(rng.permutation(seen)[:MAX_POINTS])
-    rows = sample[chosen]
+    rows = sample[np.sort(rng.permutation(sample.n_rows)[:MAX_POINTS])]
     responsibilities = story.infer(params, rows).responsibilities
+    pair = _telling_pair(portrait, rows, responsibilities)
+    seen = rows.is_observed[:, pair].all(axis=1)
+    if not seen.any():
+        return None
     order = portrait.heaviest
     colours = np.empty((story.n_components, 3))
     colours[order] = component_colours(story.n_components)
-    mixed = np.clip(responsibilities @ colours, 0, 1)
+    mixed = np.clip(responsibilities[seen] @ colours, 0, 1)
     columns: list[Column | None] = [story.schema.columns[j] for j in pair]
     points = [
-        _coordinates(story.schema.columns[j], rows.values[:, j].astype(np.float64), rng)
+        _coordinates(story.schema.columns[j], rows.values[seen, j].astype(np.float64), rng)
         for j in pair
     ]
     if len(pair) == 1:
         columns.append(None)
-        points.append(rng.uniform(-0.4, 0.4, len(rows.values)))
+        points.append(rng.uniform(-0.4, 0.4, len(points[0])))
+    numeric = all(c is not None and c.kind in ("real", "count") for c in columns)
     with _figure(4.6, 3.7) as (figure, axes):
         axes.scatter(points[0], points[1], c=mixed, s=7, alpha=0.6, linewidths=0, rasterized=True)
         limits = [_view(p, c) for p, c in zip(points, columns, strict=True)]
         axes.set_xlim(*limits[0])
         axes.set_ylim(*limits[1])
-        numeric = [c is not None and c.kind in ("real", "count") for c in columns]
-        for k in order[:MAX_ELLIPSES] if all(numeric) else ():
-            centre = portrait.mean[k, pair]
-            within = all(a <= c <= b for c, (a, b) in zip(centre, limits, strict=True))
-            if portrait.covariance is not None:
-                shape = portrait.covariance(int(k))[np.ix_(pair, pair)]
-            else:
-                shape = np.diag(portrait.sd[k, pair] ** 2)
-            values, vectors = np.linalg.eigh(shape)
-            width, height = 4 * np.sqrt(np.maximum(values, 0))
-            angle = np.degrees(np.arctan2(vectors[1, 0], vectors[0, 0]))
-            axes.add_patch(
-                Ellipse(
-                    (centre[0], centre[1]), width, height, angle=angle,
-                    fill=False, ec=colours[k], lw=1.2,
-                )
-            )  # fmt: skip
-            if within:
-                axes.text(
-                    centre[0], centre[1], str(k), ha="center", va="center", fontsize=8,
-                    color="white", fontweight="bold",
-                    bbox={"boxstyle": "circle,pad=0.25", "fc": colours[k], "ec": "white"},
-                )  # fmt: skip
+        if numeric:
+            _draw_components(axes, portrait, pair, colours)
         _name_axis(axes, 0, columns[0])
         _name_axis(axes, 1, columns[1])
         inside = [(p >= a) & (p <= b) for p, (a, b) in zip(points, limits, strict=True)]
         outside = int((~np.logical_and(*inside)).sum())
+        gaps = int((~seen).sum())
         names = " and ".join(c.name for c in columns if c is not None)
         caption = (
-            f"{len(chosen):,} sampled rows on {names}, where the components differ most. Each "
+            f"{len(mixed):,} sampled rows on {names}, where the components differ most. Each "
             "point mixes the colours of the components in proportion to its responsibilities: a "
             "pure colour is a sure assignment, a blend a row between components."
         )
-        if any(numeric) and all(numeric):
+        if numeric:
             caption += " Ellipses lie two standard deviations around the means"
             left_out = story.n_components > MAX_ELLIPSES
             caption += f" of the {MAX_ELLIPSES} heaviest components." if left_out else "."
         if not all(c is not None and c.kind == "real" for c in columns):
             caption += " Points are spread a little where they would lie on each other."
         if outside:
-            caption += f" {outside:,} rows lie outside the view."
-        alt = f"Scatter plot of {len(chosen):,} rows on {names}, coloured by component."
+            caption += f" Rows outside the view: {outside:,}."
+        if gaps:
+            caption += f" Rows with a gap there, not shown: {gaps:,}."
+        alt = f"Scatter plot of {len(mixed):,} rows on {names}, coloured by component."
         return Picture(_svg(figure), alt, caption)
+
+
+def _draw_components(axes: Axes, portrait: Portrait, pair: list[int], colours: Array) -> None:
+    """Means and two-deviation ellipses of the heaviest components on two numeric columns."""
+    from matplotlib.patches import Ellipse
+
+    labels: list[Array] = []
+    for k in portrait.heaviest[:MAX_ELLIPSES]:
+        centre = portrait.mean[k, pair]
+        if portrait.covariance is not None:
+            shape = portrait.covariance(int(k))[np.ix_(pair, pair)]
+        else:
+            shape = np.diag(portrait.sd[k, pair] ** 2)
+        values, vectors = np.linalg.eigh(shape)
+        width, height = 4 * np.sqrt(np.maximum(values, 0))
+        angle = float(np.degrees(np.arctan2(vectors[1, 0], vectors[0, 0])))
+        axes.add_patch(
+            Ellipse(
+                (centre[0], centre[1]), width, height, angle=angle,
+                fill=False, ec=colours[k], lw=1.2,
+            )
+        )  # fmt: skip
+        place = axes.transAxes.inverted().transform(axes.transData.transform(centre))
+        # A label that would cover that of a heavier component is left out.
+        if (np.abs(place - 0.5) < 0.5).all() and all(
+            np.hypot(*(place - other)) > 0.055 for other in labels
+        ):
+            labels.append(place)
+            axes.text(
+                centre[0], centre[1], str(k), ha="center", va="center", fontsize=8,
+                color="white", fontweight="bold",
+                bbox={"boxstyle": "circle,pad=0.25", "fc": colours[k], "ec": "white"},
+            )  # fmt: skip
 
 
 def _name_axis(axes: Axes, which: int, column: Column | None) -> None:
@@ -644,6 +679,7 @@ def _components(portrait: Portrait) -> dict[str, Any]:
     colours = component_colours(len(order))
     return {
         "columns": [_with_unit(columns[j]) for j in telling],
+        "n_portraits": MAX_PORTRAITS,
         "n_columns_left": len(columns) - len(telling),
         "n_left": len(hidden),
         "weight_left": float(portrait.weights[hidden].sum()),
@@ -749,7 +785,7 @@ def _warnings(content: ReportInput) -> list[str]:
         never = [column.name for column in check.columns if column.missing == 1.0]
         if never:
             found.append(f"no sampled row has a value in {', '.join(never[:8])}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _fit_words(train: HeldOut | None, test: HeldOut | None) -> str:
@@ -758,7 +794,7 @@ def _fit_words(train: HeldOut | None, test: HeldOut | None) -> str:
         return ""
     gap = train.mean_loglik - test.mean_loglik
     error = float(np.hypot(train.standard_error, test.standard_error))
-    size = f"{number(abs(gap), 3)} ± {number(error, 2)} nats a row"
+    size = f"{with_error(abs(gap), error)} ± {number(error, 2)} nats a row"
     if abs(gap) <= 2 * error:
         return f"Held-out rows are explained as well as the rows of the fit (difference {size})."
     if gap > 0:
@@ -793,7 +829,7 @@ def _model_facts(story: Story, state: FitState) -> dict[str, str]:
 
 
 def _data_facts(content: ReportInput) -> dict[str, str]:
-    facts = dict(_flat(content.data))
+    facts = {key[:1].upper() + key[1:]: value for key, value in _flat(content.data)}
     schema = content.story.schema
     kinds = [f"{len(schema.of_kind(kind))} {kind}" for kind in sorted(set(schema.kinds))]
     facts["Columns"] = f"{schema.n_features} ({', '.join(kinds)})"

@@ -365,7 +365,7 @@ def test_overfitting_is_said_in_words() -> None:
     assert content.test is not None
     worse = replace(content.test, mean_loglik=content.test.mean_loglik - 3)
     text = Page(render_report(replace(content, test=worse))).text
-    assert "explained worse than the rows of the fit, by 3 ±" in text
+    assert "explained worse than the rows of the fit, by 3.0" in text
     better = replace(content.test, mean_loglik=content.test.mean_loglik + 3)
     text = Page(render_report(replace(content, test=better))).text
     assert "explained better than the rows of the fit" in text
@@ -528,3 +528,25 @@ def test_check_of_a_story_with_one_column_has_no_pairs() -> None:
     content = content_of(story, params)
     assert isinstance(content.check, PredictiveCheck)
     assert "Correlations" not in Page(render_report(content)).text
+
+
+def test_the_picture_shows_columns_that_add_something() -> None:
+    """Not a copy of the first column, nor one in which a few far rows make the difference."""
+    story, params = gaussians(3, ["first", "copy", "second", "far"])
+    mean = np.array(
+        [[0.0, 0.0, 0.0, 0.0], [9.0, 9.0, 0.0, 0.0], [4.5, 4.5, 5.0, 900.0]],
+    )
+    covariance = np.tile(np.eye(4), (3, 1, 1))
+    covariance[:, 0, 1] = covariance[:, 1, 0] = 0.999
+    params = Params(np.array([0.485, 0.5, 0.015]), FullParams(mean, covariance))
+    content = content_of(story, params, n=2000, gaps=0.05)
+    labels = [
+        attributes["aria-label"] or ""
+        for _, attributes in Page(render_report(content)).elements
+        if "Scatter" in (attributes.get("aria-label") or "")
+    ]
+    assert len(labels) == 1
+    shown = labels[0].split("rows on ")[1].split(", coloured")[0].split(" and ")
+    assert len({"first", "copy"} & set(shown)) == 1
+    assert "far" not in shown
+    assert "Rows with a gap there, not shown" in render_report(content)
