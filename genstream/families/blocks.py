@@ -24,6 +24,8 @@ Index = slice | NDArray[np.intp]
 LOG_2PI = float(np.log(2 * np.pi))
 # A component whose quadratic form may be off by more than this many nats is computed more exactly.
 MAX_ROUNDING = 1e-3
+# A column of less deviation counts as constant: its square would soon vanish in arithmetic.
+NARROWEST = 1e-120
 BLOCK_BYTES = 1 << 21
 MIN_BLOCK, MAX_BLOCK = 256, 4096
 
@@ -90,6 +92,9 @@ class Family(Protocol):
         their (n, e) mask.
         """
 
+    def rounding(self, params: Any) -> Array:
+        """(K,) nats by which rounding may move a row's log-density, to first order."""
+
     def n_parameters(self, n_components: int) -> int:
         """Free parameters of K components."""
 
@@ -139,8 +144,13 @@ def moments(rows: Rows) -> tuple[Array, Array, Array]:
     total = weight.sum(axis=0)
     safe = np.where(total > 0, total, 1.0)
     mean = (weight * values).sum(axis=0) / safe
+    # The second sum takes back what the first one rounded.
+    mean += (weight * (values - mean)).sum(axis=0) / safe
     variance = (weight * (values - mean) ** 2).sum(axis=0) / safe
-    return mean, variance, total
+    # What is left of a constant column is the rounding of its mean.
+    least = np.maximum(4 * np.finfo(np.float64).eps * np.abs(mean), NARROWEST)
+    constant = variance <= least**2
+    return mean, np.where(constant, 0.0, variance), total
 
 
 def block_rows(n_lanes: int, itemsize: int) -> int:

@@ -27,6 +27,7 @@ from scipy.special import gammaln
 
 from genstream.families.blocks import (
     LOG_2PI,
+    MAX_ROUNDING,
     Array,
     Index,
     Linear,
@@ -426,6 +427,16 @@ class IndependentColumns:
         masks.append(observed[:, self.level_column])
         mask = np.concatenate(masks, axis=1)
         return np.where(mask, np.concatenate(parts, axis=1), 0.0), mask
+
+    def rounding(self, params: Any) -> Array:
+        scale = self._pivot.scale[self.real]
+        variance = self.variances(params)
+        mean = params.mean - self._pivot.shift[self.real]
+        # Means are kept in data units, where a large offset takes digits from them.
+        lost = np.finfo(np.float64).eps * params.mean / scale
+        unit = float(np.finfo(self.dtype).eps) / 2
+        quadratic = np.minimum(2 * unit * mean**2 / variance, MAX_ROUNDING)
+        return np.asarray((quadratic + lost**2 * scale**2 / variance).sum(axis=1))
 
     def n_parameters(self, n_components: int) -> int:
         real = len(self.real)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.families.blocks import Array, Pivot, moments
+from genstream.families.blocks import MAX_ROUNDING, Array, Pivot, moments
 from genstream.families.gaussian_walk import GaussianKernel
 from genstream.rows import Rows
 from genstream.stats import Monoid, Record, axes, record
@@ -180,7 +180,9 @@ class Gaussian:
         with `S_k` the scatter about the weighted mean, `D_k` the outer product of that mean's
         distance from `m0` and `c_k = strength n_k / (strength + n_k)`; without a prior
         `S_k / n_k`. Tied covariances add `S_k + c_k D_k` over k and divide by
-        `dof + n + d + 1 + K` (`n` without a prior).
+        `dof + n + d + 1 + K` (`n` without a prior). Under the constraint that no direction has a
+        variance below `FLOOR` of the pivot's, which eigenvalues are lifted to, this is still the
+        maximum, so that EM never falls; a component so lifted is singular.
         """
         d = self.n_features
         pivot, prior = self._pivot, self.prior
@@ -212,34 +214,11 @@ class Gaussian:
         covariance = scatter / np.reshape(count, (-1, 1, 1))
         covariance = (covariance + covariance.swapaxes(-1, -2)) / 2
         covariance[:, diagonal, diagonal] += self.ridge / pivot.scale**2
-        singular = self._singular(covariance, np.reshape(raw, (-1, d)) / np.reshape(count, (-1, 1)))
-        if not self.tied:
-            singular |= faulty
-        if singular.any():
-            # An axis keeps what the data said of its variance, above a floor, and no correlation.
-            variance = np.maximum(covariance[singular][:, diagonal, diagonal], FLOOR)
-            variance = np.where(np.isfinite(variance), variance, 1.0)
-            covariance[singular] = np.eye(d) * variance[:, None, :]
-        return self._params(mean, covariance), singular | faulty
-
-    @staticmethod
-    def _singular(covariance: Array, raw: Array) -> NDArray[np.bool_]:
-        """Which of (C, d, d) covariances are not safely positive definite, given the raw second
-        moments (C, d) they were computed from.
-        """
-        singular = np.zeros(len(covariance), dtype=bool)
-        for c, matrix in enumerate(covariance):
-            variance = np.diagonal(matrix)
-            if not np.isfinite(matrix).all() or (variance <= SINGULAR * raw[c]).any():
-                singular[c] = True
-                continue
-            try:
-                factor = np.linalg.cholesky(matrix)
-            except np.linalg.LinAlgError:
-                singular[c] = True
-                continue
-            singular[c] = bool((np.diagonal(factor) ** 2 <= SINGULAR * variance).any())
-        return singular
+        # Below a share of the raw second moment an eigenvalue is rounding error.
+        raw = np.reshape(raw, (-1, d)) / np.reshape(count, (-1, 1))
+        thin = _lift(covariance, FLOOR + SINGULAR * raw.max(axis=1))
+        # All components share a tied covariance: moving one of them would not make it regular.
+        return self._params(mean, covariance), faulty if self.tied else faulty | thin
 
     def log_prior(self, params: Any) -> float:
         prior = self.prior
@@ -282,13 +261,45 @@ class Gaussian:
         pivot = self._pivot
         return np.where(observed, (rows.values - pivot.shift) / pivot.scale, 0.0), observed
 
+    def rounding(self, params: Any) -> Array:
+        mean, covariance = self.pivoted(params)
+        precision = np.broadcast_to(np.linalg.inv(covariance), (len(mean), *covariance.shape[1:]))
+        quadratic = np.einsum("ki,kij,kj->k", mean, precision, mean)
+        # Means are kept in data units, where a large offset takes digits from them.
+        lost = np.finfo(np.float64).eps * params.mean / self._pivot.scale
+        moved = np.einsum("ki,kij,kj->k", lost, precision, lost)
+        unit = float(np.finfo(self.dtype).eps) / 2
+        return np.asarray(np.minimum(2 * unit * quadratic, MAX_ROUNDING) + moved)
+
     def n_parameters(self, n_components: int) -> int:
         d = self.n_features
         return n_components * d + (1 if self.tied else n_components) * d * (d + 1) // 2
 
     def floored(self, params: Any) -> list[tuple[int, int]]:
-        """(component, column position) whose variance sits on its floor or ridge."""
+        """(component, column position) whose variance, given the other columns, sits on its floor
+        or ridge.
+        """
         _, covariance = self.pivoted(params)
-        floor = np.maximum(FLOOR, self.ridge / self._pivot.scale**2) * 1.5
-        variance = np.diagonal(covariance, axis1=1, axis2=2)
+        # A direction on the floor spreads over the columns that determine one another.
+        floor = np.maximum(FLOOR, self.ridge / self._pivot.scale**2) * 1.5 * self.n_features
+        variance = 1.0 / np.diagonal(np.linalg.inv(covariance), axis1=1, axis2=2)
         return [(int(k), int(j)) for k, j in np.argwhere(variance <= floor)]
+
+
+def _lift(covariance: Array, floor: Array) -> NDArray[np.bool_]:
+    """Lift eigenvalues of (C, d, d) covariances to a floor (C,), in place.
+
+    Returns (C,) which ones had an eigenvalue below it.
+    """
+    least = floor[:, None, None] * np.eye(covariance.shape[-1])
+    try:
+        np.linalg.cholesky(covariance - least)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(covariance)
+    else:
+        return np.zeros(len(covariance), dtype=bool)
+    thin = values[:, 0] < floor
+    values = np.maximum(values, floor[:, None])[thin]
+    lifted = (vectors[thin] * values[:, None, :]) @ vectors[thin].swapaxes(1, 2)
+    covariance[thin] = (lifted + lifted.swapaxes(1, 2)) / 2
+    return np.asarray(thin)

@@ -186,10 +186,16 @@ class GaussianWalk:
         self.block: Any = None
 
     def blocks(self) -> Iterator[Index]:
-        observed = self.rows.observed
-        if observed is None:
+        if self.rows.observed is None:
             yield from self._dense(self.kernel.complete, None)
-            return
+        else:
+            yield from self._by_pattern(self.rows.observed)
+        # The block refers back to the walk: without this a chunk would outlive its use until the
+        # garbage collector comes round.
+        self.block = None
+
+    def _by_pattern(self, observed: NDArray[np.bool_]) -> Iterator[Index]:
+        """Blocks of one pattern after another, then those of all rare patterns."""
         packed = np.packbits(observed, axis=1)
         keys = np.ascontiguousarray(packed).view(f"V{packed.shape[1]}").ravel()
         _, first, inverse, counts = np.unique(
