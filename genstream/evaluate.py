@@ -64,7 +64,8 @@ class ScoreSums(Monoid):
 
     With row weights `w` and `l = log p(x)`, over rows with something observed: `sum_w`, `sum_wl`,
     `sum_ww`, `sum_wwl`, `sum_wwll` and `sum_wh`, where `h` is the entropy of the row's
-    responsibilities. `sum_all` weighs all rows, `sum_missing` (d,) those in which a column is missing.
+    responsibilities. `sum_all` weighs all rows, `sum_missing` (d,) those in which a column is
+    missing.
     """
 
     n_rows: int
