@@ -8,6 +8,7 @@ line a problem: ``file:line:column: key.path: what is wrong, what is allowed, di
 from __future__ import annotations
 
 import difflib
+import hashlib
 import io
 import math
 import os
@@ -308,6 +309,15 @@ class Config(Section):
         if self.data.test is not None and "holdout" not in self.data.model_fields_set:
             return None
         return self.data.holdout
+
+    @property
+    def dataset(self) -> str | None:
+        """Folder of the dataset; data drawn without one being named get one of their own."""
+        source = self.data.source
+        if self.data.dataset is None and isinstance(source, Drawn):
+            drawn = hashlib.sha256(f"{source.model_dump_json()}{self.data.dtype}".encode())
+            return f"data/drawn-{source.gigabytes:g}GiB-{drawn.hexdigest()[:8]}"
+        return self.data.dataset
 
     @property
     def paths(self) -> list[str]:
@@ -629,15 +639,13 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
         found.append((("data", "weights"), f"{data.id!r} is already the id of a row"))
     if data.test is not None and config.holdout is not None:
         found.append((("data", "holdout"), "give either a share to hold out or a test file"))
+    if data.test is not None and not data.test.rstrip("/").lower().endswith(IN_PLACE):
+        found.append((("data", "test"), f"must be read in place, as {', '.join(IN_PLACE)} are"))
     if config.fit.sample_rows < model.n_components:
         found.append(
             (("fit", "sample_rows"), f"fewer rows than the {model.n_components} components")
         )
     if isinstance(data.source, Drawn):
-        if data.dataset is None:
-            found.append(
-                (("data", "dataset"), "drawn data need a folder to be kept in, data/drawn say")
-            )
         found += [
             (("data", key), "has no meaning for drawn data: leave it out")
             for key in ("columns", "id", "weights", "null_values")

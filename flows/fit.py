@@ -111,7 +111,7 @@ def main_flow(run: str) -> None:
 
     folder = Run(Path(run))
     with folder.working():
-        if folder.config.data.dataset is not None:
+        if folder.config.dataset is not None:
             ingest(run)
         fit(run)
 

@@ -226,7 +226,7 @@ class Run:
             with interruptible():
                 yield
         except BaseException as error:
-            interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+            interrupted = not isinstance(error, Exception)  # Prefect has a signal of its own
             if isinstance(error, GenstreamError) or interrupted:
                 log.error("%s", error)
             else:

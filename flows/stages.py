@@ -260,7 +260,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
         raise ComputeError(f"the fit ended at step {state.step}: {state.outcome.advice}")
     seconds = time.monotonic() - begin
     steps = state.step - first
-    itemsize = 4 if config.data.dtype == "float32" and config.data.dataset else 8
+    itemsize = 4 if config.data.dtype == "float32" and config.dataset else 8
     return run.record(
         "fit",
         {
@@ -436,7 +436,7 @@ def _data_facts(config: Config, data: Data) -> dict[str, object]:
         "source": f"{source.gigabytes:g} GiB drawn from a known story"
         if isinstance(source, Drawn)
         else ", ".join(config.paths),
-        "dataset": config.data.dataset or "fitted in place",
+        "dataset": config.dataset or "fitted in place",
         "rows fitted": sum(data.train.chunk_rows),
         "columns": data.train.schema.n_features,
     }
@@ -475,7 +475,7 @@ def _revived(kind: type[T], plain: Any) -> T:
 def ingest(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     """Bring the source of a run into its dataset, and pin the manifest that is fitted."""
     config = run.config
-    if config.data.dataset is None:
+    if config.dataset is None:
         return {}
     with bars(quiet) as progress:
         return run.record("ingest", ingest_data(config, RowProgress(progress, "ingest")))
@@ -499,7 +499,7 @@ def remaining(run: Run) -> list[str]:
     """Names of the stages of a run that are not recorded yet, in their order."""
     config = run.config
     wanted = {
-        "ingest": config.data.dataset is not None,
+        "ingest": config.dataset is not None,
         "fit": True,
         "evaluate": True,
         "publish": config.publish is not None,
