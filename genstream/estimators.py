@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,15 +29,20 @@ from genstream.families.blocks import Array
 from genstream.learn import BatchEM, FitState, Outcome, StepInfo, fit
 from genstream.passes import Passes
 from genstream.rows import Rows
-from genstream.schema import Schema
+from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS, DaskSource, NumpySource, Source
 from genstream.start import cluster, draw_sample, rescue_rows, seed_centres, seed_params, warm_start
 from genstream.story import COVARIANCES, Params, Story, mixture
 from genstream.threads import one_blas_thread
 
+if TYPE_CHECKING:
+    import xarray
+
 # Up to this many rows in memory every start is fitted on all rows, as scikit-learn does; beyond it,
 # and out of core, starts compete on a row sample of this size.
 START_ROWS = 50_000
+# Out-of-core data of so few numbers are read into memory to be fitted.
+RESIDENT_NUMBERS = 1 << 23
 INIT_PARAMS = ("kmeans", "k-means++", "random", "random_from_data")
 # Packages whose objects hold data that need not be in memory.
 LAZY_PACKAGES = ("dask", "xarray", "zarr")
@@ -143,6 +148,10 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _make_story(self, schema: Schema) -> Story:
         raise NotImplementedError
 
+    def _describe(self, found: Schema) -> Schema:
+        """What the columns of an array are, of which only the names were found."""
+        return found
+
     def _params(self) -> Params:
         """The parameters to answer with."""
         params: Params = self.state_.params
@@ -195,7 +204,7 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         )
         if reset:
             names = getattr(self, "feature_names_in_", None)
-            schema = Schema.real(array.shape[1] if names is None else names)
+            schema = self._describe(Schema.real(array.shape[1] if names is None else names))
         else:
             schema = self._story().schema
         weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
@@ -236,6 +245,9 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _story(self) -> Story:
         story: Story = self.story_
         return story
+
+    def _resident(self, rows: Rows, schema: Schema) -> NumpySource:
+        return NumpySource(rows.filled(), schema, rows.weights, self.chunk_rows, name="X")
 
     def _passes(self, source: Source) -> Passes:
         return Passes(source, scheduler=self.scheduler, workers=self.workers)
@@ -280,9 +292,16 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 f"n_samples = {n_rows}"
             )
         passes = self._passes(data.source)
+        small = n_rows <= START_ROWS
+        if data.lazy and small and data.source.schema.n_features * n_rows <= RESIDENT_NUMBERS:
+            # So little is read once, and fitted as if it had been in memory all along.
+            rows = Rows.concatenate(list(passes.map(_as_read)))
+            passes = self._passes(self._resident(rows, data.source.schema))
+        elif data.lazy:
+            small = False
         learner = BatchEM(self.max_iter, self.tol)
         best: FitState | None = None
-        for i, (story, start) in enumerate(self._starts(data, passes)):
+        for i, (story, start) in enumerate(self._starts(passes, small)):
             state = start
             trace = _Verbose(i, self.verbose, self.verbose_interval)
             if self.max_iter > 0:
@@ -318,12 +337,11 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 stacklevel=4,
             )
 
-    def _starts(self, data: Data, passes: Passes) -> Iterator[tuple[Story, FitState]]:
+    def _starts(self, passes: Passes, small: bool) -> Iterator[tuple[Story, FitState]]:
         """The states from which fits begin; the best fit is kept."""
-        story = self._make_story(data.source.schema)
+        story = self._make_story(passes.source.schema)
         random_state = check_random_state(self.random_state)
         again = self.warm_start and hasattr(self, "state_") and _alike(self.story_, story)
-        small = not data.lazy and passes.n_rows <= START_ROWS
         seed = FitState.seed
         if small or again or self._given_start(story) is not None:
             if not small:
@@ -361,7 +379,13 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         ask = Ask(self._story(), self._params(), what)
         if data.lazy:
             return data.wrap(ask.lazily(data.source))
-        return data.wrap(np.concatenate(list(self._passes(data.source).map(ask))))
+        passes = self._passes(data.source)
+        answer = np.empty((passes.n_rows, *ask.trailing), ask.dtype)
+        done = 0
+        for piece in passes.map(ask):
+            answer[done : done + len(piece)] = piece
+            done += len(piece)
+        return data.wrap(answer)
 
     def _ask(self, X: Any, what: str) -> Any:
         check_is_fitted(self)
@@ -673,6 +697,105 @@ class GaussianMixture(MixtureEstimator):
         return np.asarray(chosen)
 
 
+class Mixture(MixtureEstimator):
+    """A mixture over columns of any kind: real, binary, count and categorical.
+
+        k ~ Categorical(weights_),    x | k ~ prod_j p_j(x_j | k)
+
+    with a Gaussian, Bernoulli, Poisson or categorical distribution a column. Where all columns are
+    real, a Gaussian with full covariance takes the place of the product by default.
+
+    Parameters
+    ----------
+    n_components
+        K.
+    columns
+        What the columns are: a `Schema`, or a mapping from name to kind (`real`, `binary`, `count`,
+        `categorical`) or `Column`; in the order of an array's columns, whereas of a table only
+        those named are used. None takes all columns of a table by their types (numbers are real,
+        truth values binary, labels categorical) and all columns of an array as real.
+    covariance
+        `full`, `tied`, `diag` or `spherical`; None for `full` where all columns are real and
+        `diag` elsewhere, the only one for mixed columns.
+    prior
+        `weak` for MAP under weak conjugate priors, None for maximum likelihood.
+    reg_covar
+        Added to every variance after each step, in squared data units.
+    tol, max_iter, n_init
+        EM stops when a step changes the mean objective (log-likelihood plus log-prior) by less than
+        `tol` nats a row, or after `max_iter` steps. `n_init` starts compete on a row sample.
+    random_state, warm_start, verbose, verbose_interval, dtype, chunk_rows, scheduler, workers
+        As for `GaussianMixture`.
+
+    Attributes
+    ----------
+    schema_ : Schema
+        The columns, with the levels that were learned.
+    weights_ : (K,)
+    converged_, n_iter_, lower_bound_, lower_bounds_, n_features_in_, feature_names_in_, story_, \
+state_, trace_, outcome_, warnings_
+        As for `GaussianMixture`.
+    """
+
+    def __init__(
+        self,
+        n_components: int = 1,
+        *,
+        columns: Schema | Mapping[str, Kind | Column] | None = None,
+        covariance: str | None = None,
+        prior: str | None = "weak",
+        reg_covar: float = 0.0,
+        tol: float = 1e-4,
+        max_iter: int = 200,
+        n_init: int = 5,
+        random_state: int | np.random.RandomState | None = None,
+        warm_start: bool = False,
+        verbose: int = 0,
+        verbose_interval: int = 10,
+        dtype: str = "float64",
+        chunk_rows: int = CHUNK_ROWS,
+        scheduler: str = "threads",
+        workers: int | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.columns = columns
+        self.covariance = covariance
+        self.prior = prior
+        self.reg_covar = reg_covar
+        self.tol = tol
+        self.max_iter = max_iter
+        self.n_init = n_init
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.verbose = verbose
+        self.verbose_interval = verbose_interval
+        self.dtype = dtype
+        self.chunk_rows = chunk_rows
+        self.scheduler = scheduler
+        self.workers = workers
+
+    def _make_story(self, schema: Schema) -> Story:
+        return mixture(
+            schema,
+            self.n_components,
+            covariance=self.covariance,
+            prior=self.prior,
+            reg_covar=self.reg_covar,
+            dtype=self.dtype,
+        )
+
+    def _set_attributes(self, params: Params) -> None:
+        self.schema_ = self.story_.schema
+        self.weights_ = params.weights
+
+    @property
+    def params_(self) -> xarray.Dataset:
+        """The parameters in data units as a labelled dataset."""
+        check_is_fitted(self)
+        params: Params = self.state_.params
+        return params.to_dataset(self.story_.labels())
+
+
 class _Verbose:
     """Prints what scikit-learn prints while a mixture is fitted."""
 
@@ -706,6 +829,10 @@ def _value(state: FitState) -> float:
     if not state.trace or state.outcome is Outcome.NONFINITE:
         return -np.inf
     return state.trace[-1].mean_objective
+
+
+def _as_read(_chunk: int, rows: Rows) -> Rows:
+    return rows
 
 
 def _generator(random_state: np.random.RandomState) -> np.random.Generator:
