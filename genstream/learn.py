@@ -264,7 +264,7 @@ class BatchEM:
         outcome = Outcome.RUNNING
         params, rescues = state.params, state.rescues
         events: tuple[str, ...] = ()
-        if not np.isfinite(info.mean_objective):
+        if not (np.isfinite(info.mean_objective) and np.isfinite(stats.sum_r).all()):
             outcome = Outcome.NONFINITE
         else:
             last = state.trace[-1] if state.trace else None
@@ -272,7 +272,8 @@ class BatchEM:
             if last is not None and not last.events:
                 gain = info.mean_objective - last.mean_objective
                 slack = ROUNDING[story.dtype] * (1 + abs(info.mean_objective))
-                if story.monotone and gain < -slack:
+                fell = story.monotone and gain < -slack
+                if fell and gain < -slack - 2 * story.rounding(state.params):
                     outcome = Outcome.DECREASED
                 elif abs(gain) < self.tolerance:
                     outcome = Outcome.CONVERGED
@@ -302,12 +303,14 @@ def rescue(
 
     A row is drawn among the twentieth of the sample that the parameters explain worst. Each
     component is re-seeded at most `MAX_RESCUES` times; after that it stays as the M-step left it,
-    which is finite. Returns parameters, counts and the events in words.
+    which is finite. Where every component is at fault the data are, and none is moved. Returns
+    parameters, counts and the events in words.
     """
     rescues = state.rescues or (0,) * story.n_components
     empty = stats.sum_r < EMPTY * max(stats.weight, 1e-300)
-    wanted = [int(k) for k in np.flatnonzero(empty | faulty) if rescues[int(k)] < MAX_RESCUES]
-    if not wanted or state.sample is None or story.n_components == 1:
+    fault = empty | faulty
+    wanted = [int(k) for k in np.flatnonzero(fault) if rescues[int(k)] < MAX_RESCUES]
+    if not wanted or state.sample is None or fault.all():
         return params, rescues, ()
     rng = np.random.default_rng([state.seed, state.step])
     log_prob = story.log_prob(state.params, state.sample)

@@ -14,6 +14,9 @@ from genstream.schema import Schema
 
 Array = NDArray[Any]
 
+# The largest magnitude an entry may have, so that squares and sums of them are finite.
+LARGEST = 1e152
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -45,8 +48,8 @@ class Rows:
         """Rows from an array in which NaN marks a missing entry.
 
         `values` is (n, d) and left untouched; `weights` is (n,). `first_row` and `names` only
-        serve error messages. Raises DataError on a wrong shape, an infinite entry, or a weight
-        that is negative or not finite, naming the first row and column.
+        serve error messages. Raises DataError on a wrong shape, an entry that is infinite or
+        beyond 1e152, or a weight that is negative or not finite, naming the first row and column.
         """
         array = np.asarray(values)
         if array.dtype.kind == "c":
@@ -77,6 +80,12 @@ class Rows:
                 )
             observed = finite
             array = np.where(finite, array, array.dtype.type(0))
+        if array.size and max(-float(array.min()), float(array.max())) > LARGEST:
+            i, j = np.argwhere(np.abs(array) > LARGEST)[0]
+            raise DataError(
+                f"row {first_row + i}, column {repr(names[j]) if names is not None else j}: "
+                f"{array[i, j]:g} is too large to be squared: give the column another unit"
+            )
         return cls(array, observed, _checked_weights(weights, len(array), first_row))
 
     @property

@@ -177,6 +177,8 @@ class Story:
         weights = np.maximum(params.weights, 1e-300)
         return self.family.prepare(params.family, np.log(weights)).walk(rows)
 
+    # Values too extreme for the arithmetic show in the objective, not as warnings on the way.
+    @np.errstate(over="ignore", invalid="ignore")
     def e_step(
         self, params: Params, rows: Rows, responsibility: Responsibility | Array = soft
     ) -> StoryStats:
@@ -258,6 +260,10 @@ class Story:
         for index, _, value in self._posterior_blocks(params, rows):
             log_prob[index] = value
         return log_prob
+
+    def rounding(self, params: Params) -> float:
+        """Nats a row by which rounding may move the log-likelihood, beyond its last digits."""
+        return float(params.weights @ self.family.rounding(params.family))
 
     def draw(self, params: Params, n_rows: int, rng: np.random.Generator) -> Draw:
         """`n_rows` rows dreamt up by the model."""

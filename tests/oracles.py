@@ -346,7 +346,9 @@ def is_possible(story: Story, params: Params) -> bool:
         return False
     if isinstance(family, FullParams | TiedParams):
         covariance = family.covariance.reshape(-1, *family.covariance.shape[-2:])
-        return bool((np.linalg.eigvalsh(covariance) > 0).all())
+        deviation = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
+        correlation = covariance / deviation[:, :, None] / deviation[:, None, :]
+        return bool((np.linalg.eigvalsh(correlation) > 0).all())
     assert isinstance(family, ColumnsParams)
     return bool(
         (family.variance > 0).all()

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genstream.families.blocks import MAX_ROUNDING, Array, Pivot, moments
-from genstream.families.gaussian_walk import GaussianKernel
+from genstream.families.gaussian_walk import GaussianKernel, quadratic_rounding
 from genstream.rows import Rows
 from genstream.stats import Monoid, Record, axes, record
 
@@ -263,13 +263,13 @@ class Gaussian:
 
     def rounding(self, params: Any) -> Array:
         mean, covariance = self.pivoted(params)
-        precision = np.broadcast_to(np.linalg.inv(covariance), (len(mean), *covariance.shape[1:]))
-        quadratic = np.einsum("ki,kij,kj->k", mean, precision, mean)
+        precision = np.linalg.inv(covariance)
+        blur = quadratic_rounding(mean, covariance, precision) * np.finfo(self.dtype).eps / 2
         # Means are kept in data units, where a large offset takes digits from them.
         lost = np.finfo(np.float64).eps * params.mean / self._pivot.scale
+        precision = np.broadcast_to(precision, (len(mean), *precision.shape[1:]))
         moved = np.einsum("ki,kij,kj->k", lost, precision, lost)
-        unit = float(np.finfo(self.dtype).eps) / 2
-        return np.asarray(np.minimum(2 * unit * quadratic, MAX_ROUNDING) + moved)
+        return np.asarray(np.minimum(blur, MAX_ROUNDING) + moved)
 
     def n_parameters(self, n_components: int) -> int:
         d = self.n_features

@@ -62,7 +62,8 @@ class GaussianKernel:
         slope = self.mean @ precision
         quadratic = (slope * self.mean).sum(axis=1)
         constant = self.complete.constant(quadratic)
-        return Linear(np.column_stack([slope, constant]), 2 * quadratic, self.dtype)
+        rounding = 2 * (np.abs(slope) * _spread(self.mean, self.covariance)).sum(axis=1)
+        return Linear(np.column_stack([slope, constant]), rounding, self.dtype)
 
     def walk(self, rows: Rows) -> GaussianWalk:
         return GaussianWalk(self, rows)
@@ -123,7 +124,9 @@ class Marginal:
         pairs = np.where(row == column, -0.5, -1.0) * self.precision[:, row, column]
         pairs = np.broadcast_to(pairs, (len(slope), pairs.shape[1]))
         eta = np.column_stack([pairs, slope, self.constant(quadratic)])
-        return Linear(eta, 2 * quadratic, self.kernel.dtype)
+        covariance = self.kernel.covariance[:, self.seen[:, None], self.seen]
+        rounding = quadratic_rounding(self.mean, covariance, self.precision)
+        return Linear(eta, rounding, self.kernel.dtype)
 
     def completed(self, sums: Array) -> tuple[Array, Array, Array]:
         """Statistics (K,), (K, d), (K, d, d) over all columns from feature sums (K, p).
@@ -146,6 +149,23 @@ class Marginal:
         second = self.lift @ q @ self.lift.swapaxes(1, 2) + cross + cross.swapaxes(1, 2)
         second += n[:, None, None] * (f[:, :, None] * f[:, None, :] + self.spare)
         return n, lifted + n[:, None] * f, second
+
+
+def _spread(mean: Array, covariance: Array) -> Array:
+    """(K, o) root mean square of the pivot coordinates of each component's rows."""
+    return np.asarray(np.sqrt(np.diagonal(covariance, axis1=1, axis2=2) + mean**2))
+
+
+def quadratic_rounding(mean: Array, covariance: Array, precision: Array) -> Array:
+    """(K,) how far rounding moves `y'P y - 2 m'P y + m'P m`, in units of the unit roundoff.
+
+    The terms cancel where a mean is far out, and those of `y'P y` among themselves where columns
+    nearly determine one another.
+    """
+    size = _spread(mean, covariance)
+    precision = np.broadcast_to(precision, (len(mean), *precision.shape[1:]))
+    pairs = np.einsum("ki,kij,kj->k", size, np.abs(precision), size)
+    return np.asarray(pairs + np.einsum("ki,kij,kj->k", mean, precision, mean))
 
 
 def _inverse(matrices: Array) -> tuple[Array, Array]:
