@@ -18,6 +18,7 @@ import numpy as np
 from genstream.errors import CorruptError
 from genstream.families.blocks import Array
 from genstream.rows import Rows
+from genstream.stats import Record, axes
 from genstream.story import Params, Responsibility, Story, StoryStats, soft
 from genstream.threads import one_blas_thread
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 EMPTY = 1e-7
 # How often one component is re-seeded before it is left as it is.
 MAX_RESCUES = 3
+# The numbers of a trace, as they are stored.
+TRACE = ("step", "loglik", "log_prior", "weight", "n_rows", "n_unobserved", "seconds")
 # What the mean objective may fall by before it counts as a fall, relative to 1 + its size.
 ROUNDING = {"float64": 1e-9, "float32": 2e-5}
 
@@ -49,8 +52,8 @@ class Outcome(Enum):
             Outcome.CONVERGED: "",
             Outcome.MAX_STEPS: "the steps ran out before the tolerance was reached: "
             "raise max_steps, or loosen tolerance if the trace is flat enough",
-            Outcome.DECREASED: "the objective fell by more than rounding explains: "
-            "use dtype float64, or look for columns of very different spread",
+            Outcome.DECREASED: "the objective fell by more than rounding explains: keep the weak "
+            "prior, use dtype float64, or look for columns that determine one another",
             Outcome.NONFINITE: "the log-likelihood became infinite or NaN: keep the weak prior, "
             "and look for extreme values with `genstream show`",
         }[self]
@@ -87,11 +90,27 @@ class StepInfo:
 
 
 @dataclass(frozen=True, eq=False)
+class Memory(Record):
+    """How far online learning has come.
+
+    `clock` counts the mini-batches absorbed, `n_eff` is the number of rows the statistics are
+    worth, `n_averaged` how many iterates are in the state's `average`, and `share` (K,) the mixing
+    weights that learning began with.
+    """
+
+    clock: float
+    n_eff: float
+    n_averaged: int
+    share: Array = axes("component")
+
+
+@dataclass(frozen=True, eq=False)
 class FitState:
     """All that a fit carries from step to step.
 
     `sample` are the rows from which an empty component is re-seeded; `rescues` (K,) counts how
-    often each one was.
+    often each one was. `cursor` counts the buffers of chunks that online learning has gone
+    through, `memory` and `average` (of statistics) belong to it too.
     """
 
     params: Params
@@ -102,6 +121,13 @@ class FitState:
     outcome: Outcome = Outcome.RUNNING
     sample: Rows | None = None
     rescues: tuple[int, ...] = ()
+    cursor: int = 0
+    memory: Memory | None = None
+    average: StoryStats | None = None
+
+    def after(self, info: StepInfo) -> FitState:
+        """The state with one more line in its trace."""
+        return replace(self, step=info.step, trace=(*self.trace, info))
 
     @property
     def events(self) -> list[str]:
@@ -114,10 +140,14 @@ class FitState:
 
         labels = {"component": [str(k) for k in range(story.n_components)], **story.labels()}
         parts = {f"params.{n}": v for n, v in self.params.to_dataset().data_vars.items()}
-        if self.stats is not None:
-            parts |= {f"stats.{n}": v for n, v in self.stats.to_dataset().data_vars.items()}
-        numbers = ("step", "loglik", "log_prior", "weight", "n_rows", "n_unobserved", "seconds")
-        for name in numbers:
+        for prefix, item in (
+            ("stats", self.stats),
+            ("average", self.average),
+            ("memory", self.memory),
+        ):
+            if item is not None:
+                parts |= {f"{prefix}.{n}": v for n, v in item.to_dataset().data_vars.items()}
+        for name in TRACE:
             kind = np.int64 if name in ("step", "n_rows", "n_unobserved") else np.float64
             column = np.array([getattr(info, name) for info in self.trace], dtype=kind)
             parts[f"trace.{name}"] = xarray.DataArray(column, dims="trace")
@@ -134,6 +164,7 @@ class FitState:
             "step": self.step,
             "outcome": self.outcome.value,
             "rescues": list(self.rescues),
+            "cursor": self.cursor,
         }
         return xarray.Dataset(parts, attrs=attributes)
 
@@ -150,18 +181,7 @@ class FitState:
             )
         story = story or story_of(dataset)
         try:
-            columns = {
-                name: dataset[f"trace.{name}"].values.tolist()
-                for name in (
-                    "step",
-                    "loglik",
-                    "log_prior",
-                    "weight",
-                    "n_rows",
-                    "n_unobserved",
-                    "seconds",
-                )
-            }
+            columns = {name: dataset[f"trace.{name}"].values.tolist() for name in TRACE}
             events = json.loads(attributes["events"])
             trace = tuple(
                 StepInfo(**dict(zip(columns, row, strict=True)), events=tuple(what))
@@ -170,16 +190,19 @@ class FitState:
             sample = None
             if "sample.values" in dataset:
                 sample = Rows.of(np.ascontiguousarray(dataset["sample.values"].values))
-            has_stats = any(str(name).startswith("stats.") for name in dataset.data_vars)
+            held = {str(name).partition(".")[0] for name in dataset.data_vars}
             return cls(
                 params=story.params_from(dataset, "params."),
                 seed=int(attributes["seed"]),
                 step=int(attributes["step"]),
-                stats=story.stats_from(dataset, "stats.") if has_stats else None,
+                stats=story.stats_from(dataset, "stats.") if "stats" in held else None,
                 trace=trace,
                 outcome=Outcome(attributes["outcome"]),
                 sample=sample,
                 rescues=tuple(int(n) for n in attributes["rescues"]),
+                cursor=int(attributes["cursor"]),
+                memory=Memory.from_dataset(dataset, "memory.") if "memory" in held else None,
+                average=story.stats_from(dataset, "average.") if "average" in held else None,
             )
         except (KeyError, ValueError, TypeError) as error:
             raise CorruptError(f"a stored state cannot be read: {error!r}") from error
@@ -196,6 +219,13 @@ def story_of(dataset: xarray.Dataset) -> Story:
 class Passes(Protocol):
     """One pass over all chunks, wherever they live."""
 
+    @property
+    def n_chunks(self) -> int:
+        """How many chunks there are."""
+
+    def read(self, chunk: int) -> Rows:
+        """One chunk."""
+
     def fold(self, work: Callable[[int, Rows], Any]) -> Any:
         """`work(chunk, rows)` of every chunk, merged in a fixed tree."""
 
@@ -205,6 +235,11 @@ class Resident:
     """A pass over rows that are in memory already, as one chunk."""
 
     rows: Rows
+    n_chunks: int = 1
+
+    def read(self, chunk: int) -> Rows:
+        """All rows, which are chunk 0."""
+        return self.rows
 
     def fold(self, work: Callable[[int, Rows], Any]) -> Any:
         return work(0, self.rows)
@@ -284,16 +319,8 @@ class BatchEM:
             if outcome is Outcome.RUNNING and info.step >= self.max_steps:
                 outcome = Outcome.MAX_STEPS
         info = replace(info, seconds=time.perf_counter() - begin, events=events)
-        state = replace(
-            state,
-            params=params,
-            stats=stats,
-            step=info.step,
-            trace=(*state.trace, info),
-            outcome=outcome,
-            rescues=rescues,
-        )
-        return state, info
+        state = replace(state, params=params, stats=stats, outcome=outcome, rescues=rescues)
+        return state.after(info), info
 
 
 def rescue(

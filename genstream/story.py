@@ -284,7 +284,8 @@ class Story:
             at.setdefault(k, []).append(self.schema.names[j])
         return [
             f"component {k} sits on the variance floor in {', '.join(names)}: "
-            "tied or discrete values there; give the column another kind, or keep the weak prior"
+            "tied, discrete or dependent values there; give the column another kind, or keep the "
+            "weak prior"
             for k, names in at.items()
         ]
 

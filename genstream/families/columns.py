@@ -483,9 +483,9 @@ class ColumnsKernel:
         quadratic = self.mean * slope
         # The normaliser of each column: what an observed entry adds at y = 0 or x = 0.
         self.normaliser = np.zeros((self.n_components, family.schema.n_features))
-        self.normaliser[:, family.real] = -0.5 * (
-            quadratic + np.log(self.variance) + LOG_2PI
-        ) - np.log(scale)
+        # The same about each mean: beside a large quadratic term its digits would be lost.
+        self.about_mean = -0.5 * (np.log(self.variance) + LOG_2PI) - np.log(scale)
+        self.normaliser[:, family.real] = self.about_mean - 0.5 * quadratic
         failure = _log1m(params.probability)
         self.normaliser[:, family.binary] = failure
         self.normaliser[:, family.count] = -params.rate
@@ -608,7 +608,7 @@ class ColumnsWalk:
         eta[1 : 1 + real + kernel.n_square] = 0.0
         log_p = eta @ features[: len(eta)]
         constant = kernel.normaliser[k].copy()
-        constant[kernel.family.real] += 0.5 * kernel.mean[k] ** 2 / kernel.variance[k]
+        constant[kernel.family.real] = kernel.about_mean[k]
         gap = (self.block_y - kernel.mean[k][:, None]) ** 2 / kernel.variance[k][:, None]
         if self.rows.observed is None:
             return np.asarray(log_p + constant.sum() - 0.5 * gap.sum(axis=0))
