@@ -223,7 +223,7 @@ class Passes(Protocol):
     def n_chunks(self) -> int:
         """How many chunks there are."""
 
-    def read(self, chunk: int) -> Rows:
+    def read(self, chunk: int, /) -> Rows:
         """One chunk."""
 
     def fold(self, work: Callable[[int, Rows], Any]) -> Any:
@@ -237,7 +237,7 @@ class Resident:
     rows: Rows
     n_chunks: int = 1
 
-    def read(self, chunk: int) -> Rows:
+    def read(self, _chunk: int) -> Rows:
         """All rows, which are chunk 0."""
         return self.rows
 

@@ -75,6 +75,15 @@ class Passes:
         self.on_progress = on_progress
         self.n_rows = sum(source.chunk_rows)
 
+    @property
+    def n_chunks(self) -> int:
+        """How many chunks there are."""
+        return len(self.source.chunk_rows)
+
+    def read(self, chunk: int) -> Rows:
+        """One chunk, read in this thread."""
+        return self.source.read(chunk)
+
     def fold(self, work: Work) -> Any:
         """`work(chunk, rows)` of every chunk, merged in the fixed tree.
 

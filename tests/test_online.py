@@ -1,0 +1,195 @@
+"""Online EM: each row once, at a chosen pace, to the same bits when it is resumed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from genstream.errors import ConfigError
+from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
+from genstream.online import OnlineEM
+from genstream.passes import Passes
+from genstream.rows import Rows
+from genstream.schema import Column, Schema
+from genstream.sources import NumpySource
+from genstream.start import warm_start
+from genstream.story import Params, mixture
+
+MEANS = np.array([[-4.0, 0.0], [4.0, 2.0], [0.0, 8.0]])
+
+
+def three_clusters(n: int, seed: int, weights: tuple[float, ...] = (0.5, 0.3, 0.2)) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return MEANS[rng.choice(3, n, p=weights)] + rng.standard_normal((n, 2))
+
+
+def aligned(params: Params) -> np.ndarray:
+    """Fitted means in the order of `MEANS`."""
+    distance = ((params.family.mean[None] - MEANS[:, None]) ** 2).sum(axis=2)
+    return params.family.mean[distance.argmin(axis=1)]
+
+
+def begun(x: np.ndarray, covariance: str = "full", **options: object) -> tuple:
+    source = NumpySource(x, chunk_rows=2048)
+    passes = Passes(source, workers=1)
+    story = mixture(source.schema, 3, covariance=covariance, **options)
+    return (*warm_start(story, passes, n_init=2, sample_rows=500, long_steps=5), passes)
+
+
+@pytest.mark.parametrize("covariance", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize("gaps", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_one_pass_recovers_clusters_and_beats_its_start(
+    covariance: str, gaps: float, dtype: str
+) -> None:
+    x = three_clusters(40_000, 0)
+    x[np.random.default_rng(1).random(x.shape) < gaps] = np.nan
+    story, state, passes = begun(x, covariance, dtype=dtype)
+    unseen = Rows.of(three_clusters(20_000, 2))
+    before = story.log_prob(state.params, unseen).mean()
+    ended = fit(story, OnlineEM(batch_rows=1024), passes, state)
+    after = story.log_prob(ended.params, unseen).mean()
+    best = fit(story, BatchEM(200, 1e-7), passes, state)
+    assert ended.outcome is Outcome.MAX_STEPS
+    assert sum(info.n_rows for info in ended.trace) == 40_000
+    assert np.abs(aligned(ended.params) - MEANS).max() < 0.15
+    assert after > before - 1e-3
+    assert after > story.log_prob(best.params, unseen).mean() - 0.01
+
+
+def test_sorted_data_are_mixed() -> None:
+    x = three_clusters(30_000, 3)
+    x = x[np.argsort(x[:, 0])]
+    story, state, passes = begun(x)
+    ended = fit(story, OnlineEM(batch_rows=512, buffer_chunks=8), passes, state)
+    assert np.abs(aligned(ended.params) - MEANS).max() < 0.3
+
+
+def test_a_resumed_pass_ends_in_the_same_bits() -> None:
+    story, state, passes = begun(three_clusters(30_000, 4))
+    learner = OnlineEM(batch_rows=700, max_passes=2)
+    whole = fit(story, learner, passes, state)
+    for stop in (1, 5, 7):
+        part = state
+        for _ in range(stop):
+            part, _ = learner.step(story, part, passes)
+        again = FitState.from_dataset(part.to_dataset(story))
+        ended = fit(story, learner, passes, again)
+        assert ended.params.digest() == whole.params.digest()
+        assert ended.cursor == whole.cursor == 8
+
+
+def test_a_rare_component_keeps_its_looks() -> None:
+    story, state, _ = begun(three_clusters(20_000, 5))
+    learner = OnlineEM(batch_rows=1000, forgetting=0.1)
+    state, _ = learner.learn(story, state, Rows.of(three_clusters(20_000, 6)))
+    rare = int(((state.params.family.mean - MEANS[2]) ** 2).sum(axis=1).argmin())
+    looks = state.params.family.covariance[rare]
+    for day in range(20):
+        x = three_clusters(2_000, 7 + day, (0.6, 0.4, 0.0))
+        state, _ = learner.learn(story, state, Rows.of(x))
+    assert state.params.weights[rare] < 0.01
+    assert np.abs(state.params.family.mean[rare] - MEANS[2]).max() < 0.4
+    assert np.abs(state.params.family.covariance[rare] - looks).max() < 0.5
+    state, info = learner.learn(story, state, Rows.of(three_clusters(500, 50, (0.0, 0.0, 1.0))))
+    assert state.params.weights[rare] > 0.03
+    assert np.isfinite(info.mean_loglik)
+
+
+def test_a_constant_pace_follows_a_drift() -> None:
+    story, state, _ = begun(three_clusters(20_000, 8))
+    steady, quick = OnlineEM(batch_rows=500), OnlineEM(batch_rows=500, forgetting=0.05)
+    slow, fast = state, state
+    for day in range(40):
+        x = Rows.of(three_clusters(1_000, 100 + day) + 0.1 * day)
+        slow, _ = steady.learn(story, slow, x)
+        fast, last = quick.learn(story, fast, x)
+    today = Rows.of(three_clusters(5_000, 999) + 3.9)
+    # A constant step follows at a distance of drift over step: 0.05 a mini-batch over 0.05.
+    assert np.abs(aligned_to(fast.params, MEANS + 3.9)).max() < 1.1
+    assert story.log_prob(fast.params, today).mean() > story.log_prob(slow.params, today).mean()
+    assert last.n_rows == 1_000
+
+
+def aligned_to(params: Params, means: np.ndarray) -> np.ndarray:
+    distance = ((params.family.mean[None] - means[:, None]) ** 2).sum(axis=2)
+    return params.family.mean[distance.argmin(axis=1)] - means
+
+
+@given(clock=st.floats(0, 1e6), rows=st.integers(1, 10**6), kappa=st.floats(0.51, 1.0))
+def test_steps_shrink_and_grow_with_rows(clock: float, rows: int, kappa: float) -> None:
+    learner = OnlineEM(kappa=kappa)
+    rho = learner.rate(clock, rows)
+    assert 0 < rho < 1 or rows > 100 * learner.batch_rows
+    assert learner.rate(clock + 1, rows) <= rho
+    half = learner.rate(clock, rows / 2)
+    assert 1 - rho == pytest.approx((1 - half) ** 2, rel=1e-9, abs=1e-12)
+
+
+def test_effective_rows_keep_a_prior_honest() -> None:
+    story, state, _ = begun(three_clusters(5_000, 9))
+    learner = OnlineEM(batch_rows=100, forgetting=0.5)
+    for day in range(30):
+        state, _ = learner.learn(story, state, Rows.of(three_clusters(100, 200 + day)))
+    assert state.memory is not None
+    # Weights 1/2, 1/4, ... of 100 rows each: (sum w)^2 / sum w^2 = 3 mini-batches.
+    assert state.memory.n_eff == pytest.approx(300, rel=1e-3)
+
+
+def test_weights_and_rows_without_an_observed_entry() -> None:
+    story, state, _ = begun(three_clusters(5_000, 10))
+    learner = OnlineEM(batch_rows=1000)
+    x = three_clusters(1_000, 11)
+    nothing = np.full((300, 2), np.nan)
+    alone, _ = learner.learn(story, state, Rows.of(x))
+    padded = Rows.of(np.concatenate([x, x * 0 + 99]), np.repeat([1.0, 0.0], 1_000))
+    weighed, _ = OnlineEM(batch_rows=2000).learn(story, state, padded)
+    plain, _ = OnlineEM(batch_rows=2000).learn(story, state, Rows.of(x))
+    np.testing.assert_allclose(weighed.params.family.mean, plain.params.family.mean, rtol=1e-12)
+    empty, info = learner.learn(story, alone, Rows.of(nothing))
+    assert empty.params.digest() == alone.params.digest()
+    assert info.n_unobserved == 300
+
+
+def test_mixed_columns_learn_from_parameters_alone() -> None:
+    rng = np.random.default_rng(12)
+    schema = Schema(
+        (Column("x"), Column("n", "count"), Column("c", "categorical", ("a", "b", "c")))
+    )
+    k = rng.integers(0, 2, 20_000)
+    values = np.column_stack(
+        [rng.normal(6 * k, 1), rng.poisson(2 + 8 * k), np.where(rng.random(20_000) < 0.8, k, 2)]
+    )
+    passes = Passes(NumpySource(values, schema, chunk_rows=4096), workers=1)
+    story, state = warm_start(mixture(schema, 2), passes, n_init=1, sample_rows=300)
+    ended = fit(story, OnlineEM(batch_rows=512), passes, state)
+    assert np.sort(ended.params.family.rate[:, 0]) == pytest.approx([2, 10], rel=0.05)
+    assert np.sort(ended.params.family.mean[:, 0]) == pytest.approx([0, 6], abs=0.1)
+
+
+def test_a_resident_is_one_chunk() -> None:
+    x = Rows.of(three_clusters(5_000, 13))
+    story, state, _ = begun(three_clusters(2_000, 14))
+    ended = fit(story, OnlineEM(batch_rows=500, max_passes=3), Resident(x), state)
+    assert ended.step == 3
+    assert np.abs(aligned(ended.params) - MEANS).max() < 0.3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_rows": 0},
+        {"kappa": 0.5},
+        {"kappa": 1.1},
+        {"t0": 0.0},
+        {"forgetting": 1.0},
+        {"max_passes": 0},
+        {"average": 1.0},
+        {"buffer_chunks": 0},
+    ],
+)
+def test_numbers_out_of_range_are_named(wrong: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        OnlineEM(**wrong)
