@@ -218,6 +218,10 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         from genstream.sources import open_source
 
         source = open_source(X, schema=schema, weights=sample_weight)
+        data = Data(source, lazy=True)
+        if type(X).__module__.partition(".")[0] == "xarray":
+            # Without chunks the caller is content to hold the answers in memory.
+            data = Data(source, lazy=bool(X.chunks), wrap=_Labelled.like(X))
         names, n_features = source.schema.names, source.schema.n_features
         named = names != Schema.real(n_features).names
         if reset:
@@ -228,7 +232,7 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 self.feature_names_in_ = np.array(names, dtype=object)
             elif hasattr(self, "feature_names_in_"):
                 del self.feature_names_in_
-            return Data(source, lazy=True)
+            return data
         expected = self._story().schema
         if n_features != expected.n_features:
             raise DataError(
@@ -240,7 +244,7 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 f"the columns of X are {', '.join(names)}; {type(self).__name__} was fitted with "
                 f"{', '.join(expected.names)}, in this order"
             )
-        return Data(source, lazy=True)
+        return data
 
     def _story(self) -> Story:
         story: Story = self.story_
@@ -299,25 +303,40 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
             passes = self._passes(self._resident(rows, data.source.schema))
         elif data.lazy:
             small = False
-        learner = BatchEM(self.max_iter, self.tol)
-        best: FitState | None = None
+        best: tuple[Story, FitState] | None = None
         for i, (story, start) in enumerate(self._starts(passes, small)):
-            state = start
             trace = _Verbose(i, self.verbose, self.verbose_interval)
-            if self.max_iter > 0:
-                state = fit(story, learner, passes, start, [trace])
+            state = self._climb(story, passes, start, trace)
             trace.end(state)
-            if best is None or _value(state) > _value(best):
-                best, self.story_ = state, story
+            if best is None or _value(state) > _value(best[1]):
+                best = story, state
         assert best is not None
-        if best.outcome is Outcome.NONFINITE:
-            raise DataError(
-                f"Fitting the mixture model failed at step {best.step}: {best.outcome.advice}"
-            )
-        self._finish(best)
+        self._finish(*best)
         return data
 
-    def _finish(self, state: FitState) -> None:
+    def _climb(self, story: Story, passes: Passes, state: FitState, trace: _Verbose) -> FitState:
+        if self.max_iter == 0:
+            return state
+        if self._goes_on(story):
+            # The first step may show that there was nothing more to gain.
+            bound = self.lower_bound_
+            state = fit(story, BatchEM(1, self.tol), passes, state, [trace])
+            if state.outcome is Outcome.MAX_STEPS and abs(_value(state) - bound) < self.tol:
+                return replace(state, outcome=Outcome.CONVERGED)
+            if state.outcome is Outcome.MAX_STEPS and self.max_iter > 1:
+                state = replace(state, outcome=Outcome.RUNNING)
+        return fit(story, BatchEM(self.max_iter, self.tol), passes, state, [trace])
+
+    def _goes_on(self, story: Story) -> bool:
+        """Whether a fit begins with the parameters of the last one."""
+        return self.warm_start and hasattr(self, "state_") and _alike(self.story_, story)
+
+    def _finish(self, story: Story, state: FitState) -> None:
+        if state.outcome is Outcome.NONFINITE:
+            raise DataError(
+                f"Fitting the mixture model failed at step {state.step}: {state.outcome.advice}"
+            )
+        self.story_ = story
         self.state_ = state
         self.trace_ = state.trace
         self.outcome_ = state.outcome
@@ -325,7 +344,7 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = state.step
         self.lower_bounds_ = [info.mean_objective for info in state.trace]
         self.lower_bound_ = _value(state)
-        self.warnings_ = [*state.events, *self.story_.warnings(state.params)]
+        self.warnings_ = [*state.events, *story.warnings(state.params)]
         self._set_attributes(state.params)
         # Without a step the caller wanted the start itself, so nothing failed to converge.
         if not self.converged_ and self.max_iter > 0:
@@ -341,7 +360,7 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """The states from which fits begin; the best fit is kept."""
         story = self._make_story(passes.source.schema)
         random_state = check_random_state(self.random_state)
-        again = self.warm_start and hasattr(self, "state_") and _alike(self.story_, story)
+        again = self._goes_on(story)
         seed = FitState.seed
         if small or again or self._given_start(story) is not None:
             if not small:
@@ -794,6 +813,26 @@ state_, trace_, outcome_, warnings_
         check_is_fitted(self)
         params: Params = self.state_.params
         return params.to_dataset(self.story_.labels())
+
+
+@dataclass(frozen=True, eq=False)
+class _Labelled:
+    """Gives answers the row labels of the xarray object that was asked about."""
+
+    row: str
+    coordinates: dict[Any, Any]
+
+    @classmethod
+    def like(cls, X: xarray.DataArray | xarray.Dataset) -> _Labelled:
+        row = X.dims[0] if isinstance(X.dims, tuple) else next(iter(X.sizes))
+        labels = {name: x for name, x in X.coords.items() if x.dims == (row,)}
+        return cls(str(row), labels)
+
+    def __call__(self, answer: Any) -> xarray.DataArray:
+        import xarray
+
+        dims = (self.row, "component")[: answer.ndim]
+        return xarray.DataArray(answer, dims=dims, coords=self.coordinates)
 
 
 class _Verbose:
