@@ -100,7 +100,8 @@ def test_a_rare_component_keeps_its_looks() -> None:
 
 def test_a_constant_pace_follows_a_drift() -> None:
     story, state, _ = begun(three_clusters(20_000, 8))
-    steady, quick = OnlineEM(batch_rows=500), OnlineEM(batch_rows=500, forgetting=0.05)
+    steady = OnlineEM(batch_rows=500, kappa=1.0)
+    quick = OnlineEM(batch_rows=500, forgetting=0.05)
     slow, fast = state, state
     for day in range(40):
         x = Rows.of(three_clusters(1_000, 100 + day) + 0.1 * day)
