@@ -506,6 +506,10 @@ class ColumnsKernel:
         # Poisson terms cancel as well: x log rate - rate near x = rate.
         counts = params.rate * (1.0 + np.abs(log_rate))
         self.rounding = 2 * quadratic.sum(axis=1) + 2 * counts.sum(axis=1)
+        # Scores of large counts are themselves large, since `log x!` is left to `base`: float32
+        # cannot hold them, however exactly they were computed.
+        if (np.finfo(self.dtype).eps * counts.sum(axis=1) > MAX_ROUNDING).any():
+            self.dtype = np.dtype(np.float64)
         self.n_square = curvature.shape[1]
 
     def linear(self, gaps: bool) -> Linear:
