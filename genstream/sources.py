@@ -256,7 +256,7 @@ class ZarrSource(ArraySource):
         self.array = opened
         chunks = opened.shards or opened.chunks
         _checked_shape(name, opened.shape, opened.dtype)
-        _check_zarr(name, opened, chunks)
+        check_zarr(name, opened, chunks)
         n, c = opened.shape[0], chunks[0]
         super().__init__(name, opened.shape, opened.dtype, min(n, c), schema, weights)
 
@@ -509,8 +509,12 @@ def _open_zarr(path: str | Path) -> zarr.Array[Any]:
     raise DataError(f"{path}: a zarr group; name one of its arrays in the path ({listed})")
 
 
-def _check_zarr(name: str, array: zarr.Array[Any], chunks: tuple[int, ...]) -> None:
-    """Refuse before anything is decoded: a small store can declare terabytes."""
+def check_zarr(name: str, array: zarr.Array[Any], chunks: tuple[int, ...]) -> None:
+    """Refuse, before anything is decoded, what a small store can do: declare terabytes.
+
+    Raises DataError, naming the array, on chunks above 2 GiB, on a codec that is not one of those
+    allowed, and where data are declared but no chunk is stored.
+    """
     from zarr.core.metadata import ArrayV2Metadata
 
     nbytes = math.prod(chunks) * array.dtype.itemsize

@@ -1,0 +1,367 @@
+"""Arrays as checksummed zarr v3 in immutable pieces.
+
+Each piece holds one zarr group, readable by anything that reads zarr: either a *segment*, rows in
+chunks of about 8 MB that span all columns, or a *record*, the variables of a labelled dataset.
+Every chunk is written, also where it is all fill value, and ends in a CRC-32C that the piece's
+index knows, so that a chunk lost, changed or swapped with another is noticed when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genstream.errors import CorruptError, DataError
+from genstream.manifests import Piece, PieceRef, PieceWriter, Storage
+from genstream.rows import Rows
+
+if TYPE_CHECKING:
+    import xarray
+    import zarr
+
+Array = NDArray[Any]
+DType = Literal["float32", "float64"]
+Ids = Sequence[str] | Sequence[int]
+
+CHUNK_NBYTES = 8 * 2**20
+SEGMENT_CHUNKS = 256
+RECORD_CHUNK_NBYTES = 64 * 2**20
+
+
+class SegmentWriter:
+    """Writes rows as they come into segments, holding one chunk in memory.
+
+    Parameters
+    ----------
+    storage
+        Where to.
+    n_features, dtype
+        Columns of every row, and the type in which they are stored; a missing entry as NaN.
+    weighted
+        Whether row weights are stored; rows without any weigh 1.
+    chunk_rows
+        Rows of a chunk; as many as make about 8 MB when left out. Rows that do not fill one chunk
+        are stored as a chunk of their own size.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        n_features: int,
+        dtype: DType = "float64",
+        *,
+        weighted: bool = False,
+        chunk_rows: int | None = None,
+    ) -> None:
+        self.storage = storage
+        self.dtype = np.dtype(dtype)
+        self.chunk_rows = chunk_rows or max(1, CHUNK_NBYTES // (n_features * self.dtype.itemsize))
+        self.n_rows = 0
+        self._digest = hashlib.sha256()
+        self._values = np.empty((self.chunk_rows, n_features), self.dtype)
+        self._weights = np.empty(self.chunk_rows) if weighted else None
+        self._ids: list[Any] | None = None
+        self._n_held = 0
+        self._n_chunks = 0
+        self._piece: PieceWriter | None = None
+        self._sealed: list[tuple[PieceWriter, dict[str, Any]]] = []
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the rows stored so far, for rows that come from no file."""
+        return self._digest.hexdigest()
+
+    def add(self, rows: Rows, ids: Ids | None = None) -> None:
+        """Store further rows, with their ids if the first rows had any.
+
+        Raises DataError when the rows have ids or weights that the others do not, or a value is
+        too large for float32.
+        """
+        if ids is not None and self._ids is None and self.n_rows == 0:
+            self._ids = []
+        if (ids is None) != (self._ids is None):
+            raise DataError("either all rows of a batch have an id or none has")
+        if rows.weights is not None and self._weights is None:
+            raise DataError("these rows have weights, but the dataset was made without any")
+        filled = rows.filled()
+        done = 0
+        while done < rows.n_rows:
+            n = min(rows.n_rows - done, self.chunk_rows - self._n_held)
+            here, taken = slice(self._n_held, self._n_held + n), slice(done, done + n)
+            with np.errstate(over="ignore"):
+                self._values[here] = filled[taken]
+            if self.dtype == np.float32 and np.isinf(self._values[here]).any():
+                i, j = np.argwhere(np.isinf(self._values[here]))[0]
+                raise DataError(
+                    f"row {self.n_rows + i}, column {j}: {filled[done + i, j]:g} is too large for "
+                    "float32: store the dataset as float64"
+                )
+            if self._weights is not None:
+                self._weights[here] = rows.row_weights[taken]
+            if ids is not None and self._ids is not None:
+                self._ids += list(ids[taken])
+            self._n_held += n
+            self.n_rows += n
+            done += n
+            if self._n_held == self.chunk_rows:
+                self._flush()
+
+    def close(self) -> list[dict[str, Any]]:
+        """Store what is left and seal; the segments in order, as the ledger names them."""
+        if self._n_held:
+            self._flush()
+        if self._piece is not None:
+            self._seal()
+        return [entry for _, entry in self._sealed]
+
+    def discard(self) -> None:
+        """Delete everything that was written."""
+        for piece, _ in self._sealed:
+            piece.discard()
+        if self._piece is not None:
+            self._piece.discard()
+
+    def _flush(self) -> None:
+        n = self._n_held
+        if self._piece is None:
+            self._piece = PieceWriter(self.storage, "segments")
+            self._segment_rows = 0
+            # Rows that fill no chunk get one of their own size rather than a padded one.
+            self._segment_chunk = self.chunk_rows if n == self.chunk_rows else n
+        size = self._segment_chunk
+        held: dict[str, Array] = {"values": self._values}
+        if self._weights is not None:
+            held["weights"] = self._weights
+        for name, buffer in held.items():
+            chunk = buffer[:size]
+            chunk[n:] = np.nan
+            self._digest.update(chunk[:n].data)
+            file = f"zarr/{name}/{_chunk_key(self._n_chunks, chunk.ndim)}"
+            self._piece.add(file, _encode(chunk), ends_in_checksum=True)
+        if self._ids is not None:
+            data = json.dumps(self._ids, ensure_ascii=False).encode()
+            self._digest.update(data)
+            self._piece.add(f"ids/{self._n_chunks}.json", data)
+            self._ids = []
+        self._segment_rows += n
+        self._n_chunks += 1
+        self._n_held = 0
+        if self._n_chunks == SEGMENT_CHUNKS:
+            self._seal()
+
+    def _seal(self) -> None:
+        assert self._piece is not None
+        shape: tuple[int, ...] = (self._segment_rows, self._values.shape[1])
+        chunk: tuple[int, ...] = (self._segment_chunk, self._values.shape[1])
+        self._piece.add("zarr/zarr.json", _group_metadata())
+        arrays = {"values": (2, self.dtype)}
+        if self._weights is not None:
+            arrays["weights"] = (1, self._weights.dtype)
+        for name, (n_axes, dtype) in arrays.items():
+            axes = ("row", "feature")[:n_axes]
+            _, files = _create(shape[:n_axes], chunk[:n_axes], dtype, axes)
+            self._piece.add(f"zarr/{name}/zarr.json", files["zarr.json"].to_bytes())
+        entry = {"n_rows": self._segment_rows, "chunk_rows": self._segment_chunk}
+        content = entry | {
+            "n_features": self._values.shape[1],
+            "dtype": str(self.dtype),
+            "weighted": self._weights is not None,
+            "ids": self._ids is not None,
+        }
+        ref = self._piece.seal(content)
+        self._sealed.append((self._piece, ref.to_json() | entry))
+        self._piece = None
+        self._n_chunks = 0
+
+
+class Segment:
+    """A sealed segment, read chunk by chunk."""
+
+    def __init__(self, storage: Storage, entry: Mapping[str, Any]) -> None:
+        self.piece = Piece(storage, PieceRef.from_json(entry))
+        self.place = f"{storage.name}/{self.piece.ref.key}"
+        content = self.piece.content
+        if any(content[name] != entry[name] for name in ("n_rows", "chunk_rows")):
+            raise CorruptError(f"{self.place}.json: declares other rows than its manifest")
+        self.n_rows: int = content["n_rows"]
+        self.chunk_rows: int = content["chunk_rows"]
+        self.n_features: int = content["n_features"]
+        self.weighted: bool = content["weighted"]
+        self.has_ids: bool = content["ids"]
+        self._metadata = {
+            name: self.piece.read(f"zarr/{name}/zarr.json")
+            for name in ("values", *(["weights"] if self.weighted else []))
+        }
+        self._check(np.dtype(content["dtype"]))
+
+    def read(self, i: int) -> Rows:
+        """Rows of chunk `i`. Raises CorruptError, naming the file, on damage."""
+        n = min(self.chunk_rows, self.n_rows - i * self.chunk_rows)
+        weights = self._chunk("weights", i, 1)[:n] if self.weighted else None
+        return Rows.of(self._chunk("values", i, 2)[:n], weights)
+
+    def ids(self, i: int) -> list[str] | list[int] | None:
+        """Ids of the rows of chunk `i`, or None where the rows have none."""
+        if not self.has_ids:
+            return None
+        found: list[str] | list[int] = json.loads(self.piece.read(f"ids/{i}.json"))
+        return found
+
+    def _check(self, dtype: np.dtype[Any]) -> None:
+        from genstream.sources import check_zarr
+
+        for name, metadata in self._metadata.items():
+            array = _open({"zarr.json": metadata})
+            check_zarr(f"{self.place}.zarr/{name}", array, array.chunks)
+            shape = (self.n_rows, self.n_features)[: array.ndim]
+            expected = dtype if name == "values" else np.dtype(np.float64)
+            if array.shape != shape or array.chunks[0] != self.chunk_rows:
+                raise CorruptError(f"{self.place}.zarr/{name}: declares another shape")
+            if array.dtype != expected:
+                raise CorruptError(f"{self.place}.zarr/{name}: declares another type")
+
+    def _chunk(self, name: str, i: int, n_axes: int) -> Array:
+        file = _chunk_key(i, n_axes)
+        data = self.piece.read(f"zarr/{name}/{file}")
+        array = _open({"zarr.json": self._metadata[name], file: data})
+        first = i * self.chunk_rows
+        try:
+            return np.asarray(array[first : first + self.chunk_rows])
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise CorruptError(f"{self.place}.zarr/{name}/{file}: is damaged: {error}") from error
+
+
+def write_record(
+    storage: Storage, folder: str, dataset: xarray.Dataset, content: Mapping[str, Any]
+) -> PieceRef:
+    """Store a labelled dataset of numbers as a new sealed piece below `folder`.
+
+    Numbers of any shape keep every bit. Variables without entries, which zarr cannot chunk, and
+    the attributes go to the piece's index, with any further JSON `content`.
+    """
+    from zarr.storage import MemoryStore
+
+    empty = {str(n): v for n, v in dataset.data_vars.items() if v.size == 0}
+    full = dataset.drop_vars([*empty, *dataset.coords]).drop_attrs()
+    files: dict[str, Any] = {}
+    encoding = {
+        str(name): {
+            "compressors": _checksummed(),
+            "chunks": _record_chunks(variable.shape, variable.dtype.itemsize),
+        }
+        for name, variable in full.data_vars.items()
+    }
+    full.to_zarr(MemoryStore(files), mode="w", zarr_format=3, consolidated=False, encoding=encoding)
+    piece = PieceWriter(storage, folder)
+    for name, data in files.items():
+        is_chunk = not name.endswith("zarr.json")
+        piece.add(f"zarr/{name}", data.to_bytes(), ends_in_checksum=is_chunk)
+    return piece.seal(
+        {
+            "attributes": dataset.attrs,
+            "empty": {
+                name: {"dims": list(v.dims), "shape": list(v.shape), "dtype": v.dtype.str}
+                for name, v in empty.items()
+            },
+            "record": dict(content),
+        }
+    )
+
+
+def read_record(storage: Storage, ref: PieceRef) -> tuple[xarray.Dataset, dict[str, Any]]:
+    """Inverse of `write_record`: the dataset, in memory, and its `content`.
+
+    Raises CorruptError, naming the file, where anything is missing or not as it was stored.
+    """
+    import xarray
+    from zarr.storage import MemoryStore
+
+    piece = Piece(storage, ref)
+    place = f"{storage.name}/{ref.key}"
+    files = {
+        name.removeprefix("zarr/"): _buffer(piece.read(name, whole=True)) for name in piece.names
+    }
+    try:
+        found = xarray.open_zarr(
+            MemoryStore(files), consolidated=False, decode_cf=False, chunks=None
+        )
+        found = found.load()
+        for name, entry in piece.content["empty"].items():
+            array = np.zeros(entry["shape"], np.dtype(entry["dtype"]))
+            found[name] = (tuple(entry["dims"]), array)
+        found = found.drop_attrs().assign_attrs(piece.content["attributes"])
+        return found, piece.content["record"]
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CorruptError(f"{place}: is damaged: {error}") from error
+
+
+def _record_chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """One chunk, unless that is very large; then some of the first axis."""
+    if not shape:
+        return ()
+    row = itemsize * int(np.prod(shape[1:], dtype=np.int64))
+    return (min(shape[0], max(1, RECORD_CHUNK_NBYTES // max(1, row))), *shape[1:])
+
+
+def _checksummed() -> list[Any]:
+    from zarr.codecs import Crc32cCodec
+
+    return [Crc32cCodec()]
+
+
+def _buffer(data: bytes) -> Any:
+    from zarr.core.buffer import default_buffer_prototype
+
+    return default_buffer_prototype().buffer.from_bytes(data)
+
+
+def _create(
+    shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any], axes: tuple[str, ...]
+) -> tuple[zarr.Array[Any], dict[str, Any]]:
+    """A new array and the files, by their keys, that it is made of."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Any] = {}
+    array = zarr.create_array(
+        MemoryStore(files),
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        compressors=_checksummed(),
+        fill_value=np.nan,
+        dimension_names=axes,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        config={"write_empty_chunks": True},
+    )
+    return array, files
+
+
+def _encode(chunk: Array) -> bytes:
+    """The bytes of a chunk, which do not depend on where in an array it stands."""
+    array, files = _create(chunk.shape, chunk.shape, chunk.dtype, ("row", "feature")[: chunk.ndim])
+    array[...] = chunk
+    data: bytes = files[_chunk_key(0, chunk.ndim)].to_bytes()
+    return data
+
+
+def _open(files: Mapping[str, bytes]) -> zarr.Array[Any]:
+    """The array that some of its files make."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    store = MemoryStore({name: _buffer(data) for name, data in files.items()})
+    return zarr.open_array(store, mode="r", zarr_format=3)
+
+
+def _chunk_key(i: int, n_axes: int) -> str:
+    return ".".join(["c", str(i), *["0"] * (n_axes - 1)])
+
+
+def _group_metadata() -> bytes:
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}).encode()

@@ -1,0 +1,655 @@
+"""Datasets and models at rest: immutable pieces under numbered manifests.
+
+A dataset is a ledger of batches, each of which names the segments that hold its rows. A model is a
+list of versions, one of them the champion, each of which names a state. Both change by commits
+only, as `genstream.manifests` says, and a reader sees all of a commit or nothing of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from genstream.errors import ConfigError, ConflictError, DataError, StorageError
+from genstream.learn import FitState, story_of
+from genstream.manifests import (
+    LocalStorage,
+    Manifest,
+    Manifests,
+    Piece,
+    PieceRef,
+    PieceWriter,
+    Storage,
+    collect,
+)
+from genstream.rows import Rows
+from genstream.schema import Column, Kind, Schema
+from genstream.segments import DType, Ids, Segment, SegmentWriter, read_record, write_record
+from genstream.sources import Piece as RowPiece
+from genstream.story import Story
+
+# Ledger entries that a manifest itself holds; older ones move to pages of their own, so that a
+# commit does not grow with history.
+PAGE = 256
+# Pieces that nothing names are kept this long, in s: they may belong to a commit under way.
+GRACE = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that arrived together.
+
+    `id` is the SHA-256 of the bytes they came as, `segments` the pieces that hold them.
+    """
+
+    id: str
+    name: str
+    n_rows: int
+    time: str
+    status: str
+    segments: tuple[dict[str, Any], ...]
+
+    @property
+    def key(self) -> int:
+        """A number for the batch, by which its rows are told from those of others."""
+        return int(self.id[:16], 16)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `from_json` undoes it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Batch:
+        """Inverse of `to_json`."""
+        return cls(**{**value, "segments": tuple(value["segments"])})
+
+
+class Dataset:
+    """A dataset in a folder, as of one manifest.
+
+    Make one with `open` or `create`. Reading goes through `source`, which stays with this manifest
+    whatever is appended meanwhile.
+    """
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.storage = storage
+        self.manifest = manifest
+        self.schema = Schema.from_json(manifest.content["schema"])
+        self.dtype: DType = manifest.content["dtype"]
+        self.weighted: bool = manifest.content["weighted"]
+
+    @classmethod
+    def open(cls, path: str | Path, manifest: int | None = None) -> Dataset:
+        """The dataset in a folder, of its newest manifest or of an older one.
+
+        Raises StorageError where there is none, CorruptError where its manifest is damaged.
+        """
+        storage = LocalStorage(Path(path))
+        manifests = Manifests(storage, "dataset")
+        found = manifests.latest() if manifest is None else manifests.read(manifest)
+        if found is None:
+            raise StorageError(f"{path}: no dataset there: ingest something into it first")
+        return cls(storage, found)
+
+    @cached_property
+    def batches(self) -> tuple[Batch, ...]:
+        """The ledger, oldest first."""
+        return tuple(Batch.from_json(b) for b in _ledger(self.storage, self.manifest.content))
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all batches."""
+        return sum(batch.n_rows for batch in self.batches)
+
+    def source(self, manifest: int | None = None) -> DatasetSource:
+        """The rows of this manifest, or of the one given, as chunks.
+
+        Raises DataError where there are none.
+        """
+        of = self if manifest is None else Dataset.open(self.storage.name, manifest)
+        return DatasetSource(of)
+
+
+def append_batch(
+    path: str | Path,
+    name: str,
+    pieces: Iterable[Rows | tuple[Rows, Ids]],
+    schema: Callable[[], Schema],
+    *,
+    n_features: int,
+    dtype: DType = "float64",
+    weighted: bool = False,
+    batch_id: str | None = None,
+    check: Callable[[], None] | None = None,
+) -> tuple[Dataset, Batch | None]:
+    """Store rows as one batch of a dataset and commit it, or leave no trace of it.
+
+    Parameters
+    ----------
+    path
+        The dataset's folder; the first batch makes it.
+    name
+        What the batch is called in the ledger.
+    pieces
+        Its rows, in order and a bounded number at a time, with ids if they have any.
+    schema
+        Called when all rows are written: their columns, with all levels seen.
+    n_features, dtype, weighted
+        Number of columns, how values are stored, and whether weights are.
+    batch_id
+        The SHA-256 of the bytes the rows came as; that of the rows themselves if left out.
+    check
+        Called just before the commit; what it raises undoes the batch.
+
+    Returns
+    -------
+    The dataset with the batch, and the batch, or None where one with the same id was there.
+
+    Raises
+    ------
+    DataError
+        Where there are no rows, or they do not fit the dataset.
+    ConflictError
+        Where other writers committed first again and again, or changed the levels.
+    """
+    storage = LocalStorage(Path(path))
+    writer = SegmentWriter(storage, n_features, dtype, weighted=weighted)
+    made = None
+    try:
+        for piece in pieces:
+            rows, ids = piece if isinstance(piece, tuple) else (piece, None)
+            writer.add(rows, ids)
+        if not writer.n_rows:
+            raise DataError(f"{name}: has no rows")
+        segments = writer.close()
+        if check is not None:
+            check()
+        batch = Batch(
+            batch_id or writer.digest,
+            name,
+            writer.n_rows,
+            datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "stored",
+            tuple(segments),
+        )
+        columns = schema()
+        empty: dict[str, Any] = {"dtype": dtype, "weighted": weighted, "pages": [], "batches": []}
+        made = Manifests(storage, "dataset").commit(
+            lambda head: _grown(storage, empty if head is None else head.content, batch, columns)
+        )
+    finally:
+        if made is None:
+            writer.discard()
+    if made is None:
+        return Dataset.open(path), None
+    return Dataset(storage, made), batch
+
+
+def _grown(
+    storage: Storage, content: dict[str, Any], batch: Batch, columns: Schema
+) -> dict[str, Any] | None:
+    """The content of the next manifest, or None where the batch is there already."""
+    if any(entry["id"] == batch.id for entry in _ledger(storage, content)):
+        return None
+    if "schema" in content:
+        known = Schema.from_json(content["schema"])
+        if known.names != columns.names or known.kinds != columns.kinds:
+            raise DataError(
+                f"{batch.name}: has the columns {_described(columns)}; the dataset "
+                f"{storage.name} has {_described(known)}"
+            )
+        if not extends(columns, known):
+            # Another writer added levels: the codes of ours would mean something else.
+            if not extends(known, columns):
+                raise ConflictError(
+                    f"{storage.name}: another writer added levels meanwhile: run this again"
+                )
+            columns = known
+    entries = [*content["batches"], batch.to_json()]
+    pages = list(content["pages"])
+    while len(entries) >= 2 * PAGE:
+        page = PieceWriter(storage, "ledger")
+        pages.append(page.seal({"batches": entries[:PAGE]}).to_json())
+        entries = entries[PAGE:]
+    return {**content, "schema": columns.to_json(), "pages": pages, "batches": entries}
+
+
+def _described(schema: Schema) -> str:
+    return ", ".join(f"{column.name} ({column.kind})" for column in schema.columns)
+
+
+def extends(schema: Schema, known: Schema) -> bool:
+    """Whether `schema` is `known`, or that with further levels at the end of some columns."""
+    if schema.names != known.names or schema.kinds != known.kinds:
+        return False
+    pairs = zip(schema.columns, known.columns, strict=True)
+    return all(new.levels[: len(old.levels)] == old.levels for new, old in pairs)
+
+
+def _ledger(storage: Storage, content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for page in content["pages"]:
+        yield from Piece(storage, PieceRef.from_json(page)).content["batches"]
+    yield from content["batches"]
+
+
+class DatasetSource:
+    """The rows of a dataset as of one manifest; see `genstream.sources.Source`."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.schema = dataset.schema
+        self.dtype = np.dtype(dataset.dtype)
+        self._storage, self._manifest = dataset.storage, dataset.manifest
+        self._weighted = dataset.weighted
+        self._segments: list[dict[str, Any]] = []
+        chunks: list[int] = []
+        # (segment, chunk within it, batch key, first row within the batch) of every chunk.
+        self._places: list[tuple[int, int, int, int]] = []
+        for batch in dataset.batches:
+            first = 0
+            for entry in batch.segments:
+                for i, start in enumerate(range(0, entry["n_rows"], entry["chunk_rows"])):
+                    n = min(entry["chunk_rows"], entry["n_rows"] - start)
+                    self._places.append((len(self._segments), i, batch.key, first))
+                    chunks.append(n)
+                    first += n
+                self._segments.append(dict(entry))
+        if not chunks:
+            raise DataError(f"{dataset.storage.name}: the dataset has no rows yet")
+        self.chunk_rows = tuple(chunks)
+        self._opened: dict[int, Segment] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}}
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Memory of the largest decoded chunk, in bytes."""
+        width = self.schema.n_features * (self.dtype.itemsize + 1) + 8 * self._weighted
+        return max(self.chunk_rows) * width
+
+    def read(self, i: int) -> Rows:
+        """Chunk `i`. Raises CorruptError, naming the file, where it is not as committed."""
+        number, chunk, _, _ = self._places[i]
+        return self._segment(number).read(chunk)
+
+    def ids(self, i: int) -> list[Any] | None:
+        """Ids of the rows of chunk `i`, or None where they have none."""
+        number, chunk, _, _ = self._places[i]
+        return self._segment(number).ids(chunk)
+
+    def _segment(self, number: int) -> Segment:
+        found = self._opened.get(number)
+        if found is None:
+            found = self._opened[number] = Segment(self._storage, self._segments[number])
+        return found
+
+    def origin(self, i: int) -> tuple[RowPiece, ...]:
+        """The batch of chunk `i`, and where in it the chunk begins."""
+        _, _, key, first = self._places[i]
+        return ((key, first, self.chunk_rows[i]),)
+
+    def identity(self) -> dict[str, Any]:
+        """Kind, place, manifest and its digest, rows, chunks."""
+        return {
+            "kind": "dataset",
+            "name": self._storage.name,
+            "manifest": self._manifest.number,
+            "sha256": self._manifest.sha256,
+            "n_rows": sum(self.chunk_rows),
+            "n_chunks": len(self.chunk_rows),
+            "columns": list(self.schema.names),
+        }
+
+
+# --- ingest --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """What became of one file: `stored`, or `duplicate` where its bytes were there already."""
+
+    name: str
+    id: str
+    rows: int
+    status: Literal["stored", "duplicate"]
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What an ingest did: the manifest that holds the data, and every file looked at."""
+
+    manifest: int
+    batches: tuple[Ingested, ...]
+    columns: dict[str, Kind]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "batches": [asdict(batch) for batch in self.batches]}
+
+
+def ingest(
+    paths: Sequence[str | Path],
+    dataset: str | Path,
+    *,
+    columns: Mapping[str, Kind | Column] | None = None,
+    id_column: str | None = None,
+    weights: str | None = None,
+    missing: Literal["allow", "forbid"] = "allow",
+    null_values: Sequence[str] | None = None,
+    dtype: DType = "float64",
+    chunk_rows: int = 65_536,
+    on_progress: Callable[[int], None] | None = None,
+) -> IngestReport:
+    """Bring files into a dataset, each as one batch, by chunks and never whole.
+
+    Parameters
+    ----------
+    paths
+        Files of any format that `genstream.tables.read_tables` knows.
+    dataset
+        The folder; made where it is not there yet.
+    columns
+        Kinds, or columns with their levels, by name; what the first file suggests if left out.
+        A dataset that exists keeps its own columns, and only learns further levels.
+    id_column, weights
+        Columns carried beside the data: ids of rows, and their weights.
+    missing
+        `forbid` refuses the first gap.
+    null_values
+        Texts that stand for a missing entry.
+    dtype
+        How a new dataset stores values.
+    on_progress
+        Called with the rows brought in so far, over all files.
+
+    Raises
+    ------
+    DataError
+        Naming file, row and column; the file leaves nothing behind, those before it stay.
+    StorageError
+        Where something cannot be read or written.
+    """
+    from genstream.tables import Encoder, read_tables
+
+    if not paths:
+        raise ConfigError("there is no file to ingest")
+    target = Path(dataset)
+    target, done = Path(dataset), 0
+    reports: list[Ingested] = []
+    carried = [column for column in (id_column, weights) if column is not None]
+    manifests = Manifests(LocalStorage(target), "dataset")
+    opened = Dataset.open(target) if manifests.latest() is not None else None
+    for path in paths:
+        identity = content_digest(path)
+        known = {batch.id: batch for batch in opened.batches} if opened else {}
+        if identity in known:
+            reports.append(Ingested(Path(path).name, identity, known[identity].n_rows, "duplicate"))
+            continue
+        names = _names(path, opened, columns, carried)
+        encoder = Encoder(
+            _specs(names, opened, columns),
+            null_values=null_values,
+            missing=missing,
+            known=opened.schema if opened else None,
+        )
+
+        def pieces(
+            encoder: Encoder = encoder, path: str | Path = path, names: list[str] = names
+        ) -> Iterator[Rows | tuple[Rows, Ids]]:
+            nonlocal done
+            first, place = 0, str(path)
+            for table in read_tables(path, columns=[*names, *carried], chunk_rows=chunk_rows):
+                rows = encoder.encode(table, first_row=first, place=place)
+                if weights is not None:
+                    found = encoder.numbers(table, weights, first_row=first, place=place)
+                    rows = Rows.of(rows.filled(), found, first_row=first)
+                yield rows if id_column is None else (rows, encoder.ids(table, id_column))
+                first += rows.n_rows
+                done += rows.n_rows
+                if on_progress is not None:
+                    on_progress(done)
+
+        def unchanged(path: str | Path = path, identity: str = identity) -> None:
+            if content_digest(path) != identity:
+                raise DataError(f"{path}: changed while it was read: ingest it again")
+
+        opened, batch = append_batch(
+            target,
+            Path(path).name,
+            pieces(),
+            functools.partial(getattr, encoder, "schema"),
+            n_features=len(names),
+            dtype=opened.dtype if opened else dtype,
+            weighted=opened.weighted if opened else weights is not None,
+            batch_id=identity,
+            check=unchanged,
+        )
+        stored = batch or next(b for b in opened.batches if b.id == identity)
+        reports.append(
+            Ingested(stored.name, identity, stored.n_rows, "stored" if batch else "duplicate")
+        )
+    assert opened is not None
+    kinds = dict(zip(opened.schema.names, opened.schema.kinds, strict=True))
+    return IngestReport(opened.manifest.number, tuple(reports), kinds)
+
+
+def _names(
+    path: str | Path,
+    opened: Dataset | None,
+    columns: Mapping[str, Kind | Column] | None,
+    carried: Sequence[str],
+) -> list[str]:
+    """The columns to read: those of the dataset, those asked for, or all but the carried ones."""
+    from genstream.tables import table_columns
+
+    if opened is not None:
+        asked = list(opened.schema.names) if columns is None else list(columns)
+        if set(asked) != set(opened.schema.names):
+            raise ConfigError(
+                f"{opened.storage.name}: has the columns {', '.join(opened.schema.names)}; "
+                f"{', '.join(asked)} were asked for: use another dataset"
+            )
+        return list(opened.schema.names)
+    if columns is not None:
+        return list(columns)
+    return [name for name in table_columns(path) if name not in carried]
+
+
+def _specs(
+    names: Sequence[str], opened: Dataset | None, columns: Mapping[str, Kind | Column] | None
+) -> dict[str, Column | Kind | None]:
+    """What is known of each column: a column with its levels, a kind, or nothing."""
+    specs: dict[str, Column | Kind | None] = {}
+    for name in names:
+        asked = None if columns is None else columns[name]
+        specs[name] = asked
+        if opened is None:
+            continue
+        kind = opened.schema[name].kind
+        wanted = asked.kind if isinstance(asked, Column) else asked
+        if wanted not in (None, kind):
+            raise ConfigError(
+                f"{opened.storage.name}: column {name!r} is {kind} there, but {wanted} was asked "
+                "for: use another dataset"
+            )
+        fixed = isinstance(asked, Column) and asked.levels
+        specs[name] = asked if fixed else kind if kind == "categorical" else opened.schema[name]
+    return specs
+
+
+def content_digest(path: str | Path) -> str:
+    """SHA-256 of a file, or of the names and bytes of all files below a folder.
+
+    Raises StorageError where it cannot be read.
+    """
+    place = Path(path)
+    sha = hashlib.sha256()
+    try:
+        if place.is_dir():
+            for file in sorted(p for p in place.rglob("*") if p.is_file()):
+                sha.update(f"{file.relative_to(place).as_posix()}\n".encode())
+                sha.update(bytes.fromhex(content_digest(file)))
+            return sha.hexdigest()
+        with place.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+# --- states and models ---------------------------------------------------------------------------
+
+
+def save_checkpoint(path: str | Path, story: Story, state: FitState, *, keep: int = 3) -> int:
+    """Commit the state of a running fit, and drop all but the newest `keep`.
+
+    The state's dataset names its story. Returns the number of the checkpoint. Raises StorageError
+    where it cannot be written; those before it then stay.
+    """
+    storage = LocalStorage(Path(path))
+    ref = write_record(storage, "states", state.to_dataset(story), {})
+    manifests = Manifests(storage, "checkpoint")
+    made = manifests.commit(lambda _: {"state": ref.to_json(), "step": state.step})
+    assert made is not None
+    kept = {}
+    for number in manifests.numbers():
+        if number > made.number - keep:
+            kept[number] = manifests.read(number).content["state"]["key"]
+        else:
+            manifests.delete(number)
+    collect(storage, set(kept.values()), ("states",), older_than=0.0)
+    return made.number
+
+
+def load_checkpoint(path: str | Path) -> tuple[Story, FitState] | None:
+    """The newest state of a fit and its story, or None where none was saved yet.
+
+    Raises CorruptError, naming the file, where it is damaged.
+    """
+    storage = LocalStorage(Path(path))
+    found = Manifests(storage, "checkpoint").latest()
+    return None if found is None else _state(storage, found.content["state"])
+
+
+def _state(storage: Storage, ref: Mapping[str, Any]) -> tuple[Story, FitState]:
+    dataset, _ = read_record(storage, PieceRef.from_json(ref))
+    story = story_of(dataset)
+    return story, FitState.from_dataset(dataset, story)
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of a model: where its state is, and what was found when it was published."""
+
+    number: int
+    time: str
+    state: dict[str, str]
+    record: dict[str, Any]
+
+
+class ModelStore:
+    """Versions of a model in a folder, one of them the champion.
+
+    `publish` and `rollback` are commits; readers see the champion of one manifest.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.storage: Storage = LocalStorage(self.path)
+        self._manifests = Manifests(self.storage, "model")
+
+    def _latest(self) -> Manifest:
+        found = self._manifests.latest()
+        if found is None:
+            raise StorageError(f"{self.path}: no model there: publish one first")
+        return found
+
+    def publish(
+        self, story: Story, state: FitState, record: Mapping[str, Any], *, keep: int = 30
+    ) -> int:
+        """Add a version and make it the champion; the oldest beyond `keep` are dropped.
+
+        `record` is what a user wants to know of it (scores, rows, the run), as JSON. A `run` in it
+        that a version already has makes this a repetition, which changes nothing. Returns the
+        version's number. Raises ConflictError where other writers always committed first.
+        """
+        run = record.get("run")
+        known = self._manifests.latest()
+        if known is not None and run is not None:
+            for entry in known.content["versions"]:
+                if entry["record"].get("run") == run:
+                    return int(entry["number"])
+        ref = write_record(self.storage, "states", state.to_dataset(story), {})
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+
+        def build(head: Manifest | None) -> dict[str, Any]:
+            versions = [] if head is None else list(head.content["versions"])
+            number = max((entry["number"] for entry in versions), default=0) + 1
+            entry = Version(number, now, ref.to_json(), dict(record))
+            return {"versions": [*versions, asdict(entry)][-keep:], "champion": number}
+
+        made = self._manifests.commit(build)
+        assert made is not None
+        named = {entry["state"]["key"] for entry in made.content["versions"]}
+        collect(self.storage, named, ("states",), older_than=GRACE)
+        return int(made.content["champion"])
+
+    def versions(self) -> tuple[Version, ...]:
+        """All versions, oldest first. Raises StorageError where there is no model."""
+        return tuple(Version(**entry) for entry in self._latest().content["versions"])
+
+    @property
+    def champion(self) -> int:
+        """Number of the version in use. Raises StorageError where there is no model."""
+        return int(self._latest().content["champion"])
+
+    def rollback(self, version: int | None = None) -> int:
+        """Make an older version the champion: the one before it, or the one given.
+
+        Raises ConfigError where there is no such version.
+        """
+
+        def build(head: Manifest | None) -> dict[str, Any]:
+            if head is None:
+                raise StorageError(f"{self.path}: no model there: publish one first")
+            numbers = [entry["number"] for entry in head.content["versions"]]
+            now = head.content["champion"]
+            older = [n for n in numbers if n < now]
+            wanted = version if version is not None else max(older, default=None)
+            if wanted not in numbers:
+                listed = ", ".join(str(n) for n in numbers)
+                raise ConfigError(
+                    f"{self.path}: no version to go back to ({listed} are there, {now} is in use)"
+                )
+            return {**head.content, "champion": wanted}
+
+        made = self._manifests.commit(build)
+        assert made is not None
+        return int(made.content["champion"])
+
+    def load(self, version: int | Literal["champion"] = "champion") -> tuple[Story, FitState]:
+        """Story and state of a version.
+
+        Raises ConfigError where there is no such version, CorruptError where it is damaged.
+        """
+        content = self._latest().content
+        number = content["champion"] if version == "champion" else version
+        for entry in content["versions"]:
+            if entry["number"] == number:
+                return _state(self.storage, entry["state"])
+        listed = ", ".join(str(entry["number"]) for entry in content["versions"])
+        raise ConfigError(f"{self.path}: has no version {version}; it has {listed}")
+
+
+def load(
+    path: str | Path, version: int | Literal["champion"] = "champion"
+) -> tuple[Story, FitState]:
+    """Story and state of a published model; see `ModelStore.load`."""
+    return ModelStore(path).load(version)
