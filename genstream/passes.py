@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ Progress = Callable[[int, int], None]
 MAX_TASK_CHUNKS = 64
 # Tasks a worker should have at least, so that none waits long for the others at the end.
 TASKS_PER_WORKER = 4
+EMPTY = "there is no chunk to fold: the source is empty"
 
 
 class Passes:
@@ -46,7 +48,7 @@ class Passes:
         Chunks a task folds, a power of two; chosen by default. It never changes a result.
     on_progress
         Called with (rows done, rows in all) as tasks of a pass end; on a cluster, when a pass
-        ends.
+        ends. Calls never overlap, but come from whichever thread ended a task.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class Passes:
         `work` returns something with `merge`; on a cluster it and its results are sent between
         processes. Raises what `work` raises, and ComputeError where a cluster lost the pass.
         """
-        n_chunks = len(self.source.chunk_rows)
+        n_chunks = self.n_chunks
+        if not n_chunks:
+            raise ComputeError(EMPTY)
         ranges = [
             (first, min(first + self.task_chunks, n_chunks))
             for first in range(0, n_chunks, self.task_chunks)
@@ -104,12 +108,15 @@ class Passes:
 
     def _reporter(self) -> Callable[[tuple[int, int]], None]:
         done = 0
+        # Tasks end on several threads: rows are counted, and told, one at a time.
+        lock = threading.Lock()
 
         def report(span: tuple[int, int]) -> None:
             nonlocal done
-            done += sum(self.source.chunk_rows[span[0] : span[1]])
-            if self.on_progress is not None:
-                self.on_progress(done, self.n_rows)
+            with lock:
+                done += sum(self.source.chunk_rows[span[0] : span[1]])
+                if self.on_progress is not None:
+                    self.on_progress(done, self.n_rows)
 
         return report
 
@@ -244,7 +251,7 @@ def fold_tree(values: Iterable[Any]) -> Any:
             size *= 2
         stack.append((size, value))
     if not stack:
-        raise ComputeError("there is no chunk to fold: the source is empty")
+        raise ComputeError(EMPTY)
     _, total = stack.pop()
     while stack:
         total = stack.pop()[1].merge(total)
