@@ -27,6 +27,9 @@ from genstream.sources import DaskSource, NumpySource, Source, Split, ZarrSource
 from genstream.start import seed_params
 from genstream.story import Params, Story
 
+# One cluster serves them all.
+pytestmark = pytest.mark.xdist_group("cluster")
+
 N_ROWS, CHUNK = 1100, 60
 
 
@@ -39,8 +42,8 @@ def cluster() -> Iterator[str]:
             threads_per_worker=1,
             processes=True,
             host="127.0.0.1",
-            dashboard_address=None,
-            worker_dashboard_address=None,
+            # Any port: the usual one may be taken, and None would still ask for it.
+            dashboard_address="127.0.0.1:0",
         ) as made,
         distributed.Client(made),
     ):
