@@ -222,6 +222,8 @@ class Run:
         handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
+        level = log.level
+        log.setLevel(logging.INFO)
         try:
             with interruptible():
                 yield
@@ -240,6 +242,7 @@ class Run:
         else:
             self.update(status="done", finished=datetime.now(UTC).isoformat(timespec="seconds"))
         finally:
+            log.setLevel(level)
             log.removeHandler(handler)
             handler.close()
 

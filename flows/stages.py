@@ -8,6 +8,8 @@ checkpoint: to resume a run is to walk its stages once more.
 from __future__ import annotations
 
 import contextlib
+import difflib
+import glob
 import hashlib
 import json
 import logging
@@ -20,28 +22,34 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from flows.config import Compute, Config, Drawn
 from flows.run import Run
 from flows.terminal import FitProgress, RowProgress, bars, bytes_text
 from genstream.errors import ComputeError, ConfigError, DataError
+from genstream.schema import Column, Kind, Schema
 
 if TYPE_CHECKING:
     from genstream.learn import FitState, StepInfo
     from genstream.passes import Passes
+    from genstream.rows import Rows
     from genstream.sources import Source
     from genstream.story import Params, Story
 
 T = TypeVar("T")
+OnRows = Callable[[int], None]
 OnStep = Callable[["FitState", "StepInfo"], None]
+
+CONNECT_SECONDS = 10
 
 log = logging.getLogger("genstream")
 
 # --- data ----------------------------------------------------------------------------------------
 
 
-def ingest_data(config: Config, on_rows: Callable[[int], None] | None = None) -> dict[str, Any]:
+def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]:
     """Bring the source into the dataset; what is there already is left as it is.
 
     Returns the dataset's path, the manifest that holds the data, its rows, and every batch looked
@@ -50,19 +58,19 @@ def ingest_data(config: Config, on_rows: Callable[[int], None] | None = None) ->
     from genstream.store import Dataset, ingest
 
     data = config.data
-    if data.dataset is None:
+    path = config.dataset
+    if path is None:
         raise ConfigError(
             "data.dataset is not set, so that the source is fitted in place: there is no ingest"
         )
     begin = time.monotonic()
     if isinstance(data.source, Drawn):
-        report = _ingest_drawn(data.source, data.dataset, data.dtype, on_rows)
+        found = _ingest_drawn(data.source, path, data.dtype, on_rows)
     else:
-        specs = config.column_specs()
-        report = ingest(
-            config.paths,
-            data.dataset,
-            columns=None if specs is None else {name: _column(name, specs[name]) for name in specs},
+        found = ingest(
+            expand(config.paths),
+            path,
+            columns=columns_of(config),
             id_column=data.id,
             weights=data.weights,
             missing=data.missing,
@@ -70,21 +78,74 @@ def ingest_data(config: Config, on_rows: Callable[[int], None] | None = None) ->
             dtype=data.dtype,
             on_progress=on_rows,
         ).to_json()
-    dataset = Dataset.open(data.dataset)
+    dataset = Dataset.open(path, found["manifest"])
     return {
-        **report,
-        "path": data.dataset,
+        **found,
+        "path": path,
         "rows": dataset.n_rows,
         "seconds": round(time.monotonic() - begin, 3),
     }
 
 
-def _ingest_drawn(
-    drawn: Drawn, path: str, dtype: str, on_rows: Callable[[int], None] | None
-) -> dict[str, Any]:
-    from flows.draw import draw_rows, known_story
+def expand(paths: Sequence[str]) -> list[str]:
+    """Files that paths and patterns mean, in order. Raises DataError where one means none."""
+    found: list[str] = []
+    for path in paths:
+        found_here = glob.glob(path, recursive=True)  # noqa: PTH207 - a pattern may be absolute
+        matches = sorted(found_here) if glob.has_magic(path) else [path]
+        if Path(path).exists():
+            matches = [path]
+        if not matches or not Path(matches[0]).exists():
+            near = [str(p) for p in Path(path).parent.glob("*")]
+            hint = difflib.get_close_matches(path, near, n=1)
+            raise DataError(
+                f"{path}: no such file" + (f"; did you mean {hint[0]!r}?" if hint else "")
+            )
+        found += matches
+    return found
 
-    raise NotImplementedError
+
+def _ingest_drawn(
+    drawn: Drawn, path: str, dtype: Literal["float32", "float64"], on_rows: OnRows | None
+) -> dict[str, Any]:
+    """Draw rows straight into a dataset that holds nothing else."""
+    from flows import draw
+    from genstream.store import Dataset, append_batch
+
+    identity = hashlib.sha256(f"{drawn.model_dump_json()}{dtype}".encode()).hexdigest()
+    name = f"{drawn.gigabytes:g} GiB of a {drawn.story}"
+    done = 0
+
+    def rows() -> Iterator[Rows]:
+        nonlocal done
+        for piece in draw.draw_rows(drawn, dtype):
+            yield piece
+            done += piece.n_rows
+            if on_rows is not None:
+                on_rows(done)
+
+    if (Path(path) / "manifests").exists():
+        dataset = Dataset.open(path)
+        if [batch.id for batch in dataset.batches] != [identity]:
+            raise ConfigError(
+                f"data.dataset: {path} holds other data than are to be drawn: name another "
+                "folder, or leave it out"
+            )
+        status = "duplicate"
+    else:
+        schema = draw.known_story(drawn)[0].schema
+        dataset, _ = append_batch(
+            path,
+            name,
+            rows(),
+            lambda: schema,
+            n_features=schema.n_features,
+            dtype=dtype,
+            batch_id=identity,
+        )
+        status = "stored"
+    batch = {"name": name, "id": identity, "rows": dataset.n_rows, "status": status}
+    return {"manifest": dataset.manifest.number, "batches": [batch]}
 
 
 @dataclass(frozen=True)
@@ -101,11 +162,12 @@ def open_data(config: Config, manifest: int | None = None) -> Data:
     Raises DataError where there are none, or where they do not have the columns named.
     """
     from genstream.sources import Split, open_source
-    from genstream.store import Dataset
 
     data = config.data
-    if data.dataset is not None:
-        whole = Dataset.open(data.dataset).source(manifest)
+    if config.dataset is not None:
+        from genstream.store import Dataset
+
+        whole: Source = Dataset.open(config.dataset, manifest).source()
     else:
         paths = config.paths
         whole = open_source(
@@ -120,28 +182,67 @@ def open_data(config: Config, manifest: int | None = None) -> Data:
     return Data(Split(whole, "train", share, seed), Split(whole, "test", share, seed))
 
 
+def columns_of(config: Config) -> dict[str, Kind | Column] | None:
+    """The columns named; one whose levels are still to be learned is known by its kind alone."""
+    specs = config.column_specs()
+    if specs is None:
+        return None
+    return {
+        name: spec.kind
+        if spec.kind == "categorical" and spec.levels is None
+        else Column(name, spec.kind, tuple(spec.levels or ()), spec.unit)
+        for name, spec in specs.items()
+    }
+
+
+def _schema(config: Config) -> Schema | None:
+    """The columns named, for data in place. Raises ConfigError where levels are left open."""
+    columns = columns_of(config)
+    if columns is None:
+        return None
+    for name, column in columns.items():
+        if not isinstance(column, Column):
+            raise ConfigError(
+                f"data.columns.{name}: to fit labels in place list their levels, "
+                f"{{kind: categorical, levels: [...]}}, or set data.dataset to ingest them"
+            )
+    return Schema(tuple(column for column in columns.values() if isinstance(column, Column)))
+
+
 # --- fit -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def cluster(compute: Compute) -> Iterator[None]:
-    """Within it `scheduler: distributed` means a cluster of processes on this machine."""
-    if compute.scheduler != "distributed":
+    """Within it the Dask cluster that `compute` means is connected.
+
+    `distributed` starts one of processes on this machine, bound to loopback. Raises ComputeError
+    where a cluster does not start or answer.
+    """
+    if compute.scheduler in ("threads", "synchronous"):
         yield
         return
     import distributed
 
-    with (
-        distributed.LocalCluster(
-            n_workers=compute.workers or os.cpu_count() or 1,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address=None,
-            memory_limit=compute.memory_limit or "auto",
-            silence_logs=logging.CRITICAL,
-        ) as processes,
-        distributed.Client(processes),
-    ):
+    with contextlib.ExitStack() as stack:
+        try:
+            address: Any = compute.scheduler
+            if address == "distributed":
+                address = stack.enter_context(
+                    distributed.LocalCluster(
+                        n_workers=compute.workers or os.cpu_count() or 1,
+                        threads_per_worker=1,
+                        host="127.0.0.1",
+                        dashboard_address=None,
+                        memory_limit=compute.memory_limit or "auto",
+                        silence_logs=logging.CRITICAL,
+                    )
+                )
+            stack.enter_context(distributed.Client(address, timeout=CONNECT_SECONDS))
+        except (OSError, TimeoutError, RuntimeError) as error:
+            raise ComputeError(
+                f"compute.scheduler: no Dask cluster at {compute.scheduler}: {error}"
+            ) from error
         yield
 
 
@@ -229,8 +330,11 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
             log.info("resume after step %d", state.step)
         checkpoints = Checkpoints(run, config, story)
         first, pass_rows = state.step, n_rows(data.train)
+        pass_seconds = 0.0
 
-        def keep_metrics(state: FitState, info: StepInfo) -> None:
+        def keep_metrics(_: FitState, info: StepInfo) -> None:
+            nonlocal pass_seconds
+            pass_seconds += info.seconds
             line = {
                 "step": info.step,
                 "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
@@ -258,7 +362,6 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
             checkpoints.close()
     if state.outcome is learn.Outcome.NONFINITE:
         raise ComputeError(f"the fit ended at step {state.step}: {state.outcome.advice}")
-    seconds = time.monotonic() - begin
     steps = state.step - first
     itemsize = 4 if config.data.dtype == "float32" and config.dataset else 8
     return run.record(
@@ -270,8 +373,8 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
             "rows": pass_rows,
             "mean_loglik": state.trace[-1].mean_loglik,
             "n_unobserved": state.trace[-1].n_unobserved,
-            "seconds": seconds,
-            "rows_per_s": pass_rows * steps / max(seconds, 1e-9),
+            "seconds": time.monotonic() - begin,
+            "rows_per_s": pass_rows * steps / max(pass_seconds, 1e-9),
             "bytes_read": pass_rows * data.train.schema.n_features * itemsize * (steps + 1),
             "peak_rss": peak_memory(),
             "digest": digest(state.params),
@@ -386,14 +489,22 @@ def evaluate(run: Run, *, quiet: bool = False) -> dict[str, Any]:
 
 def publish(run: Run) -> dict[str, Any]:
     """Make the fitted model the champion of its folder, once however often it is called."""
-    from genstream.store import ModelStore
-
     target = run.config.publish
     if target is None:
         return {}
+    from genstream.store import ModelStore
+
     story, state = _fitted(run)
-    models = ModelStore(target.model)
-    raise NotImplementedError
+    scores = run.stage("evaluate")
+    record = {
+        "run": run.id,
+        "rows": run.stage("fit").get("rows"),
+        "data": run.read_json("repro.json").get("data"),
+        "digest": digest(state.params),
+        **{key: scores.get(key) for key in ("train", "held_out", "criteria")},
+    }
+    version = ModelStore(target.model).publish(story, state, record, keep=target.keep)
+    return run.record("publish", {"model": target.model, "version": version})
 
 
 def report(run: Run) -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""A run from stage to stage: what it records, and that an interruption changes no bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flows import stages
+from flows.run import Interrupted, Run
+from genstream.errors import ComputeError, ConfigError, DataError
+from genstream.learn import FitState, StepInfo
+
+CONFIG = """\
+name: small
+data: {source: rows.npy, holdout: 0.2}
+model: {n_components: 3}
+fit: {tolerance: 0, max_steps: 12, n_init: 2, seed: 1}
+compute: {workers: 2}
+checkpoint: {every: 1 pass, keep: 2}
+orchestrate: none
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((3000, 3)) + 5.0 * rng.integers(0, 3, 3000)[:, None]
+    rows[rng.random(rows.shape) < 0.05] = np.nan
+    np.save("rows.npy", rows)
+    Path("config.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def start(*overrides: str) -> Run:
+    return Run.create("config.yaml", overrides)
+
+
+def test_a_run_walks_all_its_stages(folder: Path) -> None:
+    run = stages.run_stages(start("publish={model: models/small}"))
+    assert run.status == "done"
+    assert stages.remaining(run) == []
+    fitted = run.stage("fit")
+    assert fitted["outcome"] == "max_steps"
+    assert fitted["steps"] == 12
+    assert fitted["rows"] + run.stage("evaluate")["held_out"]["n_rows"] == 3000
+    metrics = run.metrics()
+    assert [line["step"] for line in metrics] == list(range(1, 13))
+    objective = [line["mean_objective"] for line in metrics]
+    assert np.all(np.diff(objective) > -1e-9)
+    assert run.report.read_text().startswith("<!")
+    assert "small" in run.report.read_text()
+    assert run.stage("publish")["version"] == 1
+    record = run.read_json("repro.json")
+    assert record["seed"] == 1
+    assert record["versions"]["numpy"] == np.__version__
+    assert (run.path / "log.txt").read_text().count("mean log-likelihood") == 12
+
+
+def test_the_same_run_twice_gives_the_same_bits(folder: Path) -> None:
+    digests = {
+        stages.run_stages(start("report=false", f"compute.scheduler={scheduler}")).stage("fit")[
+            "digest"
+        ]
+        for scheduler in ("threads", "synchronous", "threads")
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("every", ["1 pass", "5 passes", "1h"])
+def test_an_interrupted_fit_resumes_to_the_same_bits(folder: Path, every: str) -> None:
+    whole = stages.run_stages(start("report=false")).stage("fit")["digest"]
+    run = start("report=false", f"checkpoint.every={every}")
+    seen: list[int] = []
+
+    def interrupt(state: FitState, info: StepInfo) -> None:
+        seen.append(info.step)
+        if info.step in (4, 7):
+            raise Interrupted(signal.SIGTERM)
+
+    for _ in range(2):
+        with pytest.raises(Interrupted), run.working():
+            stages.fit(run, on_step=(interrupt,))
+        assert run.status == "interrupted"
+        assert stages.remaining(run) == ["fit", "evaluate"]
+    stages.run_stages(run)
+    assert seen == [1, 2, 3, 4, 5, 6, 7]
+    assert run.stage("fit")["digest"] == whole
+    assert [line["step"] for line in run.metrics()] == list(range(1, 13))
+
+
+@pytest.mark.crash
+def test_a_killed_fit_resumes_to_the_same_bits(folder: Path) -> None:
+    whole = stages.run_stages(start("report=false")).stage("fit")["digest"]
+    code = (
+        "import os, signal\n"
+        "from flows import stages\n"
+        "from flows.run import Run\n"
+        "run = Run.find('last')\n"
+        "def kill(state, info):\n"
+        "    if info.step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with run.working(): stages.fit(run, on_step=(kill,))\n"
+    )
+    run = start("report=false", "checkpoint.every=2 passes")
+    run = Run(run.path.rename("runs/99991231T000000Z-small-000000"))  # surely the last
+    environment = os.environ | {"PYTHONPATH": str(Path(stages.__file__).parent.parent)}
+    killed = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert run.status == "interrupted"
+    stages.run_stages(run)
+    assert run.stage("fit")["digest"] == whole
+
+
+def test_a_finished_run_does_nothing_again(folder: Path) -> None:
+    run = stages.run_stages(start("publish={model: models/small}"))
+    before = run.info()["stages"]
+    stages.run_stages(run)
+    assert run.info()["stages"] == before
+
+
+def test_publishing_twice_publishes_once(folder: Path) -> None:
+    run = stages.run_stages(start("publish={model: models/small}"))
+    # As after a kill between the commit of the model and the record of it.
+    run.update(stages={k: v for k, v in run.info()["stages"].items() if k != "publish"})
+    assert stages.publish(run)["version"] == 1
+    other = stages.run_stages(start("publish={model: models/small}"))
+    assert other.stage("publish")["version"] == 2
+
+
+def test_a_resume_on_other_data_is_refused(folder: Path) -> None:
+    run = start()
+
+    def stop(state: FitState, info: StepInfo) -> None:
+        raise Interrupted(signal.SIGINT)
+
+    with pytest.raises(Interrupted), run.working():
+        stages.fit(run, on_step=(stop,))
+    np.save("rows.npy", np.ones((500, 3)))
+    with pytest.raises(DataError, match="no longer those the run began with"):
+        stages.run_stages(run)
+
+
+def test_rows_held_out_in_a_file_of_their_own(folder: Path) -> None:
+    np.save("test.npy", np.load("rows.npy")[:100])
+    Path("config.yaml").write_text(CONFIG.replace("holdout: 0.2", "test: test.npy"))
+    run = stages.run_stages(start("report=false"))
+    assert run.stage("fit")["rows"] == 3000
+    assert run.stage("evaluate")["held_out"]["n_rows"] == 100
+
+
+def test_no_rows_held_out(folder: Path) -> None:
+    run = stages.run_stages(start("data.holdout=null"))
+    assert run.stage("evaluate")["held_out"] is None
+    assert run.report.exists()
+
+
+def test_ingest_of_data_in_place_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.dataset"):
+        stages.ingest_data(start().config)
+
+
+def test_evaluation_before_a_fit_is_refused(folder: Path) -> None:
+    run = start()
+    with pytest.raises(ConfigError, match="no fitted model"):
+        stages.evaluate(run)
+    with pytest.raises(ConfigError, match="not evaluated"):
+        stages.report(run)
+
+
+def test_drawn_data_are_ingested_once_and_recovered(folder: Path) -> None:
+    Path("config.yaml").write_text(
+        "data: {source: {gigabytes: 0.0005, n_components: 2, n_features: 3, separation: 6.0}}\n"
+        "model: {n_components: 2}\n"
+        "fit: {seed: 1}\n"
+        "orchestrate: none\n"
+        "report: false\n"
+    )
+    run = stages.run_stages(start())
+    assert run.stage("evaluate")["recovery"]["matched"] == 2
+    again = stages.run_stages(start())
+    assert again.stage("fit")["digest"] == run.stage("fit")["digest"]
+    assert again.stage("ingest")["batches"][0]["status"] == "duplicate"
+    assert again.stage("ingest")["rows"] == run.stage("ingest")["rows"]
+
+
+@pytest.mark.slow
+def test_a_cluster_of_processes_gives_the_same_bits(folder: Path) -> None:
+    here = stages.run_stages(start("report=false")).stage("fit")["digest"]
+    there = stages.run_stages(start("report=false", "compute.scheduler=distributed"))
+    assert there.stage("fit")["digest"] == here
+
+
+def test_a_cluster_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "CONNECT_SECONDS", 1)
+    with pytest.raises(ComputeError, match="no Dask cluster at tcp"):
+        stages.run_stages(start("compute.scheduler=tcp://127.0.0.1:9"))
