@@ -1,0 +1,186 @@
+"""Storage that dies between any two operations: afterwards all is old, or all is new."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from genstream import store
+from genstream.learn import FitState
+from genstream.manifests import LocalStorage
+from genstream.rows import Rows
+from genstream.schema import Schema
+from genstream.story import Story, mixture
+
+pytestmark = pytest.mark.crash
+REAL = Schema.real(2)
+Action = Callable[[Path], object]
+
+
+class Died(BaseException):
+    """The process was killed."""
+
+
+class Mortal(LocalStorage):
+    """Local storage that dies before or after its n-th operation, and stays dead."""
+
+    budget = 10**9
+    done = 0
+    late = False
+
+    def _operate(self, operation: Callable[[], Any]) -> Any:
+        cls = type(self)
+        if cls.done >= cls.budget + (1 if cls.late else 0):
+            raise Died
+        cls.done += 1
+        if cls.done > cls.budget and not cls.late:
+            raise Died
+        try:
+            return operation()
+        finally:
+            if cls.done > cls.budget:
+                raise Died
+
+    def write(self, key: str, data: bytes) -> None:
+        self._operate(lambda: LocalStorage.write(self, key, data))
+
+    def write_if_absent(self, key: str, data: bytes) -> bool:
+        return bool(self._operate(lambda: LocalStorage.write_if_absent(self, key, data)))
+
+    def hint(self, key: str, data: bytes) -> None:
+        self._operate(lambda: LocalStorage.hint(self, key, data))
+
+    def read(self, key: str) -> bytes:
+        return bytes(self._operate(lambda: LocalStorage.read(self, key)))
+
+    def list(self, prefix: str) -> Iterator[tuple[str, float]]:
+        found: Iterator[tuple[str, float]] = self._operate(
+            lambda: iter(list(LocalStorage.list(self, prefix)))
+        )
+        return found
+
+    def delete(self, key: str) -> None:
+        self._operate(lambda: LocalStorage.delete(self, key))
+
+
+def rows(seed: int) -> Rows:
+    return Rows.of(np.random.default_rng(seed).standard_normal((250, 2)))
+
+
+def add(seed: int) -> Action:
+    def act(path: Path) -> object:
+        return store.append_batch(path, f"part-{seed}", [rows(seed)], lambda: REAL, n_features=2)
+
+    return act
+
+
+def dataset_view(path: Path) -> Any:
+    try:
+        dataset = store.Dataset.open(path)
+    except store.StorageError:
+        return None
+    source = dataset.source()
+    whole = [source.read(i).values for i in range(len(source.chunk_rows))]
+    return [b.name for b in dataset.batches], np.concatenate(whole).tobytes()
+
+
+def model() -> tuple[Story, FitState]:
+    story = mixture(REAL, 2, covariance="diag").anchored(rows(0))
+    return story, FitState(story.vague())
+
+
+def checkpoint(step: int) -> Action:
+    def act(path: Path) -> object:
+        story, state = model()
+        state = FitState(state.params, step=step)
+        return store.save_checkpoint(path, story, state, keep=2)
+
+    return act
+
+
+def checkpoint_view(path: Path) -> Any:
+    found = store.load_checkpoint(path)
+    return None if found is None else (found[1].step, found[1].params.digest())
+
+
+def publish(run: str) -> Action:
+    return lambda path: store.ModelStore(path).publish(*model(), {"run": run})
+
+
+def rollback(path: Path) -> object:
+    return store.ModelStore(path).rollback(1)
+
+
+def model_view(path: Path) -> Any:
+    try:
+        models = store.ModelStore(path)
+        champion = models.champion
+    except store.StorageError:
+        return None
+    _, state = models.load()
+    return champion, [v.record["run"] for v in models.versions()], state.params.digest()
+
+
+CASES: dict[str, tuple[list[Action], Action, Callable[[Path], Any]]] = {
+    "first batch": ([], add(1), dataset_view),
+    "third batch": ([add(1), add(2)], add(3), dataset_view),
+    "a duplicate": ([add(1), add(2)], add(1), dataset_view),
+    "first checkpoint": ([], checkpoint(1), checkpoint_view),
+    "fourth checkpoint": (
+        [checkpoint(1), checkpoint(2), checkpoint(3)],
+        checkpoint(4),
+        checkpoint_view,
+    ),
+    "first version": ([], publish("a"), model_view),
+    "second version": ([publish("a")], publish("b"), model_view),
+    "rollback": ([publish("a"), publish("b")], rollback, model_view),
+}
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("case", CASES)
+def test_death_at_any_operation_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, late: bool
+) -> None:
+    monkeypatch.setattr("genstream.segments.CHUNK_NBYTES", 100 * 2 * 8)
+    # What is durable is not asked here, only the order of operations: syncing would take minutes.
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    history, action, view = CASES[case]
+
+    def prepared(name: str) -> Path:
+        path = tmp_path / name
+        for one in history:
+            one(path)
+        return path
+
+    calm = prepared("calm")
+    old = view(calm)
+    monkeypatch.setattr(store, "LocalStorage", Mortal)
+    monkeypatch.setattr(Mortal, "budget", 10**9)
+    monkeypatch.setattr(Mortal, "done", 0)
+    action(calm)
+    n_operations = Mortal.done
+    monkeypatch.setattr(store, "LocalStorage", LocalStorage)
+    new = view(calm)
+    assert n_operations > 3
+    seen = set()
+    for n in range(n_operations):
+        path = prepared(str(n))
+        monkeypatch.setattr(store, "LocalStorage", Mortal)
+        monkeypatch.setattr(Mortal, "budget", n)
+        monkeypatch.setattr(Mortal, "done", 0)
+        monkeypatch.setattr(Mortal, "late", late)
+        with pytest.raises(Died):
+            action(path)
+        monkeypatch.setattr(store, "LocalStorage", LocalStorage)
+        left = view(path)
+        assert left in (old, new)
+        seen.add(repr(left))
+        action(path)
+        assert view(path) == new
+    if old != new:
+        assert repr(old) in seen

@@ -1,0 +1,358 @@
+"""Datasets, checkpoints and models at rest: what is read is what was committed, or an error."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from genstream import store
+from genstream.errors import ConfigError, ConflictError, CorruptError, DataError, StorageError
+from genstream.learn import BatchEM, FitState, Resident, fit
+from genstream.online import OnlineEM
+from genstream.rows import Rows
+from genstream.schema import Column, Schema
+from genstream.sources import Split
+from genstream.story import Story, mixture
+
+REAL = Schema.real(3)
+
+
+def rows(n: int, seed: int, *, gaps: float = 0.1, weights: bool = False) -> Rows:
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal((n, 3))
+    values[rng.random(values.shape) < gaps] = np.nan
+    return Rows.of(values, rng.random(n) if weights else None)
+
+
+def append(path: Path, n: int, seed: int, **options: object) -> tuple:
+    pieces = options.pop("pieces", None) or [rows(n // 2, seed), rows(n - n // 2, seed + 1)]
+    return store.append_batch(path, f"part-{seed}", pieces, lambda: REAL, n_features=3, **options)
+
+
+def contents(dataset: store.Dataset) -> np.ndarray:
+    source = dataset.source()
+    return np.concatenate([source.read(i).filled() for i in range(len(source.chunk_rows))])
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("genstream.segments.CHUNK_NBYTES", 100 * 3 * 8)
+    monkeypatch.setattr("genstream.segments.SEGMENT_CHUNKS", 4)
+
+
+# --- datasets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 99, 100, 101, 399, 400, 401, 1234])
+@pytest.mark.usefixtures("small_chunks")
+def test_rows_come_back_as_they_were(tmp_path: Path, n: int) -> None:
+    pieces = [rows(n, 0)[i : i + 37] for i in range(0, n, 37)]
+    dataset, batch = append(tmp_path / "d", n, 0, pieces=pieces)
+    assert batch is not None
+    assert batch.n_rows == n == dataset.n_rows
+    again = store.Dataset.open(tmp_path / "d")
+    np.testing.assert_array_equal(contents(again), rows(n, 0).filled())
+    assert again.schema == REAL
+    assert max(again.source().chunk_rows) <= 100
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_segment_is_plain_zarr(tmp_path: Path) -> None:
+    append(tmp_path / "d", 250, 0, pieces=[rows(250, 0)])
+    (group,) = (tmp_path / "d" / "segments").glob("*.zarr")
+    array = zarr.open_group(str(group), mode="r")["values"]
+    assert isinstance(array, zarr.Array)
+    assert array.metadata.dimension_names == ("row", "feature")
+    np.testing.assert_array_equal(np.asarray(array[...]), rows(250, 0).filled())
+
+
+def test_weights_and_ids_are_carried(tmp_path: Path) -> None:
+    first = rows(50, 0, weights=True)
+    dataset, _ = append(
+        tmp_path / "d", 50, 0, pieces=[(first, [f"r{i}" for i in range(50)])], weighted=True
+    )
+    source = dataset.source()
+    np.testing.assert_array_equal(source.read(0).weights, first.weights)
+    assert source.ids(0) == [f"r{i}" for i in range(50)]
+
+
+def test_float32_is_kept_and_its_limit_is_named(tmp_path: Path) -> None:
+    values = np.array([[1.5, 2.0, 1e300]])
+    with pytest.raises(DataError, match=r"row 0, column 2.*float32"):
+        append(tmp_path / "d", 1, 0, pieces=[Rows.of(values / 1e160)], dtype="float32")
+    assert not list((tmp_path / "d").rglob("*.json"))
+
+
+def test_the_same_bytes_are_a_duplicate(tmp_path: Path) -> None:
+    _, first = append(tmp_path / "d", 40, 0)
+    dataset, again = append(tmp_path / "d", 40, 0)
+    assert first is not None
+    assert again is None
+    assert dataset.n_rows == 40
+    assert len(list((tmp_path / "d" / "segments").glob("*.json"))) == 1
+
+
+def test_a_failing_batch_leaves_nothing(tmp_path: Path) -> None:
+    append(tmp_path / "d", 40, 0)
+    before = sorted(p for p in (tmp_path / "d").rglob("*") if p.is_file())
+
+    def broken() -> Iterator[Rows]:
+        yield rows(30, 5)
+        raise DataError("row 31 is wrong")
+
+    with pytest.raises(DataError, match="row 31"):
+        append(tmp_path / "d", 0, 5, pieces=broken())
+    with pytest.raises(DataError, match="no rows"):
+        append(tmp_path / "d", 0, 5, pieces=[rows(0, 0)])
+    assert sorted(p for p in (tmp_path / "d").rglob("*") if p.is_file()) == before
+
+
+def test_a_source_stays_with_its_manifest(tmp_path: Path) -> None:
+    dataset, _ = append(tmp_path / "d", 40, 0)
+    source, number = dataset.source(), dataset.manifest.number
+    append(tmp_path / "d", 30, 7)
+    assert sum(source.chunk_rows) == 40
+    newest = store.Dataset.open(tmp_path / "d")
+    assert newest.n_rows == 70
+    assert sum(newest.source(number).chunk_rows) == 40
+    assert newest.source(number).identity() == source.identity()
+    assert newest.source().identity() != source.identity()
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_the_ledger_pages_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PAGE", 3)
+    for seed in range(0, 28, 2):
+        dataset, _ = append(tmp_path / "d", 10, seed)
+    assert [batch.name for batch in dataset.batches] == [f"part-{s}" for s in range(0, 28, 2)]
+    assert len(dataset.manifest.content["batches"]) < 6
+    assert append(tmp_path / "d", 10, 0)[1] is None
+
+
+def test_rows_are_held_out_by_batch_and_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = []
+    for nbytes in (100 * 24, 33 * 24):
+        monkeypatch.setattr("genstream.segments.CHUNK_NBYTES", nbytes)
+        dataset, _ = append(tmp_path / str(nbytes), 1000, 0, pieces=[rows(1000, 0)])
+        split = Split(dataset.source(), "test", 0.2, seed=1)
+        read = [split.read(i).filled() for i in range(len(split.chunk_rows))]
+        parts.append(np.concatenate(read))
+    np.testing.assert_array_equal(*parts)
+    assert 140 < len(parts[0]) < 260
+
+
+def test_levels_grow_at_the_end_only() -> None:
+    def schema(*levels: str) -> Schema:
+        return Schema((Column("x"), Column("c", "categorical", levels)))
+
+    assert store.extends(schema("a", "b", "c"), schema("a", "b"))
+    assert store.extends(schema("a"), schema("a"))
+    assert not store.extends(schema("b", "a"), schema("a", "b"))
+    assert not store.extends(schema("a"), schema("a", "b"))
+    assert not store.extends(Schema.real(2), schema("a"))
+
+
+def test_a_writer_whose_levels_lost_the_race_is_told(tmp_path: Path) -> None:
+    def one(level: str) -> Schema:
+        return Schema((Column("x"), Column("y"), Column("c", "categorical", ("a", level))))
+
+    for seed, level in ((0, "b"), (1, "c")):
+        pieces = [rows(5, seed)]
+        call = (tmp_path / "d", level, pieces, lambda level=level: one(level))
+        if level == "b":
+            store.append_batch(*call, n_features=3)
+        else:
+            with pytest.raises(ConflictError, match="levels"):
+                store.append_batch(*call, n_features=3)
+
+
+def test_other_columns_are_refused(tmp_path: Path) -> None:
+    append(tmp_path / "d", 10, 0)
+    with pytest.raises(DataError, match=r"columns a .*has x0 "):
+        store.append_batch(
+            tmp_path / "d", "other", [rows(5, 3)], lambda: Schema.real("abc"), n_features=3
+        )
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="no dataset"):
+        store.Dataset.open(tmp_path / "none")
+    with pytest.raises(StorageError, match="no model"):
+        store.load(tmp_path / "none")
+    assert store.load_checkpoint(tmp_path / "none") is None
+    append(tmp_path / "d", 10, 0)
+    with pytest.raises(StorageError, match="version 7"):
+        store.Dataset.open(tmp_path / "d", 7)
+    with pytest.raises(StorageError, match="a dataset, not a model"):
+        store.ModelStore(tmp_path / "d").load()
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_every_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    append(tmp_path / "d", 350, 0, pieces=[rows(350, 0)])
+    rng = np.random.default_rng(0)
+    files = [p for p in (tmp_path / "d").rglob("*") if p.is_file() and p.name != "HEAD"]
+    files = [p for p in files if p.parent.suffix != ".zarr"]
+    assert len(files) >= 6
+    for path in files:
+        data = path.read_bytes()
+        for at in rng.integers(0, len(data), 4):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+            with pytest.raises((CorruptError, StorageError)):
+                contents(store.Dataset.open(tmp_path / "d"))
+        path.write_bytes(data)
+    np.testing.assert_array_equal(
+        contents(store.Dataset.open(tmp_path / "d")), rows(350, 0).filled()
+    )
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_missing_swapped_and_cut_chunks_are_noticed(tmp_path: Path) -> None:
+    append(tmp_path / "d", 350, 0, pieces=[rows(350, 0)])
+    a, b, *_ = sorted((tmp_path / "d").rglob("c.*"))
+    whole = a.read_bytes(), b.read_bytes()
+    a.unlink()
+    with pytest.raises(CorruptError, match=f"{a.name}: is missing"):
+        contents(store.Dataset.open(tmp_path / "d"))
+    a.write_bytes(whole[1])
+    b.write_bytes(whole[0])
+    with pytest.raises(CorruptError, match="not the file that was committed"):
+        contents(store.Dataset.open(tmp_path / "d"))
+    a.write_bytes(whole[0][:-9])
+    with pytest.raises(CorruptError, match="bytes, not"):
+        contents(store.Dataset.open(tmp_path / "d"))
+
+
+def test_a_stale_or_silly_head_is_only_a_hint(tmp_path: Path) -> None:
+    for seed in (0, 2, 4):
+        append(tmp_path / "d", 10, seed)
+    for text in ("1\n", "99\n", "-3", "x", ""):
+        (tmp_path / "d" / "HEAD").write_text(text)
+        assert store.Dataset.open(tmp_path / "d").n_rows == 30
+    (tmp_path / "d" / "HEAD").unlink()
+    assert store.Dataset.open(tmp_path / "d").n_rows == 30
+
+
+def test_a_manifest_cannot_lead_outside(tmp_path: Path) -> None:
+    append(tmp_path / "d", 10, 0)
+    with pytest.raises(CorruptError, match="outside"):
+        store.LocalStorage(tmp_path / "d").read("../d/HEAD")
+
+
+# --- states and models ---------------------------------------------------------------------------
+
+
+def fitted(covariance: str = "full") -> tuple[Story, FitState]:
+    data = rows(400, 3)
+    story = mixture(REAL, 3, covariance=covariance).anchored(data)
+    family = story.vague()
+    state = FitState(family, seed=5, sample=data[:20], rescues=(0, 1, 0))
+    return story, fit(story, BatchEM(3, 0.0), Resident(data), state)
+
+
+@pytest.mark.parametrize("covariance", ["full", "tied", "diag", "spherical"])
+def test_a_checkpoint_keeps_every_bit(tmp_path: Path, covariance: str) -> None:
+    story, state = fitted(covariance)
+    store.save_checkpoint(tmp_path, story, state)
+    found = store.load_checkpoint(tmp_path)
+    assert found is not None
+    again_story, again = found
+    assert json.dumps(again_story.to_json()) == json.dumps(story.to_json())
+    assert again.params.digest() == state.params.digest()
+    assert again.stats is not None
+    assert state.stats is not None
+    assert again.stats.digest() == state.stats.digest()
+    assert again.trace == state.trace
+    assert (again.seed, again.step, again.outcome, again.rescues) == (
+        5,
+        3,
+        state.outcome,
+        (0, 1, 0),
+    )
+    assert again.sample is not None
+    assert state.sample is not None
+    np.testing.assert_array_equal(again.sample.filled(), state.sample.filled())
+
+
+def test_the_memory_of_online_learning_is_kept(tmp_path: Path) -> None:
+    story, state = fitted()
+    state = FitState(state.params, sample=state.sample)
+    learner = OnlineEM(batch_rows=50)
+    state, _ = learner.step(story, state, Resident(rows(400, 9)))
+    store.save_checkpoint(tmp_path, story, state)
+    found = store.load_checkpoint(tmp_path)
+    assert found is not None
+    assert found[1].memory is not None
+    assert state.memory is not None
+    assert found[1].memory.digest() == state.memory.digest()
+    assert found[1].cursor == 1
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    story, state = fitted()
+    for _ in range(5):
+        store.save_checkpoint(tmp_path, story, state, keep=2)
+    assert len(list((tmp_path / "states").glob("*.json"))) == 2
+    assert len(list((tmp_path / "manifests").glob("*.json"))) == 2
+    assert store.load_checkpoint(tmp_path) is not None
+
+
+def test_versions_champion_and_rollback(tmp_path: Path) -> None:
+    story, state = fitted()
+    models = store.ModelStore(tmp_path)
+    assert models.publish(story, state, {"run": "a", "held_out": -3.5}) == 1
+    assert models.publish(story, state, {"run": "a", "held_out": -3.5}) == 1
+    assert models.publish(*fitted("tied"), {"run": "b"}) == 2
+    assert models.champion == 2
+    assert [v.record["run"] for v in models.versions()] == ["a", "b"]
+    assert store.load(tmp_path)[0].family.tied
+    assert models.rollback() == 1
+    assert models.champion == 1
+    assert store.load(tmp_path)[1].params.digest() == state.params.digest()
+    with pytest.raises(ConfigError, match="no version to go back"):
+        models.rollback()
+    assert models.rollback(2) == 2
+    with pytest.raises(ConfigError, match="no version 9; it has 1, 2"):
+        models.load(9)
+    assert models.publish(story, state, {"run": "c"}) == 3
+
+
+def test_the_oldest_versions_are_dropped(tmp_path: Path) -> None:
+    models = store.ModelStore(tmp_path)
+    for run in "abcd":
+        models.publish(*fitted(), {"run": run}, keep=2)
+    assert [v.number for v in models.versions()] == [3, 4]
+
+
+@pytest.mark.parametrize("n_writers", [2, 8])
+def test_racing_writers_lose_nothing(tmp_path: Path, n_writers: int) -> None:
+    failed: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            append(tmp_path / "d", 20, 100 * seed)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(n_writers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    dataset = store.Dataset.open(tmp_path / "d")
+    assert not failed
+    assert sorted(b.name for b in dataset.batches) == sorted(
+        f"part-{100 * i}" for i in range(n_writers)
+    )
+    assert dataset.n_rows == 20 * n_writers
