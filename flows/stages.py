@@ -233,7 +233,7 @@ def cluster(compute: Compute) -> Iterator[None]:
                         n_workers=compute.workers or os.cpu_count() or 1,
                         threads_per_worker=1,
                         host="127.0.0.1",
-                        dashboard_address=None,
+                        dashboard_address="127.0.0.1:0",
                         memory_limit=compute.memory_limit or "auto",
                         silence_logs=logging.CRITICAL,
                     )
