@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -124,7 +124,6 @@ def append_batch(
     pieces: Iterable[Rows | tuple[Rows, Ids]],
     schema: Callable[[], Schema],
     *,
-    n_features: int,
     dtype: DType = "float64",
     weighted: bool = False,
     batch_id: str | None = None,
@@ -142,8 +141,8 @@ def append_batch(
         Its rows, in order and a bounded number at a time, with ids if they have any.
     schema
         Called when all rows are written: their columns, with all levels seen.
-    n_features, dtype, weighted
-        Number of columns, how values are stored, and whether weights are.
+    dtype, weighted
+        How values are stored, and whether weights are.
     batch_id
         The SHA-256 of the bytes the rows came as; that of the rows themselves if left out.
     check
@@ -161,13 +160,13 @@ def append_batch(
         Where other writers committed first again and again, or changed the levels.
     """
     storage = LocalStorage(Path(path))
-    writer = SegmentWriter(storage, n_features, dtype, weighted=weighted)
-    made = None
+    writer = made = None
     try:
         for piece in pieces:
             rows, ids = piece if isinstance(piece, tuple) else (piece, None)
+            writer = writer or SegmentWriter(storage, rows.n_features, dtype, weighted=weighted)
             writer.add(rows, ids)
-        if not writer.n_rows:
+        if writer is None or not writer.n_rows:
             raise DataError(f"{name}: has no rows")
         segments = writer.close()
         if check is not None:
@@ -186,7 +185,7 @@ def append_batch(
             lambda head: _grown(storage, empty if head is None else head.content, batch, columns)
         )
     finally:
-        if made is None:
+        if made is None and writer is not None:
             writer.discard()
     if made is None:
         return Dataset.open(path), None
@@ -393,25 +392,28 @@ def ingest(
         if identity in known:
             reports.append(Ingested(Path(path).name, identity, known[identity].n_rows, "duplicate"))
             continue
-        names = _names(path, opened, columns, carried)
         encoder = Encoder(
-            _specs(names, opened, columns),
+            columns,
             null_values=null_values,
             missing=missing,
             known=opened.schema if opened else None,
+            carried=carried,
         )
 
         def pieces(
-            encoder: Encoder = encoder, path: str | Path = path, names: list[str] = names
+            encoder: Encoder = encoder, path: str | Path = path
         ) -> Iterator[Rows | tuple[Rows, Ids]]:
             nonlocal done
             first, place = 0, str(path)
-            for table in read_tables(path, columns=[*names, *carried], chunk_rows=chunk_rows):
+            for table in read_tables(path, columns=encoder.wanted, chunk_rows=chunk_rows):
                 rows = encoder.encode(table, first_row=first, place=place)
                 if weights is not None:
-                    found = encoder.numbers(table, weights, first_row=first, place=place)
-                    rows = Rows.of(rows.filled(), found, first_row=first)
-                yield rows if id_column is None else (rows, encoder.ids(table, id_column))
+                    found = encoder.weights(table, weights, first_row=first, place=place)
+                    rows = replace(rows, weights=found)
+                if id_column is None:
+                    yield rows
+                else:
+                    yield rows, encoder.ids(table, id_column, first_row=first, place=place)
                 first += rows.n_rows
                 done += rows.n_rows
                 if on_progress is not None:
@@ -426,7 +428,6 @@ def ingest(
             Path(path).name,
             pieces(),
             functools.partial(getattr, encoder, "schema"),
-            n_features=len(names),
             dtype=opened.dtype if opened else dtype,
             weighted=opened.weighted if opened else weights is not None,
             batch_id=identity,
@@ -439,50 +440,6 @@ def ingest(
     assert opened is not None
     kinds = dict(zip(opened.schema.names, opened.schema.kinds, strict=True))
     return IngestReport(opened.manifest.number, tuple(reports), kinds)
-
-
-def _names(
-    path: str | Path,
-    opened: Dataset | None,
-    columns: Mapping[str, Kind | Column] | None,
-    carried: Sequence[str],
-) -> list[str]:
-    """The columns to read: those of the dataset, those asked for, or all but the carried ones."""
-    from genstream.tables import table_columns
-
-    if opened is not None:
-        asked = list(opened.schema.names) if columns is None else list(columns)
-        if set(asked) != set(opened.schema.names):
-            raise ConfigError(
-                f"{opened.storage.name}: has the columns {', '.join(opened.schema.names)}; "
-                f"{', '.join(asked)} were asked for: use another dataset"
-            )
-        return list(opened.schema.names)
-    if columns is not None:
-        return list(columns)
-    return [name for name in table_columns(path) if name not in carried]
-
-
-def _specs(
-    names: Sequence[str], opened: Dataset | None, columns: Mapping[str, Kind | Column] | None
-) -> dict[str, Column | Kind | None]:
-    """What is known of each column: a column with its levels, a kind, or nothing."""
-    specs: dict[str, Column | Kind | None] = {}
-    for name in names:
-        asked = None if columns is None else columns[name]
-        specs[name] = asked
-        if opened is None:
-            continue
-        kind = opened.schema[name].kind
-        wanted = asked.kind if isinstance(asked, Column) else asked
-        if wanted not in (None, kind):
-            raise ConfigError(
-                f"{opened.storage.name}: column {name!r} is {kind} there, but {wanted} was asked "
-                "for: use another dataset"
-            )
-        fixed = isinstance(asked, Column) and asked.levels
-        specs[name] = asked if fixed else kind if kind == "categorical" else opened.schema[name]
-    return specs
 
 
 def content_digest(path: str | Path) -> str:

@@ -73,7 +73,7 @@ def rows(seed: int) -> Rows:
 
 def add(seed: int) -> Action:
     def act(path: Path) -> object:
-        return store.append_batch(path, f"part-{seed}", [rows(seed)], lambda: REAL, n_features=2)
+        return store.append_batch(path, f"part-{seed}", [rows(seed)], lambda: REAL)
 
     return act
 

@@ -32,7 +32,7 @@ def rows(n: int, seed: int, *, gaps: float = 0.1, weights: bool = False) -> Rows
 
 def append(path: Path, n: int, seed: int, **options: object) -> tuple:
     pieces = options.pop("pieces", None) or [rows(n // 2, seed), rows(n - n // 2, seed + 1)]
-    return store.append_batch(path, f"part-{seed}", pieces, lambda: REAL, n_features=3, **options)
+    return store.append_batch(path, f"part-{seed}", pieces, lambda: REAL, **options)
 
 
 def contents(dataset: store.Dataset) -> np.ndarray:
@@ -168,18 +168,16 @@ def test_a_writer_whose_levels_lost_the_race_is_told(tmp_path: Path) -> None:
         pieces = [rows(5, seed)]
         call = (tmp_path / "d", level, pieces, lambda level=level: one(level))
         if level == "b":
-            store.append_batch(*call, n_features=3)
+            store.append_batch(*call)
         else:
             with pytest.raises(ConflictError, match="levels"):
-                store.append_batch(*call, n_features=3)
+                store.append_batch(*call)
 
 
 def test_other_columns_are_refused(tmp_path: Path) -> None:
     append(tmp_path / "d", 10, 0)
     with pytest.raises(DataError, match=r"columns a .*has x0 "):
-        store.append_batch(
-            tmp_path / "d", "other", [rows(5, 3)], lambda: Schema.real("abc"), n_features=3
-        )
+        store.append_batch(tmp_path / "d", "other", [rows(5, 3)], lambda: Schema.real("abc"))
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
