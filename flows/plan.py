@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.config import Config
+from flows.config import Config, Drawn
+from flows.stages import columns_of, expand, open_data
 from flows.terminal import bytes_text
-from genstream.errors import ConfigError
+from genstream.errors import ConfigError, DataError, StorageError
+from genstream.schema import Column, Schema
 
 if TYPE_CHECKING:
-    from genstream.sources import Source
     from genstream.story import Story
 
 # Measured resident memory of a process that has imported what a fit imports, with slack for what
@@ -117,3 +119,205 @@ def n_workers(config: Config) -> int:
     if config.compute.scheduler != "threads":
         return 1  # a cluster's workers have memory of their own
     return config.compute.workers or os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """How much data there is; `to_store` are the bytes that an ingest will write."""
+
+    schema: Schema
+    rows: int
+    chunks: int
+    chunk_nbytes: int
+    itemsize: int
+    to_store: int
+    exact: bool
+
+
+def make_plan(config: Config) -> Plan:
+    """The plan of a configuration; reads headers and metadata only.
+
+    Raises DataError where the data are not there or lack a column.
+    """
+    from genstream.story import mixture
+
+    extent = _extent(config)
+    story = mixture(
+        extent.schema,
+        config.model.n_components,
+        covariance=config.model.covariance,
+        prior=config.model.prior,
+        dtype=config.fit.dtype,
+    )
+    size = (extent.chunk_nbytes, extent.chunks, extent.rows)
+    alone = config.model_copy(update={"compute": config.compute.model_copy(update={"workers": 1})})
+    d = extent.schema.n_features
+    state = 8 * (4 * story.n_parameters + 2048 * d)
+    kept = config.checkpoint.keep + (config.publish is not None)
+    return Plan(
+        rows=extent.rows,
+        columns=d,
+        chunks=extent.chunks,
+        chunk_nbytes=extent.chunk_nbytes,
+        # The sample takes one pass more, the scores of fitted and held-out rows another.
+        passes=config.fit.max_steps + 2,
+        pass_nbytes=extent.rows * d * extent.itemsize,
+        workers=n_workers(config),
+        memory=project_memory(config, story, *size),
+        least_memory=project_memory(alone, story, *size),
+        memory_limit=config.compute.memory_limit,
+        disk=extent.to_store + kept * state,
+        disk_free=_disk_free(config),
+        exact=extent.exact,
+    )
+
+
+def _extent(config: Config) -> _Extent:
+    place = config.dataset
+    if place is None or (Path(place) / "manifests").is_dir():
+        data = open_data(config)
+        sizes = [part for part in (data.train, data.held_out) if part is not None]
+        itemsize = 4 if place is not None and config.data.dtype == "float32" else 8
+        return _Extent(
+            data.train.schema,
+            sum(data.train.chunk_rows),
+            len(data.train.chunk_rows),
+            max(part.chunk_nbytes for part in sizes),
+            itemsize,
+            0,
+            exact=True,
+        )
+    itemsize = 4 if config.data.dtype == "float32" else 8
+    source = config.data.source
+    if isinstance(source, Drawn):
+        from flows.draw import n_rows
+
+        schema, rows, exact = (
+            Schema.real(source.n_features),
+            n_rows(source, config.data.dtype),
+            True,
+        )
+    else:
+        found = [rows_of(path) for path in expand(config.paths)]
+        rows, exact = sum(n for n, _ in found), all(known for _, known in found)
+        schema = _assumed_schema(config)
+    from genstream.segments import CHUNK_NBYTES
+
+    d = schema.n_features
+    chunk_rows = min(rows, max(1, CHUNK_NBYTES // (d * itemsize)))
+    fitted = round(rows * (1 - (config.holdout or 0.0)))
+    return _Extent(
+        schema,
+        fitted,
+        math.ceil(rows / max(chunk_rows, 1)),
+        chunk_rows * d * (itemsize + 1),
+        itemsize,
+        rows * d * itemsize,
+        exact,
+    )
+
+
+ASSUMED_LEVELS = 20
+"""Levels a categorical column is taken to have while they are not learned yet."""
+
+
+def _assumed_schema(config: Config) -> Schema:
+    from genstream.tables import Encoder, read_tables
+
+    columns = columns_of(config)
+    if columns is None:
+        carried = [name for name in (config.data.id, config.data.weights) if name is not None]
+        encoder = Encoder(null_values=config.data.null_values, carried=carried)
+        path = expand(config.paths)[0]
+        encoder.encode(next(iter(read_tables(path, chunk_rows=1000))), place=path)
+        return encoder.schema
+    labels = tuple(str(n) for n in range(ASSUMED_LEVELS))
+    return Schema(
+        tuple(
+            column if isinstance(column, Column) else Column(name, column, labels)
+            for name, column in columns.items()
+        )
+    )
+
+
+def rows_of(path: str) -> tuple[int, bool]:
+    """Rows of a file and whether that is exact: text is measured by its first lines."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    from genstream.sources import open_source
+    from genstream.tables import read_tables
+
+    suffix = Path(path).suffix.lower()
+    if suffix in (".parquet", ".pq"):
+        try:
+            return int(pyarrow.parquet.read_metadata(path).num_rows), True
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a parquet file: {error}") from None
+    if suffix in (".npy", ".zarr"):
+        return sum(open_source(path).chunk_rows), True
+    table = next(iter(read_tables(path, chunk_rows=10_000)))
+    if table.num_rows < 10_000:
+        return table.num_rows, True
+    per_row = (
+        sum(column.nbytes - 4 * table.num_rows + table.num_rows for column in table.itercolumns())
+        / table.num_rows
+    )
+    return round(_text_nbytes(Path(path)) / max(per_row, 1.0)), False
+
+
+def _text_nbytes(path: Path) -> float:
+    """Bytes of a file once unpacked, as far as its archive tells."""
+    import zipfile
+
+    if path.suffix.lower() == ".zip":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return sum(member.file_size for member in archive.infolist())
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{path}: not a whole zip archive: {error}") from None
+    packed = {".gz": 4.0, ".bz2": 6.0, ".xz": 7.0}
+    return path.stat().st_size * packed.get(path.suffix.lower(), 1.0)
+
+
+def _disk_free(config: Config) -> int:
+    import shutil
+
+    place = Path(config.dataset or "runs").absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        return shutil.disk_usage(place).free
+    except OSError as error:
+        raise StorageError(f"{place}: {error.strerror}") from None
+
+
+def check_data(config: Config) -> dict[str, Any]:
+    """Look whether the data have the columns named, and whether the first rows fit them.
+
+    Raises DataError, naming file, row and column, where they do not.
+    """
+    if isinstance(config.data.source, Drawn):
+        return {"n_columns": config.data.source.n_features, "n_files": 0}
+    if config.dataset is None:
+        data = open_data(config)
+        data.train.read(0)
+        return {"n_columns": data.train.schema.n_features, "n_files": len(config.paths)}
+    from genstream.tables import Encoder, read_tables
+
+    carried = [name for name in (config.data.id, config.data.weights) if name is not None]
+    n_columns, files = 0, expand(config.paths)
+    for path in files:
+        encoder = Encoder(
+            columns_of(config),
+            null_values=config.data.null_values,
+            missing=config.data.missing,
+            carried=carried,
+        )
+        table = next(iter(read_tables(path, columns=encoder.wanted, chunk_rows=1000)))
+        n_columns = encoder.encode(table, place=path).n_features
+        if config.data.weights is not None:
+            encoder.weights(table, config.data.weights, place=path)
+        if config.data.id is not None:
+            encoder.ids(table, config.data.id, place=path)
+    return {"n_columns": n_columns, "n_files": len(files)}

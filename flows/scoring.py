@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from flows.run import Run
+from flows.stages import expand
 from genstream.errors import ConfigError, DataError
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -127,14 +129,102 @@ def decoded(schema: Schema, values: np.ndarray[Any, Any]) -> dict[str, Any]:
 
 
 def load_model(reference: str) -> tuple[Story, Params]:
-    """The model that `folder`, `folder@version` or a run means. Raises ConfigError for none."""
-    raise NotImplementedError
+    """The model that a folder, `folder@version` or a run means.
+
+    Raises ConfigError where there is none.
+    """
+    from genstream.store import ModelStore, load_checkpoint
+
+    folder, _, version = reference.rpartition("@") if "@" in reference else (reference, "", "")
+    if version and not version.isdigit():
+        raise ConfigError(f"model {reference!r}: a version is a number, as in {folder}@3")
+    if (Path(folder) / "manifests").is_dir():
+        store = ModelStore(folder)
+        story, state = store.load(int(version) if version else "champion")
+        return story, state.params
+    try:
+        run = Run.find(reference)
+    except ConfigError:
+        there = sorted(str(p.parent) for p in Path("models").glob("*/manifests"))
+        known = f"; there are {', '.join(there)}" if there else ""
+        raise ConfigError(f"no model and no run {reference!r}{known}") from None
+    found = load_checkpoint(run.checkpoint)
+    if found is None:
+        raise ConfigError(f"run {run.id} has not begun to fit: `genstream resume {run.id}`")
+    return found[0], found[1].params
 
 
 def _read(
     data: str, schema: Schema, id_column: str | None, unseen_as_missing: bool
-) -> Iterator[tuple[Rows, Any]]:
-    raise NotImplementedError
+) -> Iterator[tuple[Rows, list[str] | list[int] | None]]:
+    """Rows with the model's columns, and their ids, chunk by chunk."""
+    from genstream.store import Dataset
+    from genstream.tables import Encoder, read_tables
+
+    if (Path(data) / "manifests").is_dir():
+        source = Dataset.open(data).source()
+        if id_column is not None and source.ids(0) is None:
+            raise DataError(f"{data}: was ingested without an id: leave --id out")
+        take = _Recoded(data, source.schema, schema, unseen_as_missing)
+        for i in range(len(source.chunk_rows)):
+            yield take(source.read(i)), source.ids(i)
+        return
+    for path in expand([data]):
+        encoder = Encoder(schema, unseen="missing" if unseen_as_missing else "error")
+        wanted = list(dict.fromkeys([*schema.names, *([id_column] if id_column else [])]))
+        first = 0
+        for table in read_tables(path, columns=wanted, chunk_rows=CHUNK_ROWS):
+            rows = encoder.encode(table, first_row=first, place=path)
+            yield rows, encoder.ids(table, id_column, place=path) if id_column else None
+            first += rows.n_rows
+
+
+class _Recoded:
+    """Takes a model's columns out of rows of a dataset, whose levels may be more or others."""
+
+    def __init__(self, place: str, there: Schema, schema: Schema, unseen_as_missing: bool) -> None:
+        self._place, self._unseen_as_missing = place, unseen_as_missing
+        self._schema, self._first = schema, 0
+        self._columns, self._codes = [], []
+        for column in schema.columns:
+            if column.name not in there.names:
+                raise DataError(
+                    f"{place}: has no column {column.name!r}, which the model needs; it has "
+                    f"{', '.join(there.names)}"
+                )
+            found = there[column.name]
+            if found.kind != column.kind:
+                raise DataError(
+                    f"{place}: column {column.name!r} is {found.kind} there and {column.kind} in "
+                    "the model"
+                )
+            codes = {label: code for code, label in enumerate(column.levels)}
+            self._columns.append(there.index(column.name))
+            self._codes.append(
+                np.array([codes.get(label, np.nan) for label in found.levels])
+                if found.levels != column.levels
+                else None
+            )
+        self._levels = [there.columns[j].levels for j in self._columns]
+
+    def __call__(self, rows: Rows) -> Rows:
+        values = rows.filled()[:, self._columns]
+        for j, codes in enumerate(self._codes):
+            if codes is None:
+                continue
+            seen = ~np.isnan(values[:, j])
+            before = values[seen, j].astype(np.int64)
+            values[seen, j] = codes[before]
+            odd = np.flatnonzero(seen & np.isnan(values[:, j]))
+            if len(odd) and not self._unseen_as_missing:
+                label = self._levels[j][before[np.isnan(codes[before])][0]]
+                raise DataError(
+                    f"{self._place}: row {self._first + odd[0]}, column "
+                    f"{self._schema.names[j]!r}: the model never saw level {label!r}: say "
+                    "--unseen-as-missing, or fit it anew"
+                )
+        self._first += rows.n_rows
+        return Rows.of(values, rows.weights)
 
 
 # --- writing -------------------------------------------------------------------------------------

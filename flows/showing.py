@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flows.run import Run
-from flows.terminal import bytes_text
+from flows.terminal import bytes_text, table
+from genstream.errors import ConfigError
+
+if TYPE_CHECKING:
+    from genstream.story import Params, Story
+
+MAX_ROWS = 50
+"""Components, batches and versions shown as text; `--json` has them all."""
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -68,3 +77,129 @@ def _recovered(found: dict[str, Any]) -> str:
         f"by {found['mean']:.2g} sd, covariances by {found['covariance']:.2g} of their size, "
         f"weights by {found['weight']:.2g}"
     )
+
+
+def show_anything(what: str) -> tuple[dict[str, Any], str]:
+    """A model, a dataset or a run, as plain values and as text.
+
+    Raises ConfigError where `what` is none of them.
+    """
+    folder = what.partition("@")[0]
+    if (Path(folder) / "manifests").is_dir():
+        kind = _kind(Path(folder))
+        return _dataset(folder) if kind == "dataset" else _model(what)
+    try:
+        run = Run.find(what)
+    except ConfigError:
+        raise ConfigError(
+            f"{what!r} is no folder of a model or dataset, and no run: `genstream runs` lists runs"
+        ) from None
+    return summary(run), summary_text(run)
+
+
+def _kind(folder: Path) -> str:
+    """What a folder with manifests holds, as they say."""
+    newest = max((folder / "manifests").glob("*.json"), default=None)
+    if newest is None:
+        raise ConfigError(f"{folder}: nothing was committed there yet")
+    try:
+        return str(json.loads(newest.read_bytes())["manifest"]["kind"])
+    except (ValueError, KeyError, TypeError):
+        return "model"  # whatever opens it will say how it is damaged
+
+
+def _dataset(folder: str) -> tuple[dict[str, Any], str]:
+    from genstream.store import Dataset
+
+    dataset = Dataset.open(folder)
+    columns = dataset.schema.to_json()
+    batches = [
+        {"name": b.name, "rows": b.n_rows, "time": b.time, "status": b.status, "id": b.id}
+        for b in dataset.batches
+    ]
+    found = {
+        "dataset": folder,
+        "rows": dataset.n_rows,
+        "dtype": dataset.dtype,
+        "columns": columns,
+        "batches": batches,
+    }
+    lines = [
+        {"column": c["name"], "kind": c["kind"], "unit": c["unit"], "levels": _listed(c["levels"])}
+        for c in columns
+    ]
+    head = f"{folder}: {dataset.n_rows:,} rows in {len(batches)} batch(es), {dataset.dtype}"
+    shown = table(lines, ["column", "kind", "unit", "levels"])
+    listed = table(batches[-MAX_ROWS:], ["name", "rows", "time", "status"])
+    return found, f"{head}\n\n{shown}\n\n{listed}"
+
+
+def _listed(levels: list[str], most: int = 12) -> str:
+    rest = f" and {len(levels) - most} more" if len(levels) > most else ""
+    return ", ".join(levels[:most]) + rest
+
+
+def _model(reference: str) -> tuple[dict[str, Any], str]:
+    from flows.scoring import load_model
+    from genstream.store import ModelStore
+
+    story, params = load_model(reference)
+    store = ModelStore(reference.partition("@")[0])
+    champion = store.champion
+    versions = [
+        {
+            "version": version.number,
+            "champion": version.number == champion,
+            "time": version.time,
+            "held_out": ((version.record.get("held_out") or {}).get("mean_loglik")),
+            "run": version.record.get("run"),
+        }
+        for version in store.versions()
+    ]
+    components = component_rows(story, params)
+    found = {
+        "model": reference,
+        "n_components": story.n_components,
+        "n_parameters": story.n_parameters,
+        "columns": story.schema.to_json(),
+        "components": components,
+        "versions": versions,
+        "warnings": story.warnings(params),
+    }
+    head = (
+        f"{reference}: {story.n_components} components over {story.schema.n_features} columns, "
+        f"{story.n_parameters} parameters"
+    )
+    names = list(components[0])[:10]
+    shown = table(components[:MAX_ROWS], names)
+    left_out = [
+        f"... {len(components) - MAX_ROWS} more components" if len(components) > MAX_ROWS else "",
+        f"... {len(components[0]) - 10} more columns" if len(components[0]) > 10 else "",
+    ]
+    listed = table(versions[-MAX_ROWS:], ["version", "champion", "time", "held_out", "run"])
+    parts = [head, "\n".join(filter(None, [shown, *left_out])), listed, *story.warnings(params)]
+    return found, "\n\n".join(parts)
+
+
+def component_rows(story: Story, params: Params) -> list[dict[str, Any]]:
+    """A line a component, heaviest first: weight, and what it is like in every column.
+
+    That is mean ± standard deviation of a real column, the rate of a count, the probability of 1
+    of a binary column, and the likeliest level of a categorical one with its probability.
+    """
+    from genstream.report import Portrait
+
+    portrait = Portrait.of(story, params)
+    lines = []
+    for k in portrait.heaviest:
+        line: dict[str, Any] = {"component": int(k), "weight": float(params.weights[k])}
+        for j, column in enumerate(story.schema.columns):
+            if j in portrait.levels:
+                label, share = portrait.top_levels(int(k), j, 1)[0]
+                line[column.name] = f"{label} {share:.0%}"
+            elif column.kind == "count":
+                line[column.name] = f"{portrait.mean[k, j]:.4g}"
+            else:
+                line[column.name] = f"{portrait.mean[k, j]:.4g} ± {portrait.sd[k, j]:.3g}"
+        lines.append(line)
+    return lines

@@ -139,7 +139,6 @@ def _ingest_drawn(
             name,
             rows(),
             lambda: schema,
-            n_features=schema.n_features,
             dtype=dtype,
             batch_id=identity,
         )
@@ -468,7 +467,7 @@ def evaluate(run: Run, *, quiet: bool = False) -> dict[str, Any]:
             story, params, _passes(data.train, config.compute, RowProgress(progress, "score"))
         )
         test = None
-        if data.held_out is not None and sum(data.held_out.chunk_rows):
+        if data.held_out is not None and any(data.held_out.chunk_rows):
             on_rows = RowProgress(progress, "score held-out rows")
             test = held_out(story, params, _passes(data.held_out, config.compute, on_rows))
     rng = np.random.default_rng([config.fit.seed, 3])
@@ -598,9 +597,10 @@ def run_stages(run: Run, *, quiet: bool = False) -> Run:
 
     mode = run.config.orchestrate
     if mode == "prefect" or (mode == "auto" and orchestration.configured()):
-        from flows.pipeline import run_flow
+        from flows.pipeline import pipeline
 
-        return run_flow(run)
+        pipeline(str(run.path))
+        return run
     with run.working():
         walk(run, quiet=quiet)
     return run

@@ -80,6 +80,25 @@ def _numbers(values: pa.Array) -> np.ndarray[Any, Any] | None:
     return found[np.isfinite(found)] if np.isfinite(found).any() else None
 
 
+def look(data: Path) -> tuple[list[Suggestion], int]:
+    """What the columns of a file seem to be, from its first rows, and how many those were."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    from genstream.tables import NULL_VALUES, read_tables
+
+    table = next(iter(read_tables(data, chunk_rows=LOOK_ROWS)))
+    nulls = pa.array(NULL_VALUES)
+    columns = []
+    for name in table.column_names:
+        values = table.column(name).combine_chunks()
+        if pa.types.is_string(values.type):
+            missing = pc.is_in(values, value_set=nulls)
+            values = pc.if_else(missing, pa.scalar(None, pa.string()), values)
+        columns.append(suggest(name, values))
+    return columns, table.num_rows
+
+
 def write_starter(data: Path, target: Path) -> list[dict[str, str]]:
     """Write a configuration for `data`; returns its columns and their kinds.
 
