@@ -401,6 +401,13 @@ class TestThin:
         assert story.anchor.scale[0] == 1.0
         assert story.anchor.shift[0] == value
 
+    def test_a_column_that_differs_in_its_last_digit_is_constant(self) -> None:
+        values = np.column_stack([np.full(100, 0.1), np.arange(100.0)])
+        values[::2, 0] = np.nextafter(0.1, 1.0)
+        story = mixture(Schema.real(2), 2).anchored(Rows.of(values))
+        assert story.anchor is not None
+        assert story.anchor.scale[0] == 1.0
+
 
 def floored_log_likelihood(y: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
     """Exact to the digits that matter for eigenvalues near 1e-9."""

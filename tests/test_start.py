@@ -264,6 +264,19 @@ class TestWarmStart:
         two = warm_start(story, passes_over(heaps))
         assert oracles.identical(one[1].params, two[1].params)
 
+    def test_seeding_goes_where_the_weight_is(self) -> None:
+        """Two clusters of three heaps: the far one weighs next to nothing, so near ones part."""
+        rng = np.random.default_rng(0)
+        values = np.repeat([[-5.0], [5.0], [60.0]], 100, axis=0) + rng.normal(size=(300, 1))
+        weights = np.repeat([1.0, 1.0, 1e-6], 100)
+        story = mixture(Schema.real(1), 2)
+        for weight, parted in ((weights, True), (None, False)):
+            rows = Rows.of(values, weight)
+            anchored = story.anchored(rows)
+            params = seed_params(anchored, rows, np.random.default_rng(1))
+            label = anchored.infer(params, rows).component
+            assert (label[0] != label[150]) == parted
+
     def test_a_column_nine_tenths_missing_still_separates(self) -> None:
         rng = np.random.default_rng(3)
         z = rng.integers(0, 2, 3000)
