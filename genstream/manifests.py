@@ -76,18 +76,16 @@ class LocalStorage:
         """Put a file, then sync it and its folder; see `Storage.write`."""
         path = self._path(key)
         with _storing(path):
-            self._make_folder(path.parent)
-            _write_synced(path, data)
+            self._into_folder(path.parent, lambda: _write_synced(path, data))
             _sync_folder(path.parent)
 
     def write_if_absent(self, key: str, data: bytes) -> bool:
         """Link a synced temporary file to the key; see `Storage.write_if_absent`."""
         path = self._path(key)
         with _storing(path):
-            self._make_folder(path.parent)
             temporary = path.parent / f".{uuid.uuid4().hex}"
             try:
-                _write_synced(temporary, data)
+                self._into_folder(path.parent, lambda: _write_synced(temporary, data))
                 try:
                     os.link(temporary, path)
                 except FileExistsError:
@@ -101,10 +99,9 @@ class LocalStorage:
         """Rename a temporary file over the key; see `Storage.hint`."""
         path = self._path(key)
         with _storing(path):
-            self._make_folder(path.parent)
             temporary = path.parent / f".{uuid.uuid4().hex}"
             try:
-                temporary.write_bytes(data)
+                self._into_folder(path.parent, lambda: temporary.write_bytes(data))
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -117,7 +114,7 @@ class LocalStorage:
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(str(path)) from None
         except OSError as error:
-            raise StorageError(f"{path}: cannot be read: {error.strerror}") from error
+            raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     def list(self, prefix: str) -> Iterator[tuple[str, float]]:
         """Files below a folder; temporary ones are included; see `Storage.list`."""
@@ -147,14 +144,26 @@ class LocalStorage:
             raise CorruptError(f"{self.root}: names a file outside of it: {key!r}")
         return self.root.joinpath(*parts)
 
-    def _make_folder(self, folder: Path) -> None:
-        missing = []
-        while not folder.is_dir():
-            missing.append(folder)
-            folder = folder.parent
-        for new in reversed(missing):
-            new.mkdir(exist_ok=True)
-            _sync_folder(new.parent)
+    def _into_folder(self, folder: Path, write: Callable[[], Any]) -> None:
+        """Write into a folder, which another process may remove as empty in the meantime."""
+        for last_try in (False, False, True):
+            try:
+                _make_folder(folder)
+                write()
+                return
+            except FileNotFoundError:
+                if last_try:
+                    raise
+
+
+def _make_folder(folder: Path) -> None:
+    missing = []
+    while not folder.is_dir():
+        missing.append(folder)
+        folder = folder.parent
+    for new in reversed(missing):
+        new.mkdir(exist_ok=True)
+        _sync_folder(new.parent)
 
 
 @contextlib.contextmanager
@@ -162,7 +171,7 @@ def _storing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
+        raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def _write_synced(path: Path, data: bytes) -> None:
@@ -332,11 +341,8 @@ class Manifests:
 
     def latest(self) -> Manifest | None:
         """The newest manifest, or None where nothing was ever committed."""
-        number = self._hinted() or self._listed()
-        if number is None:
-            return None
-        found = self.read(number)
-        while (later := self._try(found.number + 1)) is not None:
+        found = self._hinted() or self._listed()
+        while found is not None and (later := self._try(found.number + 1)) is not None:
             found = later
         return found
 
@@ -376,13 +382,14 @@ class Manifests:
                 return None
             number = 1 if head is None else head.number + 1
             writer = uuid.uuid4().hex
+            now = datetime.now(UTC).isoformat(timespec="milliseconds")
             body = {
                 "format": FORMAT,
                 "kind": self.kind,
                 "number": number,
                 "parent": None if head is None else head.sha256,
                 "writer": writer,
-                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "time": now,
                 "content": content,
             }
             data = to_json_bytes({"manifest": body, "sha256": sha256(to_json_bytes(body))})
@@ -390,7 +397,8 @@ class Manifests:
                 # The commit stands whether or not the hint can be written.
                 with contextlib.suppress(StorageError):
                     self.storage.hint("HEAD", f"{number}\n".encode())
-                return self.read(number)
+                stored = json.loads(data)["manifest"]["content"]
+                return Manifest(number, stored, writer, now, sha256(data))
             time.sleep(random.uniform(0, 0.01 * 2**attempt))
         raise ConflictError(
             f"{self.storage.name}: other writers committed first {retries + 1} times: "
@@ -410,16 +418,19 @@ class Manifests:
         there = self._try(number)
         return there is not None and there.writer == writer
 
-    def _hinted(self) -> int | None:
+    def _hinted(self) -> Manifest | None:
         try:
             text = self.storage.read("HEAD").decode("ascii", "replace").strip()
         except FileNotFoundError:
             return None
-        number = int(text) if text.isascii() and text.isdigit() else None
-        return None if number is None or self._try(number) is None else number
+        return self._try(int(text)) if text.isascii() and text.isdigit() else None
 
-    def _listed(self) -> int | None:
-        return max(self.numbers(), default=None)
+    def _listed(self) -> Manifest | None:
+        while numbers := self.numbers():
+            # None where it was deleted since, because newer ones came: look again.
+            if (found := self._try(numbers[-1])) is not None:
+                return found
+        return None
 
     def _try(self, number: int) -> Manifest | None:
         key = _manifest_key(number)
