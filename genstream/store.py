@@ -160,7 +160,7 @@ def append_batch(
         Where other writers committed first again and again, or changed the levels.
     """
     storage = LocalStorage(Path(path))
-    writer = made = None
+    writer = None
     try:
         for piece in pieces:
             rows, ids = piece if isinstance(piece, tuple) else (piece, None)
@@ -180,14 +180,22 @@ def append_batch(
             tuple(segments),
         )
         columns = schema()
-        empty: dict[str, Any] = {"dtype": dtype, "weighted": weighted, "pages": [], "batches": []}
+    except BaseException:
+        if writer is not None:
+            writer.discard()
+        raise
+    empty: dict[str, Any] = {"dtype": dtype, "weighted": weighted, "pages": [], "batches": []}
+    try:
         made = Manifests(storage, "dataset").commit(
             lambda head: _grown(storage, empty if head is None else head.content, batch, columns)
         )
-    finally:
-        if made is None and writer is not None:
-            writer.discard()
+    except (ConflictError, DataError):
+        writer.discard()
+        raise
+    # Any other error, an interrupt above all, may strike when the commit has just been made: the
+    # pieces then stay, for `gc` to find out whether anything names them.
     if made is None:
+        writer.discard()
         return Dataset.open(path), None
     return Dataset(storage, made), batch
 

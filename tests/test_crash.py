@@ -26,14 +26,21 @@ class Died(BaseException):
 
 
 class Mortal(LocalStorage):
-    """Local storage that dies before or after its n-th operation, and stays dead."""
+    """Local storage that fails before or after its n-th operation, and from then on or just then.
+
+    Staying dead stands for a killed process; failing once for an interrupt, after which the process
+    tidies up.
+    """
 
     budget = 10**9
     done = 0
     late = False
+    once = False
 
     def _operate(self, operation: Callable[[], Any]) -> Any:
         cls = type(self)
+        if cls.once and cls.done > cls.budget:
+            return operation()
         if cls.done >= cls.budget + (1 if cls.late else 0):
             raise Died
         cls.done += 1
@@ -141,10 +148,11 @@ CASES: dict[str, tuple[list[Action], Action, Callable[[Path], Any]]] = {
 }
 
 
+@pytest.mark.parametrize("once", [False, True], ids=["killed", "interrupted"])
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("case", CASES)
 def test_death_at_any_operation_leaves_the_old_or_the_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, late: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, late: bool, once: bool
 ) -> None:
     monkeypatch.setattr("genstream.segments.CHUNK_NBYTES", 100 * 2 * 8)
     # What is durable is not asked here, only the order of operations: syncing would take minutes.
@@ -174,6 +182,7 @@ def test_death_at_any_operation_leaves_the_old_or_the_new(
         monkeypatch.setattr(Mortal, "budget", n)
         monkeypatch.setattr(Mortal, "done", 0)
         monkeypatch.setattr(Mortal, "late", late)
+        monkeypatch.setattr(Mortal, "once", once)
         with pytest.raises(Died):
             action(path)
         monkeypatch.setattr(store, "LocalStorage", LocalStorage)
