@@ -291,17 +291,13 @@ def guarded(command: Callable[[], object]) -> None:
     except (Interrupted, KeyboardInterrupt) as error:
         code = error.exit_code if isinstance(error, Interrupted) else 130
         message = str(error) or "interrupted"
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; Python must not complain when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code, message = 0, ""
     except Exception as error:  # noqa: BLE001 - the last place where an error can be explained
         code, message = explain(error)
     else:
         return
-    if wants_json and message:
+    if wants_json:
         typer.echo(json.dumps({"error": message, "exit_code": code}))
-    elif message:
+    else:
         typer.echo(f"error: {message}", err=True)
     sys.exit(code)
 

@@ -83,9 +83,21 @@ class Plan:
             )
 
 
-def project_memory(
-    config: Config, story: Story, chunk_nbytes: int, n_chunks: int, rows: int
-) -> int:
+@dataclass(frozen=True)
+class Extent:
+    """How much data there is; `to_store` are the bytes that an ingest will write."""
+
+    schema: Schema
+    rows: int
+    chunks: int
+    chunk_rows: int
+    chunk_nbytes: int
+    itemsize: int
+    to_store: int
+    exact: bool
+
+
+def project_memory(config: Config, story: Story, extent: Extent) -> int:
     """Peak resident memory of the process that fits, in bytes.
 
     It is the sum of what is imported; for each worker the chunks in its hands, the
@@ -97,13 +109,12 @@ def project_memory(
 
     workers = n_workers(config)
     k, d = story.n_components, story.schema.n_features
-    chunk_rows = max(1, chunk_nbytes // (d * 4))
     params = 8 * (story.n_parameters + k * d)
-    responsibilities = 8 * min(MAX_RESPONSIBILITIES, chunk_rows * k)
-    a_worker = WORKER_NBYTES + CHUNKS_HELD * chunk_nbytes + 3 * responsibilities + 2 * params
-    sample = min(rows, config.fit.sample_rows, max(1000, SAMPLE_BYTES // (9 * d)))
+    responsibilities = 8 * min(MAX_RESPONSIBILITIES, extent.chunk_rows * k)
+    a_worker = WORKER_NBYTES + CHUNKS_HELD * extent.chunk_nbytes + 3 * responsibilities + 2 * params
+    sample = min(extent.rows, config.fit.sample_rows, max(1000, SAMPLE_BYTES // (9 * d)))
     start = sample * (3 * 9 * d + 4 * 8 * k)
-    tree = params * (2 + max(n_chunks, 1).bit_length())
+    tree = params * (2 + extent.chunks.bit_length())
     total = BASE_NBYTES + workers * a_worker + start + tree
     if config.report:
         total += REPORT_NBYTES
@@ -121,19 +132,6 @@ def n_workers(config: Config) -> int:
     return config.compute.workers or os.cpu_count() or 1
 
 
-@dataclass(frozen=True)
-class _Extent:
-    """How much data there is; `to_store` are the bytes that an ingest will write."""
-
-    schema: Schema
-    rows: int
-    chunks: int
-    chunk_nbytes: int
-    itemsize: int
-    to_store: int
-    exact: bool
-
-
 def make_plan(config: Config) -> Plan:
     """The plan of a configuration; reads headers and metadata only.
 
@@ -149,7 +147,6 @@ def make_plan(config: Config) -> Plan:
         prior=config.model.prior,
         dtype=config.fit.dtype,
     )
-    size = (extent.chunk_nbytes, extent.chunks, extent.rows)
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"workers": 1})})
     d = extent.schema.n_features
     state = 8 * (4 * story.n_parameters + 2048 * d)
@@ -163,8 +160,8 @@ def make_plan(config: Config) -> Plan:
         passes=config.fit.max_steps + 2,
         pass_nbytes=extent.rows * d * extent.itemsize,
         workers=n_workers(config),
-        memory=project_memory(config, story, *size),
-        least_memory=project_memory(alone, story, *size),
+        memory=project_memory(config, story, extent),
+        least_memory=project_memory(alone, story, extent),
         memory_limit=config.compute.memory_limit,
         disk=extent.to_store + kept * state,
         disk_free=_disk_free(config),
@@ -172,16 +169,17 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _extent(config: Config) -> _Extent:
+def _extent(config: Config) -> Extent:
     place = config.dataset
     if place is None or (Path(place) / "manifests").is_dir():
         data = open_data(config)
         sizes = [part for part in (data.train, data.held_out) if part is not None]
         itemsize = 4 if place is not None and config.data.dtype == "float32" else 8
-        return _Extent(
+        return Extent(
             data.train.schema,
             sum(data.train.chunk_rows),
             len(data.train.chunk_rows),
+            max(data.train.chunk_rows),
             max(part.chunk_nbytes for part in sizes),
             itemsize,
             0,
@@ -206,10 +204,11 @@ def _extent(config: Config) -> _Extent:
     d = schema.n_features
     chunk_rows = min(rows, max(1, CHUNK_NBYTES // (d * itemsize)))
     fitted = round(rows * (1 - (config.holdout or 0.0)))
-    return _Extent(
+    return Extent(
         schema,
         fitted,
         math.ceil(rows / max(chunk_rows, 1)),
+        chunk_rows,
         chunk_rows * d * (itemsize + 1),
         itemsize,
         rows * d * itemsize,
@@ -245,7 +244,7 @@ def rows_of(path: str) -> tuple[int, bool]:
     import pyarrow as pa
     import pyarrow.parquet
 
-    from genstream.sources import open_source
+    from genstream import sources
     from genstream.tables import read_tables
 
     suffix = Path(path).suffix.lower()
@@ -255,7 +254,7 @@ def rows_of(path: str) -> tuple[int, bool]:
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: not a parquet file: {error}") from None
     if suffix in (".npy", ".zarr"):
-        return sum(open_source(path).chunk_rows), True
+        return sum(sources.open_source(path).chunk_rows), True
     table = next(iter(read_tables(path, chunk_rows=10_000)))
     if table.num_rows < 10_000:
         return table.num_rows, True

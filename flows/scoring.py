@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -309,9 +310,14 @@ def _sink(output: Path | None, overwrite: bool) -> Iterator[Callable[[pa.RecordB
     """Somewhere to write batches to; a file appears whole, when all of it is written."""
     if output is None:
         writer: _Writer = _Csv(pa.PythonFile(sys.stdout.buffer, mode="w"))
-        yield writer.write
-        writer.close()
-        sys.stdout.buffer.flush()
+        # Whoever reads our output may have seen enough: end as quietly as other commands do.
+        before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        try:
+            yield writer.write
+            writer.close()
+            sys.stdout.buffer.flush()
+        finally:
+            signal.signal(signal.SIGPIPE, before)
         return
     kinds: dict[str, Callable[[Path], _Writer]] = {
         ".csv": _Csv,

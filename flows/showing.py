@@ -55,7 +55,7 @@ def summary_text(run: Run) -> str:
     if not scores:
         return text
     target = published.get("model") or run.id
-    source = config.paths[0] if config.paths else config.data.dataset
+    source = config.paths[0] if config.paths else config.dataset
     following = [
         (f"genstream sample {target} -n 10", "draw rows"),
         (f"genstream assign {target} {source} -o assigned.parquet", "assign rows to components"),

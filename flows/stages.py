@@ -160,7 +160,7 @@ def open_data(config: Config, manifest: int | None = None) -> Data:
 
     Raises DataError where there are none, or where they do not have the columns named.
     """
-    from genstream.sources import Split, open_source
+    from genstream import sources
 
     data = config.data
     if config.dataset is not None:
@@ -169,16 +169,17 @@ def open_data(config: Config, manifest: int | None = None) -> Data:
         whole: Source = Dataset.open(config.dataset, manifest).source()
     else:
         paths = config.paths
-        whole = open_source(
+        whole = sources.open_source(
             paths[0] if len(paths) == 1 else paths, _schema(config), weights=data.weights
         )
     if data.test is not None:
-        return Data(whole, open_source(data.test, whole.schema))
+        return Data(whole, sources.open_source(data.test, whole.schema))
     share = config.holdout
     if share is None:
         return Data(whole, None)
     seed = config.fit.seed
-    return Data(Split(whole, "train", share, seed), Split(whole, "test", share, seed))
+    train, test = (sources.Split(whole, part, share, seed) for part in ("train", "test"))
+    return Data(train, test)
 
 
 def columns_of(config: Config) -> dict[str, Kind | Column] | None:
