@@ -213,6 +213,9 @@ class Story:
                 log_joint *= block.astype(log_joint.dtype)
             sum_r += log_joint.sum(axis=1, dtype=np.float64)
             walk.gather(log_joint)
+        if self.dtype == "float32" and not np.isfinite(objective):
+            # A row beyond float32's range: its chunk is done again, in float64.
+            return self._in_float64().e_step(params, rows, responsibility)
         family = walk.close()
         return StoryStats(rows.n_rows, rows.n_rows - n_observed, weight, objective, sum_r, family)
 
@@ -245,6 +248,10 @@ class Story:
             base = walk.base()
             yield index, log_joint, value if base is None else value + base
 
+    def _in_float64(self) -> Story:
+        return replace(self, family=replace(self.family, dtype="float64"))
+
+    @np.errstate(over="ignore", invalid="ignore")
     def infer(self, params: Params, rows: Rows) -> Posterior:
         """The posterior of the latent of each row."""
         responsibilities = np.tile(params.weights, (rows.n_rows, 1))
@@ -252,13 +259,21 @@ class Story:
         for index, block, value in self._posterior_blocks(params, rows):
             responsibilities[index] = block.T
             log_prob[index] = value
+        lost = ~np.isfinite(log_prob)
+        if self.dtype == "float32" and lost.any():
+            again = self._in_float64().infer(params, rows[lost])
+            responsibilities[lost], log_prob[lost] = again.responsibilities, again.log_prob
         return Posterior(responsibilities, log_prob)
 
+    @np.errstate(over="ignore", invalid="ignore")
     def log_prob(self, params: Params, rows: Rows) -> NDArray[np.float64]:
         """(n,) `log p(x)` in nats, in data units; only the observed entries of a row count."""
         log_prob = np.zeros(rows.n_rows)
         for index, _, value in self._posterior_blocks(params, rows):
             log_prob[index] = value
+        lost = ~np.isfinite(log_prob)
+        if self.dtype == "float32" and lost.any():
+            log_prob[lost] = self._in_float64().log_prob(params, rows[lost])
         return log_prob
 
     def rounding(self, params: Params) -> float:

@@ -121,6 +121,26 @@ def test_draws_repeat(kind: str) -> None:
     Rows.of(one.values).check(story.schema)
 
 
+@pytest.mark.parametrize("size", [1e6, 1e30, 1e152])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("kind", STORIES)
+def test_rows_far_beyond_the_sample_stay_finite(kind: str, dtype: str, size: float) -> None:
+    """Even where their squares leave the range of the arithmetic asked for."""
+    story, params, values = drawn(kind, 60, dtype=dtype)
+    values[3, 0], values[3, 1] = size, np.nan
+    values[7, 0] = -size
+    rows = Rows.of(values)
+    log_prob = story.log_prob(params, rows)
+    posterior = story.infer(params, rows)
+    np.testing.assert_array_equal(posterior.log_prob, log_prob)
+    assert np.isfinite(log_prob).all()
+    assert log_prob[[3, 7]].max() < -1e9
+    np.testing.assert_allclose(posterior.responsibilities.sum(axis=1), 1.0, rtol=1e-5)
+    stats = story.e_step(params, rows)
+    assert oracles.finite(stats)
+    assert stats.objective == pytest.approx(log_prob.sum(), rel=1e-5)
+
+
 class TestUnobserved:
     @pytest.mark.parametrize("kind", STORIES)
     def test_rows_with_nothing_observed_score_zero_and_move_nothing(self, kind: str) -> None:
@@ -348,6 +368,22 @@ class TestResponsibilityRules:
         own = story.e_step(params, Rows.of(values))
         assert given_.objective == 0.0
         assert oracles.distance(given_.family, own.family) < 1e-12
+
+
+class TestWeightScale:
+    @pytest.mark.parametrize("scale", [1e-300, 1e-12, 1e100])
+    @pytest.mark.parametrize("kind", STORIES)
+    def test_maximum_likelihood_does_not_mind_the_unit_of_weights(
+        self, kind: str, scale: float
+    ) -> None:
+        story, params, values = drawn(kind, 90, gaps=0.2, prior=None)
+        weights = np.random.default_rng(0).uniform(0.5, 2, len(values))
+        found = [
+            story.maximise(story.e_step(params, Rows.of(values, weights * by)), params)
+            for by in (1.0, scale)
+        ]
+        assert oracles.distance(found[1][0], found[0][0]) < 1e-9
+        assert not found[1][1].any()
 
 
 class TestPlace:

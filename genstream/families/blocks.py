@@ -24,6 +24,8 @@ Index = slice | NDArray[np.intp]
 LOG_2PI = float(np.log(2 * np.pi))
 # A component whose quadratic form may be off by more than this many nats is computed more exactly.
 MAX_ROUNDING = 1e-3
+# A component, or a column of it, that took no more than this share of all weight was never seen.
+UNSEEN = 1e-16
 # A column of less deviation counts as constant: its square would soon vanish in arithmetic.
 NARROWEST = 1e-120
 BLOCK_BYTES = 1 << 21

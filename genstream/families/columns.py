@@ -28,6 +28,7 @@ from scipy.special import gammaln
 from genstream.families.blocks import (
     LOG_2PI,
     MAX_ROUNDING,
+    UNSEEN,
     Array,
     Index,
     Linear,
@@ -262,7 +263,7 @@ class IndependentColumns:
         pivot, prior = self._pivot, self.prior
         shift, scale = pivot.shift[self.real], pivot.scale[self.real]
         rows = prior.rows if prior else 0.0
-        tiny = 1e-8
+        tiny = UNSEEN * float(stats.sum_w.sum(axis=0).max())
 
         def average(sums: Array, n: Array, centre: Any, old: Array) -> Array:
             total = n + rows

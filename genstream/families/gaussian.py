@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.families.blocks import MAX_ROUNDING, Array, Pivot, moments
+from genstream.families.blocks import MAX_ROUNDING, UNSEEN, Array, Pivot, moments
 from genstream.families.gaussian_walk import GaussianKernel, quadratic_rounding
 from genstream.rows import Rows
 from genstream.stats import Monoid, Record, axes, record
@@ -187,7 +187,7 @@ class Gaussian:
         d = self.n_features
         pivot, prior = self._pivot, self.prior
         n = stats.sum_w
-        faulty = n <= 1e-8
+        faulty = n <= UNSEEN * n.sum()
         safe = np.where(faulty, 1.0, n)
         mean = stats.sum_wx / safe[:, None]
         outer = safe[:, None, None] * mean[:, :, None] * mean[:, None, :]
