@@ -323,9 +323,10 @@ def read_piece_file(storage: Storage, key: str) -> bytes:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A committed state: its number, what it says, and who committed it when."""
+    """A committed state: its number, of what, what it says, and who committed it when."""
 
     number: int
+    kind: str
     content: dict[str, Any]
     writer: str
     time: str
@@ -333,9 +334,12 @@ class Manifest:
 
 
 class Manifests:
-    """The manifests of one dataset or model, and the only way to add one."""
+    """The manifests of one dataset or model, and the only way to add one.
 
-    def __init__(self, storage: Storage, kind: str) -> None:
+    Without a `kind` they can be read whatever they are of, and none can be added.
+    """
+
+    def __init__(self, storage: Storage, kind: str | None = None) -> None:
         self.storage = storage
         self.kind = kind
 
@@ -375,6 +379,7 @@ class Manifests:
         content names must have been written before. Raises ConflictError after `retries` lost
         races.
         """
+        assert self.kind is not None
         for attempt in range(retries + 1):
             head = self.latest()
             content = build(head)
@@ -398,7 +403,7 @@ class Manifests:
                 with contextlib.suppress(StorageError):
                     self.storage.hint("HEAD", f"{number}\n".encode())
                 stored = json.loads(data)["manifest"]["content"]
-                return Manifest(number, stored, writer, now, sha256(data))
+                return Manifest(number, self.kind, stored, writer, now, sha256(data))
             time.sleep(random.uniform(0, 0.01 * 2**attempt))
         raise ConflictError(
             f"{self.storage.name}: other writers committed first {retries + 1} times: "
@@ -448,9 +453,11 @@ class Manifests:
         if not intact or body.get("number") != number:
             raise CorruptError(f"{place}: is damaged: its digest does not match")
         _check_format(place, body)
-        if body["kind"] != self.kind:
+        if self.kind not in (None, body["kind"]):
             raise StorageError(f"{self.storage.name}: holds a {body['kind']}, not a {self.kind}")
-        return Manifest(number, body["content"], body["writer"], body["time"], sha256(data))
+        return Manifest(
+            number, body["kind"], body["content"], body["writer"], body["time"], sha256(data)
+        )
 
 
 def _manifest_key(number: int) -> str:
@@ -465,20 +472,20 @@ def _check_format(place: str, value: Mapping[str, Any]) -> None:
         )
 
 
-def collect(
-    storage: Storage, named: set[str], folders: tuple[str, ...], *, older_than: float
-) -> int:
-    """Delete the pieces below `folders` that are not `named` and older than so many seconds.
+def collect(storage: Storage, named: set[str], folder: str, *, older_than: float) -> int:
+    """Delete the pieces below `folder` that are not `named` and older than so many seconds.
 
-    Pieces younger than that may belong to a commit under way. Returns the number of
-    files deleted.
+    Younger ones may belong to a commit under way, and so may temporary files beside manifests,
+    which are treated alike. Returns the number of files deleted.
     """
     limit = time.time() - older_than
     n_deleted = 0
-    for folder in folders:
-        for key, written in list(storage.list(folder)):
-            owner = f"{folder}/{PurePosixPath(key).parts[1].split('.')[0]}"
-            if owner not in named and written < limit:
+    for top in (folder, "manifests"):
+        for key, written in list(storage.list(top)):
+            owner, _, rest = PurePosixPath(key).parts[1].partition(".")
+            temporary = not owner and rest
+            unnamed = top == folder and f"{folder}/{owner}" not in named
+            if (temporary or unnamed) and written < limit:
                 storage.delete(key)
                 n_deleted += 1
     return n_deleted

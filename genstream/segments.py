@@ -256,7 +256,14 @@ def write_record(
         }
         for name, variable in full.data_vars.items()
     }
-    full.to_zarr(MemoryStore(files), mode="w", zarr_format=3, consolidated=False, encoding=encoding)
+    full.to_zarr(
+        MemoryStore(files),
+        mode="w",
+        zarr_format=3,
+        consolidated=False,
+        encoding=encoding,
+        write_empty_chunks=True,
+    )
     piece = PieceWriter(storage, folder)
     for name, data in files.items():
         is_chunk = not name.endswith("zarr.json")

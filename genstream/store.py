@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from genstream.errors import ConfigError, ConflictError, DataError, StorageError
+from genstream.errors import ConfigError, ConflictError, CorruptError, DataError, StorageError
 from genstream.learn import FitState, story_of
 from genstream.manifests import (
     LocalStorage,
@@ -75,8 +75,8 @@ class Batch:
 class Dataset:
     """A dataset in a folder, as of one manifest.
 
-    Make one with `open` or `create`. Reading goes through `source`, which stays with this manifest
-    whatever is appended meanwhile.
+    `ingest` and `append_batch` make one, `open` opens it. Reading goes through `source`, which
+    stays with this manifest whatever is appended meanwhile.
     """
 
     def __init__(self, storage: Storage, manifest: Manifest) -> None:
@@ -273,8 +273,10 @@ class DatasetSource:
         self.chunk_rows = tuple(chunks)
         self._opened: dict[int, Segment] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A manifest's number says it all: a ledger of thousands of batches need not travel with
+        # every task, and a worker opens each segment's index only once.
+        return _pinned, (self._storage, self._manifest.number, self._manifest.sha256)
 
     @property
     def chunk_nbytes(self) -> int:
@@ -314,6 +316,14 @@ class DatasetSource:
             "n_chunks": len(self.chunk_rows),
             "columns": list(self.schema.names),
         }
+
+
+@functools.lru_cache(maxsize=8)
+def _pinned(storage: Storage, number: int, sha256: str) -> DatasetSource:
+    manifest = Manifests(storage, "dataset").read(number)
+    if manifest.sha256 != sha256:
+        raise CorruptError(f"{storage.name}: manifest {number} is not the one that was pinned")
+    return DatasetSource(Dataset(storage, manifest))
 
 
 # --- ingest --------------------------------------------------------------------------------------
@@ -489,7 +499,7 @@ def save_checkpoint(path: str | Path, story: Story, state: FitState, *, keep: in
             kept[number] = manifests.read(number).content["state"]["key"]
         else:
             manifests.delete(number)
-    collect(storage, set(kept.values()), ("states",), older_than=0.0)
+    collect(storage, set(kept.values()), "states", older_than=0.0)
     return made.number
 
 
@@ -563,7 +573,7 @@ class ModelStore:
         made = self._manifests.commit(build)
         assert made is not None
         named = {entry["state"]["key"] for entry in made.content["versions"]}
-        collect(self.storage, named, ("states",), older_than=GRACE)
+        collect(self.storage, named, "states", older_than=GRACE)
         return int(made.content["champion"])
 
     def versions(self) -> tuple[Version, ...]:
@@ -618,3 +628,68 @@ def load(
 ) -> tuple[Story, FitState]:
     """Story and state of a published model; see `ModelStore.load`."""
     return ModelStore(path).load(version)
+
+
+# --- upkeep --------------------------------------------------------------------------------------
+
+
+def _pieces(storage: Storage, manifest: Manifest) -> Iterator[PieceRef]:
+    """The pieces that a manifest of any kind names, in itself or in pages of its ledger."""
+    content = manifest.content
+    if manifest.kind == "dataset":
+        yield from map(PieceRef.from_json, content["pages"])
+        for batch in _ledger(storage, content):
+            yield from map(PieceRef.from_json, batch["segments"])
+    elif manifest.kind == "model":
+        for version in content["versions"]:
+            yield PieceRef.from_json(version["state"])
+    else:
+        yield PieceRef.from_json(content["state"])
+
+
+def _newest(path: str | Path) -> tuple[LocalStorage, Manifest]:
+    storage = LocalStorage(Path(path))
+    manifest = Manifests(storage).latest()
+    if manifest is None:
+        raise StorageError(f"{path}: no dataset or model there")
+    return storage, manifest
+
+
+def fsck(path: str | Path) -> tuple[str, ...]:
+    """What is wrong with a dataset, a model or the checkpoints in a folder: one line a file.
+
+    Every byte that the newest manifest names, directly or not, is read and its digest compared; one
+    file is in memory at a time. Nothing is changed. Raises StorageError where nothing is there and
+    CorruptError where the ledger itself is damaged.
+    """
+    storage, manifest = _newest(path)
+    problems = []
+    for ref in _pieces(storage, manifest):
+        try:
+            piece = Piece(storage, ref)
+        except CorruptError as error:
+            problems.append(str(error))
+            continue
+        for name in piece.names:
+            try:
+                piece.read(name, whole=True)
+            except CorruptError as error:
+                problems.append(str(error))
+    return tuple(problems)
+
+
+def gc(path: str | Path, *, older_than: float = GRACE) -> int:
+    """Delete pieces that nothing in use names and that are older than so many seconds.
+
+    Such files come from writers that were killed, and from states that newer ones replaced. Returns
+    the number of files deleted. Raises as `fsck` does, and then deletes nothing.
+    """
+    storage, manifest = _newest(path)
+    in_use = [manifest]
+    if manifest.kind == "checkpoint":
+        # Old manifests go with their states, so those that are left are wanted.
+        manifests = Manifests(storage)
+        in_use = [manifests.read(number) for number in manifests.numbers()]
+    named = {ref.key for one in in_use for ref in _pieces(storage, one)}
+    folders = ("segments", "ledger") if manifest.kind == "dataset" else ("states",)
+    return sum(collect(storage, named, folder, older_than=older_than) for folder in folders)

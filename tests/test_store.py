@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray
 import zarr
 
 from genstream import store
@@ -354,3 +356,101 @@ def test_racing_writers_lose_nothing(tmp_path: Path, n_writers: int) -> None:
         f"part-{100 * i}" for i in range(n_writers)
     )
     assert dataset.n_rows == 20 * n_writers
+
+
+# --- upkeep --------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_fsck_names_every_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PAGE", 3)
+    for seed in range(0, 14, 2):
+        append(tmp_path / "d", 250, seed)
+    assert store.fsck(tmp_path / "d") == ()
+    chunks = sorted((tmp_path / "d").rglob("c.*"))
+    data = chunks[3].read_bytes()
+    chunks[3].write_bytes(data[:9] + bytes([data[9] ^ 1]) + data[10:])
+    chunks[7].unlink()
+    (page,) = (tmp_path / "d" / "ledger").glob("*.json")
+    index = next(p for p in sorted((tmp_path / "d" / "segments").glob("*.json")))
+    index.write_bytes(b"{}")
+    found = store.fsck(tmp_path / "d")
+    damaged = {chunks[3], chunks[7]}
+    hidden = {p for p in damaged if str(p).startswith(str(index.with_suffix(".zarr")))}
+    assert len(found) == len(damaged - hidden) + 1
+    for path in (damaged - hidden) | {index}:
+        assert sum(line.startswith(str(path)) for line in found) == 1
+    page.write_bytes(page.read_bytes()[:-1])
+    with pytest.raises(CorruptError, match=page.name):
+        store.fsck(tmp_path / "d")
+
+
+def test_gc_deletes_only_what_nothing_names(tmp_path: Path) -> None:
+    for folder, fill in (
+        ("d", lambda path: append(path, 40, 0)),
+        ("m", lambda path: store.ModelStore(path).publish(*fitted(), {"run": "a"})),
+        ("c", lambda path: [store.save_checkpoint(path, *fitted(), keep=2) for _ in range(3)]),
+    ):
+        path = tmp_path / folder
+        fill(path)
+        before = {p for p in path.rglob("*") if p.is_file()}
+        top = "segments" if folder == "d" else "states"
+        (path / top / "0f.zarr" / "values").mkdir(parents=True)
+        (path / top / "0f.zarr" / "values" / "c.0.0").write_bytes(b"x")
+        (path / "manifests" / ".4d").write_bytes(b"x")
+        assert store.gc(path) == 0
+        assert store.gc(path, older_than=-1) == 2
+        assert {p for p in path.rglob("*") if p.is_file()} == before
+        assert store.fsck(path) == ()
+    with pytest.raises(StorageError, match="no dataset or model"):
+        store.gc(tmp_path / "none")
+
+
+def test_a_source_travels_as_its_address(tmp_path: Path) -> None:
+    for seed in range(0, 100, 2):
+        dataset, _ = append(tmp_path / "d", 10, seed)
+    source = dataset.source()
+    sent = pickle.dumps(source)
+    assert len(sent) < 1000
+    append(tmp_path / "d", 10, 1000)
+    again = pickle.loads(sent)
+    assert again.chunk_rows == source.chunk_rows
+    assert again.identity() == source.identity()
+    np.testing.assert_array_equal(again.read(7).filled(), source.read(7).filled())
+    assert pickle.loads(sent) is again
+
+
+def test_states_of_any_numbers_keep_every_bit(tmp_path: Path) -> None:
+    bits = np.array([0x7FF8000000000123, 0xFFF8000000000001, 1 << 63, 1], np.uint64)
+    given = xarray.Dataset(
+        {
+            "bits": ("a", bits.view(np.float64)),
+            "zeros": (("a", "b"), np.zeros((4, 3))),
+            "minus.zeros": ("a", -np.zeros(4)),
+            "gaps": ("a", np.full(4, np.nan)),
+            "flags": ("a", np.array([True, False, False, True])),
+            "no_flags": ("a", np.zeros(4, bool)),
+            "large": ("a", np.array([2**62 + 1, -(2**62) - 1, 0, -1])),
+            "small": ("a", np.arange(4, dtype=np.int8)),
+            "single": ("b", np.array([0.1, 1e-40, 3e38], np.float32)),
+            "number": ((), np.float64(0.1)),
+            "count": ((), np.int64(0)),
+            "nothing": (("z", "a"), np.zeros((0, 4))),
+        },
+        attrs={"text": "\u00e9", "number": 0.1, "list": [1, 2.5, float("-inf")], "none": None},
+    )
+    storage = store.LocalStorage(tmp_path)
+    ref = store.write_record(storage, "states", given, {"more": [1]})
+    found, content = store.read_record(storage, ref)
+    assert content == {"more": [1]}
+    assert found.attrs == given.attrs
+    assert set(found.variables) == set(given.variables)
+    for name, variable in given.data_vars.items():
+        assert found[name].dims == variable.dims
+        assert found[name].dtype == variable.dtype
+        assert found[name].values.tobytes() == variable.values.tobytes()
+    (group,) = tmp_path.glob("states/*.zarr")
+    np.testing.assert_array_equal(xarray.open_zarr(group, consolidated=False)["zeros"], 0.0)
+    # Every chunk is written, also where it is all fill value, so that a missing one is noticed.
+    chunks = [p for p in group.rglob("*") if p.is_file() and p.name != "zarr.json"]
+    assert len(chunks) == len(given.data_vars) - 1
