@@ -117,9 +117,9 @@ def ingest(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
 @app.command()
 def fit(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Ingest, fit, evaluate, publish and report, as a configuration says."""
-    from flows.stages import run_stages
+    from flows.stages import begin, run_stages
 
-    _finish(run_stages(Run.create(config, overrides or ()), quiet=as_json), as_json)
+    _finish(run_stages(begin(config, overrides or ()), quiet=as_json), as_json)
 
 
 @app.command()
@@ -306,7 +306,9 @@ def run_config(flow: Callable[[str], object]) -> None:
     """The command line of a flow's module: make a run of a configuration and call the flow."""
 
     def command(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-        run = Run.create(config, overrides or ())
+        from flows.stages import begin
+
+        run = begin(config, overrides or ())
         flow(str(run.path))
         _finish(run, as_json)
 

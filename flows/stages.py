@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from flows.config import Compute, Config, Drawn
+from flows.config import Compute, Config, Drawn, load
 from flows.run import Run
 from flows.terminal import FitProgress, RowProgress, bars, bytes_text
 from genstream.errors import ComputeError, ConfigError, DataError
@@ -67,6 +67,8 @@ def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]
     if isinstance(data.source, Drawn):
         found = _ingest_drawn(data.source, path, data.dtype, on_rows)
     else:
+        if (Path(path) / "manifests").is_dir():
+            _check_columns(config, Dataset.open(path).schema)
         found = ingest(
             expand(config.paths),
             path,
@@ -85,6 +87,22 @@ def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]
         "rows": dataset.n_rows,
         "seconds": round(time.monotonic() - begin, 3),
     }
+
+
+def _check_columns(config: Config, schema: Schema) -> None:
+    """Raise ConfigError where a dataset has other columns than the configuration names."""
+    wanted = columns_of(config)
+    if wanted is None:
+        return
+    kinds = {n: c.kind if isinstance(c, Column) else c for n, c in wanted.items()}
+    there = dict(zip(schema.names, schema.kinds, strict=True))
+    odd = [name for name in {**kinds, **there} if kinds.get(name) != there.get(name)]
+    if odd:
+        raise ConfigError(
+            f"data.columns: {odd[0]!r} is {there.get(odd[0], 'not')} in {config.dataset} and "
+            f"{kinds.get(odd[0], 'not')} in the configuration: name another data.dataset, or the "
+            "columns this one has"
+        )
 
 
 def expand(paths: Sequence[str]) -> list[str]:
@@ -581,6 +599,17 @@ def _revived(kind: type[T], plain: Any) -> T:
 
 
 # --- all of them ---------------------------------------------------------------------------------
+
+
+def begin(config_path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
+    """A new run of a configuration that there is memory, disk and data for.
+
+    Raises ConfigError or DataError, and makes no run, where there is not.
+    """
+    from flows.plan import make_plan
+
+    make_plan(load(config_path, overrides)).refuse_if_too_small()
+    return Run.create(config_path, overrides)
 
 
 def ingest(run: Run, *, quiet: bool = False) -> dict[str, Any]:
