@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.cluster import KMeans, kmeans_plusplus
@@ -33,6 +34,7 @@ from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS, DaskSource, NumpySource, Source
 from genstream.start import cluster, draw_sample, rescue_rows, seed_centres, seed_params, warm_start
 from genstream.story import COVARIANCES, Params, Story, mixture
+from genstream.tables import Encoder
 from genstream.threads import one_blas_thread
 
 if TYPE_CHECKING:
@@ -227,11 +229,7 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if reset:
             if sum(source.chunk_rows) < 2:
                 raise DataError("found array with 1 sample(s), while a minimum of 2 is required")
-            self.n_features_in_ = n_features
-            if named:
-                self.feature_names_in_ = np.array(names, dtype=object)
-            elif hasattr(self, "feature_names_in_"):
-                del self.feature_names_in_
+            self._set_names(names, named)
             return data
         expected = self._story().schema
         if n_features != expected.n_features:
@@ -246,12 +244,16 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
             )
         return data
 
+    def _set_names(self, names: tuple[str, ...], named: bool) -> None:
+        self.n_features_in_ = len(names)
+        if named:
+            self.feature_names_in_ = np.array(names, dtype=object)
+        elif hasattr(self, "feature_names_in_"):
+            del self.feature_names_in_
+
     def _story(self) -> Story:
         story: Story = self.story_
         return story
-
-    def _resident(self, rows: Rows, schema: Schema) -> NumpySource:
-        return NumpySource(rows.filled(), schema, rows.weights, self.chunk_rows, name="X")
 
     def _passes(self, source: Source) -> Passes:
         return Passes(source, scheduler=self.scheduler, workers=self.workers)
@@ -300,7 +302,10 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if data.lazy and small and data.source.schema.n_features * n_rows <= RESIDENT_NUMBERS:
             # So little is read once, and fitted as if it had been in memory all along.
             rows = Rows.concatenate(list(passes.map(_as_read)))
-            passes = self._passes(self._resident(rows, data.source.schema))
+            source = NumpySource(
+                rows.filled(), data.source.schema, rows.weights, self.chunk_rows, name="X"
+            )
+            passes = self._passes(source)
         elif data.lazy:
             small = False
         best: tuple[Story, FitState] | None = None
@@ -716,6 +721,42 @@ class GaussianMixture(MixtureEstimator):
         return np.asarray(chosen)
 
 
+@dataclass(frozen=True)
+class Form:
+    """The form in which rows were given to a fit, so that rows drawn can take it.
+
+    `encoded` rows had labels or types that were turned into numbers. `package` is what their table
+    came from, `types` the type of each column in Arrow's terms.
+    """
+
+    encoded: bool = False
+    package: str = "numpy"
+    types: Mapping[str, Any] = field(default_factory=dict)
+
+    def decode(self, schema: Schema, values: Array) -> Any:
+        """Rows of codes (n, d) in this form: a table, or an array."""
+        if not self.encoded:
+            return values
+        arrays = [self._column(column, values[:, j]) for j, column in enumerate(schema.columns)]
+        table = pa.Table.from_arrays(arrays, names=list(schema.names))
+        if self.package == "pandas":
+            return table.to_pandas()
+        if self.package == "numpy":
+            return np.column_stack([x.to_numpy(zero_copy_only=False) for x in arrays])
+        return table
+
+    def _column(self, column: Column, x: Array) -> Any:
+        kind = self.types[column.name]
+        if column.kind == "real":
+            return pa.array(x).cast(kind, safe=False) if pa.types.is_floating(kind) else pa.array(x)
+        found = pa.array(x.astype(np.int64))
+        if column.levels:
+            found = pa.array(column.levels, pa.string()).take(found)
+        if pa.types.is_dictionary(kind):
+            return found.cast(kind.value_type).dictionary_encode()
+        return found.cast(kind)
+
+
 class Mixture(MixtureEstimator):
     """A mixture over columns of any kind: real, binary, count and categorical.
 
@@ -803,6 +844,55 @@ state_, trace_, outcome_, warnings_
             dtype=self.dtype,
         )
 
+    def _describe(self, found: Schema) -> Schema:
+        if not isinstance(self.columns, Schema):
+            return found
+        if self.columns.n_features != found.n_features:
+            raise DataError(
+                f"X has {found.n_features} columns, but {self.columns.n_features} are described: "
+                f"{', '.join(self.columns.names)}"
+            )
+        return self.columns
+
+    def _open(self, X: Any, sample_weight: Any = None, *, reset: bool = False) -> Data:
+        if _is_lazy(X):
+            if reset:
+                self._form = Form()
+            return self._open_source(X, sample_weight, reset)
+        table = _as_table(X)
+        columns = self.columns
+        if reset:
+            labelled = table is not None and not all(map(_is_numeric, table.schema.types))
+            named = table is not None and columns is not None
+            encoded = labelled or named or isinstance(columns, Mapping)
+        else:
+            columns = self._story().schema
+            mixed = set(columns.kinds) != {"real"}
+            encoded = self._form.encoded or (table is not None and mixed)
+        if not encoded:
+            if reset:
+                self._form = Form()
+            return super()._open(X, sample_weight, reset=reset)
+        package = type(X).__module__.partition(".")[0] if table is not None else "numpy"
+        if table is None:
+            assert columns is not None
+            names = columns.names if isinstance(columns, Schema) else tuple(columns)
+            table = _columns_of(X, names)
+        encoder = Encoder(columns)
+        rows = encoder.encode(table, place="X")
+        schema = encoder.schema
+        if reset:
+            if rows.n_rows < 2:
+                raise DataError("found array with 1 sample(s), while a minimum of 2 is required")
+            self._set_names(schema.names, package != "numpy")
+            self._form = Form(True, package, {n: table.schema.field(n).type for n in schema.names})
+        weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        return Data(NumpySource(rows.filled(), schema, weights, self.chunk_rows, name="X"))
+
+    def _rows_drawn(self, values: Array) -> Any:
+        """Rows in the form of those that were fitted, labels in place of codes."""
+        return self._form.decode(self._story().schema, values)
+
     def _set_attributes(self, params: Params) -> None:
         self.schema_ = self.story_.schema
         self.weights_ = params.weights
@@ -886,6 +976,41 @@ def _alike(one: Story, other: Story) -> bool:
         return story.n_components, columns, story.family.params_type
 
     return bool(form(one) == form(other))
+
+
+def _as_table(X: Any) -> Any:
+    """A table in memory as Arrow's, or None for anything else."""
+    if isinstance(X, pa.RecordBatch):
+        return pa.Table.from_batches([X])
+    if isinstance(X, pa.Table):
+        return X
+    package = type(X).__module__.partition(".")[0]
+    try:
+        if package == "pandas" and hasattr(X, "columns"):
+            return pa.Table.from_pandas(X, preserve_index=False)
+        if package == "polars" and hasattr(X, "to_arrow"):
+            return X.to_arrow()
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise DataError(f"X: {error}") from None
+    return None
+
+
+def _columns_of(X: Any, names: Sequence[str]) -> Any:
+    """The columns of an array by the names given to them."""
+    array = np.asarray(X)
+    if array.ndim != 2 or array.shape[1] != len(names):
+        raise DataError(
+            f"X has shape {array.shape}, but {len(names)} columns are described: {', '.join(names)}"
+        )
+    try:
+        columns = [pa.array(column, from_pandas=True) for column in array.T]
+    except pa.ArrowException as error:
+        raise DataError(f"X: {error}") from None
+    return pa.Table.from_arrays(columns, names=list(names))
+
+
+def _is_numeric(kind: Any) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _is_lazy(X: Any) -> bool:
