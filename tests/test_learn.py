@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from scipy.optimize import linear_sum_assignment
 
 from genstream.errors import CorruptError
@@ -435,6 +438,79 @@ def test_strange_rows_end_in_an_outcome(name: str, kind: str, prior: str | None)
             draw = story.draw(state.params, 5, np.random.default_rng(0)).values
             assert np.isfinite(draw).all()
             story.warnings(state.params)
+
+
+entries = st.one_of(
+    st.just(np.nan),
+    st.integers(-3, 3).map(float),
+    st.floats(-1e3, 1e3),
+    st.floats(-1e152, 1e152),
+    st.sampled_from([1e150, -1e152, 1e-300, 5e-324, 1e16, 1e8 + 1e-7]),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    values=hnp.arrays(
+        np.float64,
+        hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=9),
+        elements=entries,
+    ).filter(lambda x: not np.isnan(x).all()),
+    kind=st.sampled_from(["full", "tied", "diag", "spherical"]),
+    prior=st.sampled_from(["weak", None]),
+    dtype=st.sampled_from(["float64", "float32"]),
+    k=st.integers(1, 6),
+    weighted=st.booleans(),
+)
+def test_any_rows_end_in_an_outcome(
+    values: np.ndarray, kind: str, prior: str | None, dtype: str, k: int, weighted: bool
+) -> None:
+    weights = np.linspace(0.1, 3.0, len(values)) if weighted else None
+    source = NumpySource(values, weights=weights, chunk_rows=4)
+    story = mixture(source.schema, k, covariance=kind, prior=prior, dtype=dtype)
+    passes = Passes(source, scheduler="synchronous")
+    story, state = warm_start(story, passes, n_init=1, long_steps=8)
+    state = fit(story, BatchEM(8, 1e-6), passes, state)
+    assert state.outcome in (Outcome.CONVERGED, Outcome.MAX_STEPS)
+    assert oracles.is_possible(story, state.params)
+    assert np.isfinite(story.log_prob(state.params, Rows.of(values))).all()
+
+
+@st.composite
+def mixed_tables(draw: st.DrawFn) -> np.ndarray:
+    """Rows of `oracles.MIXED` with whatever each column may hold, gaps included."""
+    n = draw(st.integers(1, 12))
+    columns = []
+    for column in oracles.MIXED.columns:
+        element = {
+            "real": st.floats(-1e20, 1e20),
+            "binary": st.integers(0, 1).map(float),
+            "count": st.integers(0, 10).map(lambda e: float(10**e - 1)),
+            "categorical": st.integers(0, column.n_levels - 1).map(float),
+        }[column.kind]
+        entry = st.one_of(st.just(np.nan), element)
+        columns.append(draw(st.lists(entry, min_size=n, max_size=n)))
+    return np.array(columns, dtype=float).T
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    values=mixed_tables().filter(lambda x: not np.isnan(x).all()),
+    prior=st.sampled_from(["weak", None]),
+    dtype=st.sampled_from(["float64", "float32"]),
+    k=st.integers(1, 5),
+)
+def test_any_mixed_rows_end_in_an_outcome(
+    values: np.ndarray, prior: str | None, dtype: str, k: int
+) -> None:
+    source = NumpySource(values, oracles.MIXED, chunk_rows=5)
+    story = mixture(source.schema, k, prior=prior, dtype=dtype)
+    passes = Passes(source, scheduler="synchronous")
+    story, state = warm_start(story, passes, n_init=1, long_steps=8)
+    state = fit(story, BatchEM(8, 1e-6), passes, state)
+    assert state.outcome in (Outcome.CONVERGED, Outcome.MAX_STEPS)
+    assert oracles.is_possible(story, state.params)
+    assert np.isfinite(story.log_prob(state.params, Rows.of(values))).all()
 
 
 @pytest.mark.parametrize("prior", ["weak", None])
