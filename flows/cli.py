@@ -7,6 +7,7 @@ interrupted. Everything heavy is imported by the verb that needs it, so that hel
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -290,7 +291,7 @@ def guarded(command: Callable[[], object]) -> None:
             command()
     except (Interrupted, KeyboardInterrupt) as error:
         code = error.exit_code if isinstance(error, Interrupted) else 130
-        message = str(error) or "interrupted"
+        message = (str(error) or "interrupted") + _how_to_go_on()
     except Exception as error:  # noqa: BLE001 - the last place where an error can be explained
         code, message = explain(error)
     else:
@@ -300,6 +301,14 @@ def guarded(command: Callable[[], object]) -> None:
     else:
         typer.echo(f"error: {message}", err=True)
     sys.exit(code)
+
+
+def _how_to_go_on() -> str:
+    with contextlib.suppress(GenstreamError, OSError, KeyError):
+        runs = Run.all()
+        if runs and runs[-1].status == "interrupted":
+            return f": `genstream resume {runs[-1].id}` goes on"
+    return ""
 
 
 def run_config(flow: Callable[[str], object]) -> None:

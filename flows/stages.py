@@ -341,6 +341,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
                 n_init=options.n_init,
                 seed=options.seed,
                 sample_rows=options.sample_rows,
+                on_start=shown.on_start,
             )
             store.save_checkpoint(run.checkpoint, story, state, keep=config.checkpoint.keep)
         else:

@@ -50,36 +50,40 @@ class RowProgress:
 
 
 class FitProgress:
-    """One bar for the pass that runs, with the log-likelihood of the last one.
+    """One bar for the pass that runs, with what is known of the passes before it.
 
-    `on_rows` is what `Passes` reports to, `on_step` what `fit` calls.
+    `on_rows` is what `Passes` reports to, `on_start` what `warm_start` calls and `on_step` what
+    `fit` calls.
     """
 
     def __init__(self, progress: Progress, max_steps: int, tolerance: float) -> None:
         self._progress = progress
         self._max_steps, self._tolerance = max_steps, tolerance
-        self._task: TaskID = progress.add_task("start", total=None, note="")
-        self._pass_start = time.monotonic()
-        self._done = 0
-        self._summary = ""
+        self._task: TaskID = progress.add_task("sample", total=None, note="")
         self._objectives: list[float] = []
 
     def on_rows(self, done: int, total: int) -> None:
         """Rows of the running pass that are done."""
-        if done < self._done:
-            self._pass_start = time.monotonic()
-        self._done = done
-        rate = done / max(time.monotonic() - self._pass_start, 1e-3)
-        note = f"{rate:,.0f} rows/s{self._summary}"
-        self._progress.update(self._task, completed=done, total=total, note=note)
+        self._progress.update(self._task, completed=done, total=total)
+
+    def on_start(self, start: int, mean_objective: float) -> None:
+        """A start on the sample was tried."""
+        note = f"on a sample: {mean_objective:.4f}"
+        self._progress.update(self._task, description=f"start {start + 1}", note=note)
 
     def on_step(self, state: FitState, info: StepInfo) -> None:
         """A step is done: the bar starts over."""
-        weight = info.weight or 1.0
-        self._objectives.append((info.loglik + info.log_prior) / weight)
-        left = expected_steps(self._objectives, self._tolerance, self._max_steps - state.step)
-        self._summary = f", log-likelihood {info.mean_loglik:.4f}, about {left} passes to go"
-        self._progress.update(self._task, description=f"pass {state.step + 1}")
+        self._objectives.append(info.mean_objective)
+        most = self._max_steps - state.step
+        left = expected_steps(self._objectives, self._tolerance, most)
+        minutes, seconds = divmod(round(left * info.seconds), 60)
+        note = (
+            f"log-likelihood {info.mean_loglik:.4f}, {info.n_rows / info.seconds:,.0f} rows/s, "
+            f"{'at most' if left == most else 'about'} {left} passes ({minutes}:{seconds:02d}) left"
+        )
+        self._progress.update(
+            self._task, description=f"pass {state.step + 1}", completed=0, note=note
+        )
 
 
 def expected_steps(objectives: list[float], tolerance: float, at_most: int) -> int:
