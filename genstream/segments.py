@@ -8,6 +8,7 @@ index knows, so that a chunk lost, changed or swapped with another is noticed wh
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.errors import CorruptError, DataError
+from genstream.errors import CorruptError, DataError, StorageError
 from genstream.manifests import Piece, PieceRef, PieceWriter, Storage
 from genstream.rows import Rows
+from genstream.sources import check_zarr
 
 if TYPE_CHECKING:
     import xarray
@@ -47,6 +49,8 @@ class SegmentWriter:
     chunk_rows
         Rows of a chunk; as many as make about 8 MB when left out. Rows that do not fill one chunk
         are stored as a chunk of their own size.
+    digest
+        Whether to compute a digest of the rows, for those that come from no file.
     """
 
     def __init__(
@@ -57,12 +61,13 @@ class SegmentWriter:
         *,
         weighted: bool = False,
         chunk_rows: int | None = None,
+        digest: bool = True,
     ) -> None:
         self.storage = storage
         self.dtype = np.dtype(dtype)
         self.chunk_rows = chunk_rows or max(1, CHUNK_NBYTES // (n_features * self.dtype.itemsize))
         self.n_rows = 0
-        self._digest = hashlib.sha256()
+        self._digest = hashlib.sha256() if digest else None
         self._values = np.empty((self.chunk_rows, n_features), self.dtype)
         self._weights = np.empty(self.chunk_rows) if weighted else None
         self._ids: list[Any] | None = None
@@ -73,7 +78,8 @@ class SegmentWriter:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the rows stored so far, for rows that come from no file."""
+        """SHA-256 of the rows, once `close` has stored them all."""
+        assert self._digest is not None
         return self._digest.hexdigest()
 
     def add(self, rows: Rows, ids: Ids | None = None) -> None:
@@ -140,12 +146,14 @@ class SegmentWriter:
         for name, buffer in held.items():
             chunk = buffer[:size]
             chunk[n:] = np.nan
-            self._digest.update(chunk[:n].data)
+            if self._digest is not None:
+                self._digest.update(chunk[:n].data)
             file = f"zarr/{name}/{_chunk_key(self._n_chunks, chunk.ndim)}"
             self._piece.add(file, _encode(chunk), ends_in_checksum=True)
         if self._ids is not None:
             data = json.dumps(self._ids, ensure_ascii=False).encode()
-            self._digest.update(data)
+            if self._digest is not None:
+                self._digest.update(data)
             self._piece.add(f"ids/{self._n_chunks}.json", data)
             self._ids = []
         self._segment_rows += n
@@ -213,8 +221,6 @@ class Segment:
         return found
 
     def _check(self, dtype: np.dtype[Any]) -> None:
-        from genstream.sources import check_zarr
-
         for name, metadata in self._metadata.items():
             array = _open({"zarr.json": metadata})
             check_zarr(f"{self.place}.zarr/{name}", array, array.chunks)
@@ -265,19 +271,24 @@ def write_record(
         write_empty_chunks=True,
     )
     piece = PieceWriter(storage, folder)
-    for name, data in files.items():
-        is_chunk = not name.endswith("zarr.json")
-        piece.add(f"zarr/{name}", data.to_bytes(), ends_in_checksum=is_chunk)
-    return piece.seal(
-        {
-            "attributes": dataset.attrs,
-            "empty": {
-                name: {"dims": list(v.dims), "shape": list(v.shape), "dtype": v.dtype.str}
-                for name, v in empty.items()
-            },
-            "record": dict(content),
-        }
-    )
+    try:
+        for name, data in files.items():
+            is_chunk = not name.endswith("zarr.json")
+            piece.add(f"zarr/{name}", data.to_bytes(), ends_in_checksum=is_chunk)
+        return piece.seal(
+            {
+                "attributes": dataset.attrs,
+                "empty": {
+                    name: {"dims": list(v.dims), "shape": list(v.shape), "dtype": v.dtype.str}
+                    for name, v in empty.items()
+                },
+                "record": dict(content),
+            }
+        )
+    except BaseException:
+        with contextlib.suppress(StorageError):
+            piece.discard()
+        raise
 
 
 def read_record(storage: Storage, ref: PieceRef) -> tuple[xarray.Dataset, dict[str, Any]]:

@@ -7,6 +7,7 @@ only, as `genstream.manifests` says, and a reader sees all of a commit or nothin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from genstream.errors import ConfigError, ConflictError, CorruptError, DataError, StorageError
+from genstream.errors import (
+    ConfigError,
+    ConflictError,
+    CorruptError,
+    DataError,
+    GenstreamError,
+    StorageError,
+)
 from genstream.learn import FitState, story_of
 from genstream.manifests import (
     LocalStorage,
@@ -164,7 +172,9 @@ def append_batch(
     try:
         for piece in pieces:
             rows, ids = piece if isinstance(piece, tuple) else (piece, None)
-            writer = writer or SegmentWriter(storage, rows.n_features, dtype, weighted=weighted)
+            writer = writer or SegmentWriter(
+                storage, rows.n_features, dtype, weighted=weighted, digest=batch_id is None
+            )
             writer.add(rows, ids)
         if writer is None or not writer.n_rows:
             raise DataError(f"{name}: has no rows")
@@ -182,18 +192,24 @@ def append_batch(
         columns = schema()
     except BaseException:
         if writer is not None:
-            writer.discard()
+            with contextlib.suppress(StorageError):
+                writer.discard()
         raise
     empty: dict[str, Any] = {"dtype": dtype, "weighted": weighted, "pages": [], "batches": []}
+    manifests = Manifests(storage, "dataset")
     try:
-        made = Manifests(storage, "dataset").commit(
+        made = manifests.commit(
             lambda head: _grown(storage, empty if head is None else head.content, batch, columns)
         )
-    except (ConflictError, DataError):
-        writer.discard()
+    except GenstreamError:
+        # An interrupt may strike just when the commit has been made, and then, or where the ledger
+        # cannot be read to be sure, the pieces stay: `gc` finds out whether anything names them.
+        with contextlib.suppress(GenstreamError):
+            head = manifests.latest()
+            known = () if head is None else _ledger(storage, head.content)
+            if all(entry["id"] != batch.id for entry in known):
+                writer.discard()
         raise
-    # Any other error, an interrupt above all, may strike when the commit has just been made: the
-    # pieces then stay, for `gc` to find out whether anything names them.
     if made is None:
         writer.discard()
         return Dataset.open(path), None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -193,3 +197,111 @@ def test_death_at_any_operation_leaves_the_old_or_the_new(
         assert view(path) == new
     if old != new:
         assert repr(old) in seen
+
+
+def everything(path: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+def message(action: Action, path: Path) -> str:
+    try:
+        action(path)
+    except store.StorageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_full_disk_is_said_and_leaves_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr("genstream.segments.CHUNK_NBYTES", 100 * 2 * 8)
+    history, action, view = CASES[case]
+    budget = 10**9
+
+    def sync(_: int) -> None:
+        nonlocal budget
+        budget -= 1
+        if budget < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", sync)
+    for one in history:
+        one(tmp_path / "calm")
+    old, start = view(tmp_path / "calm"), budget
+    action(tmp_path / "calm")
+    new, n_syncs = view(tmp_path / "calm"), start - budget
+    for n in range(n_syncs):
+        path = tmp_path / str(n)
+        budget = 10**9
+        for one in history:
+            one(path)
+        before = everything(path)
+        budget = n
+        said = message(action, path)
+        assert not said or (str(path) in said and "No space left on device" in said)
+        left = view(path)
+        # Only the hint and the deletion of what is old may fail without a word.
+        assert said or left == new
+        assert left in (old, new)
+        if left == old and view is dataset_view:
+            assert everything(path) == before
+        budget = 10**9
+        action(path)
+        assert view(path) == new
+
+
+WRITER = """
+import sys
+import numpy as np
+from genstream import store
+from genstream.rows import Rows
+from genstream.schema import Schema
+
+path, first = sys.argv[1], int(sys.argv[2])
+for seed in range(first, first + 10**6):
+    rows = Rows.of(np.random.default_rng(seed).standard_normal((250, 2)))
+    store.append_batch(path, f"part-{seed}", [rows] * 3, lambda: Schema.real(2))
+    print(f"part-{seed}", flush=True)
+"""
+
+
+def test_what_was_acknowledged_outlives_kill_9(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    acknowledged: list[str] = []
+    for round_number in range(4):
+        first = 1000 * round_number
+        writers = [
+            subprocess.Popen(
+                [sys.executable, "-c", WRITER, str(tmp_path / "d"), str(first + 500 * k)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for k in range(2)
+        ]
+        for writer in writers:
+            assert writer.stdout is not None
+            acknowledged.append(writer.stdout.readline().strip())
+        time.sleep(rng.uniform(0.0, 0.15))
+        for writer in writers:
+            writer.kill()
+        for writer in writers:
+            assert writer.stdout is not None
+            acknowledged += writer.stdout.read().split()
+            writer.stdout.close()
+            writer.wait()
+        dataset = store.Dataset.open(tmp_path / "d")
+        assert set(acknowledged) <= {batch.name for batch in dataset.batches}
+        # A commit may be made just before its writer dies, and then nobody heard of it.
+        assert len(dataset.batches) <= len(acknowledged) + 2 * (round_number + 1)
+        assert store.fsck(tmp_path / "d") == ()
+    store.gc(tmp_path / "d", older_than=-1)
+    assert store.fsck(tmp_path / "d") == ()
+    for batch in dataset.batches:
+        assert batch.n_rows == 750
+    source = dataset.source()
+    for i, (_, first, n) in enumerate(source.origin(i)[0] for i in range(len(source.chunk_rows))):
+        seed = int(dataset.batches[i].name.removeprefix("part-"))
+        expected = np.random.default_rng(seed).standard_normal((250, 2))
+        np.testing.assert_array_equal(source.read(i).values, np.tile(expected, (3, 1)))
+        assert (first, n) == (0, 750)
