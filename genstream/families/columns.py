@@ -435,9 +435,13 @@ class IndependentColumns:
         mean = params.mean - self._pivot.shift[self.real]
         # Means are kept in data units, where a large offset takes digits from them.
         lost = np.finfo(np.float64).eps * params.mean / scale
-        unit = float(np.finfo(self.dtype).eps) / 2
-        quadratic = np.minimum(2 * unit * mean**2 / variance, MAX_ROUNDING)
-        return np.asarray((quadratic + lost**2 * scale**2 / variance).sum(axis=1))
+        moved = lost**2 * scale**2 / variance
+        unit = float(np.finfo(self.dtype).eps)
+        quadratic = np.minimum(unit * mean**2 / variance, MAX_ROUNDING)
+        counts = _poisson_rounding(params.rate)
+        exact = np.finfo(np.float64).eps
+        counts = np.minimum(unit * counts, MAX_ROUNDING) + exact * counts
+        return np.asarray((quadratic + moved).sum(axis=1) + counts)
 
     def n_parameters(self, n_components: int) -> int:
         real = len(self.real)
@@ -460,6 +464,11 @@ def _log(p: Array) -> Array:
 def _log1m(p: Array) -> Array:
     """log(1 - p), not below the log of the roundoff of 1."""
     return np.log1p(-np.minimum(p, 1.0 - np.finfo(np.float64).epsneg))
+
+
+def _poisson_rounding(rate: Array) -> Array:
+    """(K,) size of the terms of `x log rate - rate` near `x = rate`, which cancel."""
+    return np.asarray((rate * (1.0 + np.abs(_log(rate)))).sum(axis=1))
 
 
 def _level_sums(family: IndependentColumns, rows: Rows) -> Array:
@@ -504,12 +513,11 @@ class ColumnsKernel:
             ],
             axis=1,
         )
-        # Poisson terms cancel as well: x log rate - rate near x = rate.
-        counts = params.rate * (1.0 + np.abs(log_rate))
-        self.rounding = 2 * quadratic.sum(axis=1) + 2 * counts.sum(axis=1)
+        counts = _poisson_rounding(params.rate)
+        self.rounding = 2 * quadratic.sum(axis=1) + 2 * counts
         # Scores of large counts are themselves large, since `log x!` is left to `base`: float32
         # cannot hold them, however exactly they were computed.
-        if (np.finfo(self.dtype).eps * counts.sum(axis=1) > MAX_ROUNDING).any():
+        if (np.finfo(self.dtype).eps * counts > MAX_ROUNDING).any():
             self.dtype = np.dtype(np.float64)
         self.n_square = curvature.shape[1]
 
