@@ -654,13 +654,20 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
     elif data.dataset is None:
         tables = [p for p in config.paths if not p.rstrip("/").lower().endswith(IN_PLACE)]
         if tables:
-            found.append(
-                (
-                    ("data", "source"),
-                    f"{tables[0]!r} cannot be fitted in place ({', '.join(IN_PLACE)} can): "
-                    "say where to put the data, dataset: data/" + config.name,
-                )
+            message = (
+                f"{tables[0]!r} cannot be fitted in place ({', '.join(IN_PLACE)} can): say where "
+                f"to put the data, dataset: data/{config.name}"
             )
+            found.append((("data", "source"), message))
+        plain = Data(source=data.source)
+        found += [
+            (
+                ("data", key),
+                "is minded when data are ingested: name a data.dataset, or leave it out",
+            )
+            for key in ("id", "missing", "null_values", "dtype")
+            if getattr(data, key) != getattr(plain, key)
+        ]
     return found
 
 

@@ -33,7 +33,7 @@ def report(run: str) -> str:
     return str(stages.report(Run(Path(run)))["path"])
 
 
-@flow(name="evaluate")
+@flow(name="evaluate", flow_run_name="{run}")
 def evaluate(run: str) -> dict[str, Any]:
     """Evaluate the fit of a run that is being worked on, publish it and write its report."""
     folder = Run(Path(run))

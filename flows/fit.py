@@ -73,7 +73,7 @@ def fit_model(run: str) -> dict[str, Any]:
     return found
 
 
-@flow(name="fit")
+@flow(name="fit", flow_run_name="{run}")
 def fit(run: str) -> dict[str, Any]:
     """Fit the model of a run that is being worked on, and show its trace."""
     found = fit_model(run)

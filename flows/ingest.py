@@ -21,7 +21,7 @@ def ingest_batches(run: str) -> dict[str, Any]:
     return stages.ingest(Run(Path(run)))
 
 
-@flow(name="ingest")
+@flow(name="ingest", flow_run_name="{run}")
 def ingest(run: str) -> dict[str, Any]:
     """Ingest the data of a run that is being worked on, and show its batches."""
     found = ingest_batches(run)

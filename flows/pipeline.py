@@ -19,7 +19,7 @@ orchestration.prepare()
 from prefect import flow  # noqa: E402 - Prefect reads its settings when imported
 
 
-@flow(name="pipeline")
+@flow(name="pipeline", flow_run_name="{run}")
 def pipeline(run: str) -> dict[str, Any]:
     """The stages of the run in folder `run` that are not done yet."""
     folder = Run(Path(run))

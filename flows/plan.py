@@ -244,8 +244,7 @@ def rows_of(path: str) -> tuple[int, bool]:
     import pyarrow as pa
     import pyarrow.parquet
 
-    from genstream import sources
-    from genstream.tables import read_tables
+    from genstream.tables import open_source, read_tables
 
     suffix = Path(path).suffix.lower()
     if suffix in (".parquet", ".pq"):
@@ -254,7 +253,7 @@ def rows_of(path: str) -> tuple[int, bool]:
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path}: not a parquet file: {error}") from None
     if suffix in (".npy", ".zarr"):
-        return sum(sources.open_source(path).chunk_rows), True
+        return sum(open_source(path).chunk_rows), True
     table = next(iter(read_tables(path, chunk_rows=10_000)))
     if table.num_rows < 10_000:
         return table.num_rows, True

@@ -30,7 +30,7 @@ def summary_text(run: Run) -> str:
     ingested, fitted, scores = run.stage("ingest"), run.stage("fit"), run.stage("evaluate")
     published, written = run.stage("publish"), run.stage("report")
     lines = [("run", run.id)]
-    if run.status != "done":
+    if run.status in ("failed", "interrupted"):
         lines.append(("status", f"{run.status} {run.info()['reason']}".strip()))
     if ingested:
         lines.append(("data", f"{ingested['rows']:,} rows in {ingested['path']}"))

@@ -178,7 +178,7 @@ def open_data(config: Config, manifest: int | None = None) -> Data:
 
     Raises DataError where there are none, or where they do not have the columns named.
     """
-    from genstream import sources
+    from genstream import sources, tables
 
     data = config.data
     if config.dataset is not None:
@@ -186,12 +186,18 @@ def open_data(config: Config, manifest: int | None = None) -> Data:
 
         whole: Source = Dataset.open(config.dataset, manifest).source()
     else:
-        paths = config.paths
-        whole = sources.open_source(
-            paths[0] if len(paths) == 1 else paths, _schema(config), weights=data.weights
+        whole = tables.open_source(
+            expand(config.paths),
+            columns_of(config),
+            data.weights,
+            null_values=data.null_values,
+            missing=data.missing,
         )
     if data.test is not None:
-        return Data(whole, sources.open_source(data.test, whole.schema))
+        test_file = tables.open_source(
+            data.test, whole.schema, null_values=data.null_values, missing=data.missing
+        )
+        return Data(whole, test_file)
     share = config.holdout
     if share is None:
         return Data(whole, None)
@@ -211,20 +217,6 @@ def columns_of(config: Config) -> dict[str, Kind | Column] | None:
         else Column(name, spec.kind, tuple(spec.levels or ()), spec.unit)
         for name, spec in specs.items()
     }
-
-
-def _schema(config: Config) -> Schema | None:
-    """The columns named, for data in place. Raises ConfigError where levels are left open."""
-    columns = columns_of(config)
-    if columns is None:
-        return None
-    for name, column in columns.items():
-        if not isinstance(column, Column):
-            raise ConfigError(
-                f"data.columns.{name}: to fit labels in place list their levels, "
-                f"{{kind: categorical, levels: [...]}}, or set data.dataset to ingest them"
-            )
-    return Schema(tuple(column for column in columns.values() if isinstance(column, Column)))
 
 
 # --- fit -----------------------------------------------------------------------------------------
