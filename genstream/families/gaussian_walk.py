@@ -163,9 +163,8 @@ def quadratic_rounding(mean: Array, covariance: Array, precision: Array) -> Arra
     nearly determine one another.
     """
     size = _spread(mean, covariance)
-    precision = np.broadcast_to(precision, (len(mean), *precision.shape[1:]))
-    pairs = np.einsum("ki,kij,kj->k", size, np.abs(precision), size)
-    return np.asarray(pairs + np.einsum("ki,kij,kj->k", mean, precision, mean))
+    pairs = (np.abs(precision) @ size[..., None])[..., 0] * size
+    return np.asarray((pairs + (precision @ mean[..., None])[..., 0] * mean).sum(axis=1))
 
 
 def _inverse(matrices: Array) -> tuple[Array, Array]:
