@@ -35,8 +35,12 @@ RETRIES = 8
 class Storage(Protocol):
     """The operations that stored things need. Keys are relative, with `/` between their parts.
 
-    Each raises StorageError, naming the place, when the storage refuses.
+    Each raises StorageError, naming the place, when the storage refuses. Storages of the same place
+    are equal, and picklable, so that other processes can read.
     """
+
+    def __hash__(self) -> int:
+        """A hash of the place."""
 
     @property
     def name(self) -> str:

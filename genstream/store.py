@@ -47,6 +47,8 @@ from genstream.story import Story
 # Ledger entries that a manifest itself holds; older ones move to pages of their own, so that a
 # commit does not grow with history.
 PAGE = 256
+# Times a file is encoded, where other writers add levels of their own at the same time.
+ATTEMPTS = 4
 # Pieces that nothing names are kept this long, in s: they may belong to a commit under way.
 GRACE = 24 * 3600.0
 
@@ -126,6 +128,10 @@ class Dataset:
         return DatasetSource(of)
 
 
+class LevelsError(ConflictError):
+    """Another writer gave the next codes of a categorical column to other levels."""
+
+
 def append_batch(
     path: str | Path,
     name: str,
@@ -165,7 +171,9 @@ def append_batch(
     DataError
         Where there are no rows, or they do not fit the dataset.
     ConflictError
-        Where other writers committed first again and again, or changed the levels.
+        Where other writers committed first again and again.
+    LevelsError
+        Where another writer learned other levels meanwhile: encode the rows again.
     """
     storage = LocalStorage(Path(path))
     writer = None
@@ -232,7 +240,7 @@ def _grown(
         if not extends(columns, known):
             # Another writer added levels: the codes of ours would mean something else.
             if not extends(known, columns):
-                raise ConflictError(
+                raise LevelsError(
                     f"{storage.name}: another writer added levels meanwhile: run this again"
                 )
             columns = known
@@ -259,8 +267,13 @@ def extends(schema: Schema, known: Schema) -> bool:
 
 def _ledger(storage: Storage, content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for page in content["pages"]:
-        yield from Piece(storage, PieceRef.from_json(page)).content["batches"]
+        yield from _page(storage, PieceRef.from_json(page))
     yield from content["batches"]
+
+
+@functools.lru_cache(maxsize=64)
+def _page(storage: Storage, ref: PieceRef) -> tuple[dict[str, Any], ...]:
+    return tuple(Piece(storage, ref).content["batches"])
 
 
 class DatasetSource:
@@ -410,14 +423,10 @@ def ingest(
     StorageError
         Where something cannot be read or written.
     """
-    from genstream.tables import Encoder, read_tables
-
     if not paths:
         raise ConfigError("there is no file to ingest")
-    target = Path(dataset)
     target, done = Path(dataset), 0
     reports: list[Ingested] = []
-    carried = [column for column in (id_column, weights) if column is not None]
     manifests = Manifests(LocalStorage(target), "dataset")
     opened = Dataset.open(target) if manifests.latest() is not None else None
     for path in paths:
@@ -426,54 +435,93 @@ def ingest(
         if identity in known:
             reports.append(Ingested(Path(path).name, identity, known[identity].n_rows, "duplicate"))
             continue
-        encoder = Encoder(
-            columns,
-            null_values=null_values,
-            missing=missing,
-            known=opened.schema if opened else None,
-            carried=carried,
-        )
+        reader = _Reader(path, columns, id_column, weights, missing, null_values, chunk_rows)
+        for attempts_left in reversed(range(ATTEMPTS)):
 
-        def pieces(
-            encoder: Encoder = encoder, path: str | Path = path
-        ) -> Iterator[Rows | tuple[Rows, Ids]]:
-            nonlocal done
-            first, place = 0, str(path)
-            for table in read_tables(path, columns=encoder.wanted, chunk_rows=chunk_rows):
-                rows = encoder.encode(table, first_row=first, place=place)
-                if weights is not None:
-                    found = encoder.weights(table, weights, first_row=first, place=place)
-                    rows = replace(rows, weights=found)
-                if id_column is None:
-                    yield rows
-                else:
-                    yield rows, encoder.ids(table, id_column, first_row=first, place=place)
-                first += rows.n_rows
-                done += rows.n_rows
+            def told(n_rows: int, before: int = done) -> None:
                 if on_progress is not None:
-                    on_progress(done)
+                    on_progress(before + n_rows)
 
-        def unchanged(path: str | Path = path, identity: str = identity) -> None:
-            if content_digest(path) != identity:
-                raise DataError(f"{path}: changed while it was read: ingest it again")
-
-        opened, batch = append_batch(
-            target,
-            Path(path).name,
-            pieces(),
-            functools.partial(getattr, encoder, "schema"),
-            dtype=opened.dtype if opened else dtype,
-            weighted=opened.weighted if opened else weights is not None,
-            batch_id=identity,
-            check=unchanged,
-        )
+            pieces, schema = reader.start(opened, told)
+            try:
+                opened, batch = append_batch(
+                    target,
+                    reader.name,
+                    pieces,
+                    schema,
+                    dtype=opened.dtype if opened else dtype,
+                    weighted=opened.weighted if opened else weights is not None,
+                    batch_id=identity,
+                    check=functools.partial(_unchanged, path, identity),
+                )
+                break
+            except LevelsError:
+                # The codes of this file's new levels are taken: read it again with those known.
+                if not attempts_left:
+                    raise
+                opened = Dataset.open(target)
+        assert opened is not None
         stored = batch or next(b for b in opened.batches if b.id == identity)
+        done += stored.n_rows
         reports.append(
             Ingested(stored.name, identity, stored.n_rows, "stored" if batch else "duplicate")
         )
     assert opened is not None
     kinds = dict(zip(opened.schema.names, opened.schema.kinds, strict=True))
     return IngestReport(opened.manifest.number, tuple(reports), kinds)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """How one file becomes rows; it can be read again when others were faster to add levels."""
+
+    path: str | Path
+    columns: Mapping[str, Kind | Column] | None
+    id_column: str | None
+    weights: str | None
+    missing: Literal["allow", "forbid"]
+    null_values: Sequence[str] | None
+    chunk_rows: int
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    def start(
+        self, opened: Dataset | None, on_rows: Callable[[int], None]
+    ) -> tuple[Iterator[Rows | tuple[Rows, Ids]], Callable[[], Schema]]:
+        """The rows, to be read once, and what gives their columns when all are read."""
+        from genstream.tables import Encoder, read_tables
+
+        place = str(self.path)
+        encoder = Encoder(
+            self.columns,
+            null_values=self.null_values,
+            missing=self.missing,
+            known=opened.schema if opened else None,
+            carried=[column for column in (self.id_column, self.weights) if column is not None],
+        )
+
+        def pieces() -> Iterator[Rows | tuple[Rows, Ids]]:
+            first = 0
+            for table in read_tables(self.path, columns=encoder.wanted, chunk_rows=self.chunk_rows):
+                rows = encoder.encode(table, first_row=first, place=place)
+                if self.weights is not None:
+                    found = encoder.weights(table, self.weights, first_row=first, place=place)
+                    rows = replace(rows, weights=found)
+                if self.id_column is None:
+                    yield rows
+                else:
+                    yield rows, encoder.ids(table, self.id_column, first_row=first, place=place)
+                first += rows.n_rows
+                on_rows(first)
+
+        return pieces(), lambda: encoder.schema
+
+
+def _unchanged(path: str | Path, identity: str) -> None:
+    if content_digest(path) != identity:
+        raise DataError(f"{path}: changed while it was read: ingest it again")
 
 
 def content_digest(path: str | Path) -> str:
@@ -679,6 +727,7 @@ def fsck(path: str | Path) -> tuple[str, ...]:
     CorruptError where the ledger itself is damaged.
     """
     storage, manifest = _newest(path)
+    _page.cache_clear()
     problems = []
     for ref in _pieces(storage, manifest):
         try:

@@ -454,3 +454,47 @@ def test_states_of_any_numbers_keep_every_bit(tmp_path: Path) -> None:
     # Every chunk is written, also where it is all fill value, so that a missing one is noticed.
     chunks = [p for p in group.rglob("*") if p.is_file() and p.name != "zarr.json"]
     assert len(chunks) == len(given.data_vars) - 1
+
+
+# --- ingest --------------------------------------------------------------------------------------
+
+
+def test_levels_learned_by_two_writers_at_once_agree(tmp_path: Path) -> None:
+    for name, labels in (("a", "xyx"), ("b", "xzzz"), ("c", "wzy")):
+        lines = [f"{i},{label}" for i, label in enumerate(labels)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["n,label", *lines]) + "\n")
+    columns = {"n": "real", "label": "categorical"}
+    store.ingest([tmp_path / "a.csv"], tmp_path / "d", columns=columns)
+    told = []
+
+    def another(n_rows: int) -> None:
+        told.append(n_rows)
+        if len(told) == 1:
+            store.ingest([tmp_path / "b.csv"], tmp_path / "d", columns=columns)
+
+    report = store.ingest(
+        [tmp_path / "c.csv"], tmp_path / "d", columns=columns, on_progress=another
+    )
+    assert told == [3, 3]
+    assert [batch.status for batch in report.batches] == ["stored"]
+    dataset = store.Dataset.open(tmp_path / "d")
+    assert dataset.schema["label"].levels == ("x", "y", "z", "w")
+    labels = [dataset.schema["label"].levels[int(code)] for code in contents(dataset)[:, 1]]
+    assert "".join(labels) == "xyx" + "xzzz" + "wzy"
+    assert store.fsck(tmp_path / "d") == ()
+    assert len(list((tmp_path / "d" / "segments").glob("*.json"))) == 3
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("x\n1\n2\n")
+
+    def append_line(_: int) -> None:
+        path.write_text("x\n1\n2\n3\n")
+
+    with pytest.raises(DataError, match=r"a\.csv: changed while it was read"):
+        store.ingest([path], tmp_path / "d", on_progress=append_line)
+    assert not [p for p in (tmp_path / "d").rglob("*") if p.is_file()]
+    report = store.ingest([path, path], tmp_path / "d", weights=None, id_column=None)
+    assert [batch.status for batch in report.batches] == ["stored", "duplicate"]
+    assert report.to_json()["batches"][0]["rows"] == 3
