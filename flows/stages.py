@@ -109,6 +109,9 @@ def expand(paths: Sequence[str]) -> list[str]:
     """Files that paths and patterns mean, in order. Raises DataError where one means none."""
     found: list[str] = []
     for path in paths:
+        if "://" in path:
+            found.append(path)
+            continue
         found_here = glob.glob(path, recursive=True)  # noqa: PTH207 - a pattern may be absolute
         matches = sorted(found_here) if glob.has_magic(path) else [path]
         if Path(path).exists():
@@ -195,7 +198,11 @@ def open_data(config: Config, manifest: int | None = None) -> Data:
         )
     if data.test is not None:
         test_file = tables.open_source(
-            data.test, whole.schema, null_values=data.null_values, missing=data.missing
+            data.test,
+            whole.schema,
+            data.weights,
+            null_values=data.null_values,
+            missing=data.missing,
         )
         return Data(whole, test_file)
     share = config.holdout

@@ -22,7 +22,7 @@ _HOME = {
     "fit": "learn",
     "Passes": "passes",
     "warm_start": "start",
-    "open_source": "sources",
+    "open_source": "tables",
     "GaussianMixture": "estimators",
     "Mixture": "estimators",
     "load": "store",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +35,7 @@ from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS, DaskSource, NumpySource, Source
 from genstream.start import cluster, draw_sample, rescue_rows, seed_centres, seed_params, warm_start
 from genstream.story import COVARIANCES, Params, Story, mixture
-from genstream.tables import Encoder
+from genstream.tables import Encoder, TableSource, check_columns, open_source
 from genstream.threads import one_blas_thread
 
 if TYPE_CHECKING:
@@ -106,21 +107,21 @@ class Ask:
     def lazily(self, source: Source) -> Any:
         """A dask array of the answers for all rows of a source, one block a chunk."""
         import dask.array as da
-        from dask.base import tokenize
 
         shape = self.trailing
         chunks = (tuple(source.chunk_rows), *((size,) for size in shape))
-        meta = np.empty((0,) * len(chunks), self.dtype)
-        params = [(name, np.asarray(value)) for name, _, value in self.params.leaves()]
-        token = tokenize(self.what, self.story.to_json(), params, source.identity())
-        name = f"{self.what}-{token}"
-        if isinstance(source, DaskSource):
-            # The blocks of the caller's own graph are answered where they are computed.
-            axes: dict[str, Any] = {} if shape else {"drop_axis": 1}
-            return da.map_blocks(
-                self.of_block, source.array, chunks=chunks, meta=meta, name=name, **axes
-            )
-        return da.map_blocks(self.of_chunk, source, chunks=chunks, meta=meta, name=name)
+        # A name of its own each time: what a path holds may have changed since it was last asked.
+        options: dict[str, Any] = {
+            "chunks": chunks,
+            "meta": np.empty((0,) * len(chunks), self.dtype),
+            "name": f"{self.what}-{uuid.uuid4().hex}",
+        }
+        if not isinstance(source, DaskSource):
+            return da.map_blocks(self.of_chunk, source, **options)
+        # The blocks of the caller's own graph are answered where they are computed.
+        if not shape:
+            options["drop_axis"] = 1
+        return da.map_blocks(self.of_block, source.array, **options)
 
 
 class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
@@ -153,6 +154,10 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _describe(self, found: Schema) -> Schema:
         """What the columns of an array are, of which only the names were found."""
         return found
+
+    def _wanted_columns(self) -> Schema | Mapping[str, Kind | Column] | None:
+        """What the caller said of the columns; None to find out."""
+        return None
 
     def _params(self) -> Params:
         """The parameters to answer with."""
@@ -209,27 +214,32 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
             schema = self._describe(Schema.real(array.shape[1] if names is None else names))
         else:
             schema = self._story().schema
-        weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
-        return Data(NumpySource(array, schema, weights, self.chunk_rows, name="X"))
+        if sample_weight is not None and not isinstance(sample_weight, str):
+            sample_weight = np.asarray(sample_weight, dtype=np.float64)
+        return Data(NumpySource(array, schema, sample_weight, self.chunk_rows, name="X"))
 
     def _open_source(self, X: Any, sample_weight: Any, reset: bool) -> Data:
-        schema: Any = None
+        labels = None if reset else getattr(self, "feature_names_in_", None)
+        wanted: Any = self._wanted_columns() if reset else None
+        if not reset and (labels is not None or set(self._story().schema.kinds) != {"real"}):
+            wanted = self._story().schema
         if hasattr(X, "to_dask_array"):
-            schema = [str(name) for name in X.columns]
+            found = [str(name) for name in X.columns]
+            if labels is not None:
+                check_columns("X", found, labels)
+                X, found = X[list(labels)], list(labels)
             X = X.to_dask_array(lengths=True)
-        from genstream.sources import open_source
-
-        source = open_source(X, schema=schema, weights=sample_weight)
+            wanted = wanted or found
+        source = open_source(X, wanted, sample_weight)
         data = Data(source, lazy=True)
         if type(X).__module__.partition(".")[0] == "xarray":
             # Without chunks the caller is content to hold the answers in memory.
-            data = Data(source, lazy=bool(X.chunks), wrap=_Labelled.like(X))
+            data = Data(source, lazy=bool(X.chunks), wrap=Labelled.like(X))
         names, n_features = source.schema.names, source.schema.n_features
-        named = names != Schema.real(n_features).names
         if reset:
             if sum(source.chunk_rows) < 2:
                 raise DataError("found array with 1 sample(s), while a minimum of 2 is required")
-            self._set_names(names, named)
+            self._set_names(names, names != Schema.real(n_features).names)
             return data
         expected = self._story().schema
         if n_features != expected.n_features:
@@ -237,10 +247,10 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 f"X has {n_features} features, but {type(self).__name__} is expecting "
                 f"{expected.n_features} features as input"
             )
-        if named and hasattr(self, "feature_names_in_") and names != expected.names:
+        if source.schema.kinds != expected.kinds:
             raise DataError(
-                f"the columns of X are {', '.join(names)}; {type(self).__name__} was fitted with "
-                f"{', '.join(expected.names)}, in this order"
+                f"the columns of X are {', '.join(source.schema.kinds)}; {type(self).__name__} was "
+                f"fitted with {', '.join(expected.kinds)}"
             )
         return data
 
@@ -266,11 +276,14 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         Parameters
         ----------
         X
-            (n, d) rows; NaN is a missing entry.
+            (n, d) rows: an array, a table (pandas, pyarrow), a dask array or DataFrame, a zarr
+            array, an xarray object, or the path of an .npy, zarr, parquet, Arrow or NetCDF file.
+            NaN is a missing entry.
         y
             Ignored.
         sample_weight
-            (n,) row weights, not negative: a row of weight 2 counts as two rows.
+            (n,) row weights, not negative: a row of weight 2 counts as two rows. Where X is a path
+            or the columns are encoded, also the name of their column.
 
         Returns
         -------
@@ -373,15 +386,9 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
             sample = draw_sample(passes, None if small else START_ROWS, seed)
             story = story.anchored(sample)
             params = self._params() if again else self._given_start(story)
-            if params is None and sample.n_rows < self.n_components:
-                raise DataError(
-                    f"Expected n_samples >= n_components but got n_components = "
-                    f"{self.n_components} and {sample.n_rows} rows that have an observed entry "
-                    "and a positive weight"
-                )
             kept = rescue_rows(sample, seed)
             for _ in range(self.n_init if params is None else 1):
-                begin = self._seed(story, sample, random_state) if params is None else params
+                begin = self._begin(story, sample, random_state) if params is None else params
                 yield story, FitState(begin, seed=seed, sample=kept)
             return
         yield warm_start(
@@ -391,11 +398,18 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
             seed=int(random_state.randint(2**31 - 1)),
             sample_rows=START_ROWS,
             tolerance=self.tol,
-            seeding=self._seed_from_generator,
+            seeding=lambda story, rows, rng: self._begin(
+                story, rows, np.random.RandomState(rng.integers(2**31 - 1))
+            ),
         )
 
-    def _seed_from_generator(self, story: Story, rows: Rows, rng: np.random.Generator) -> Params:
-        return self._seed(story, rows, np.random.RandomState(rng.integers(2**31 - 1)))
+    def _begin(self, story: Story, rows: Rows, random_state: np.random.RandomState) -> Params:
+        if rows.n_rows < story.n_components:
+            raise DataError(
+                f"Expected n_samples >= n_components but got n_components = {story.n_components} "
+                f"and {rows.n_rows} rows that have an observed entry and a positive weight"
+            )
+        return self._seed(story, rows, random_state)
 
     # --- answers ---------------------------------------------------------------------------------
 
@@ -743,15 +757,22 @@ class Form:
             return table.to_pandas()
         if self.package == "numpy":
             return np.column_stack([x.to_numpy(zero_copy_only=False) for x in arrays])
+        if self.package == "xarray":
+            import xarray
+
+            return xarray.Dataset({name: ("row", table[name].to_numpy()) for name in schema.names})
         return table
 
     def _column(self, column: Column, x: Array) -> Any:
-        kind = self.types[column.name]
+        kind = self.types.get(column.name)
         if column.kind == "real":
-            return pa.array(x).cast(kind, safe=False) if pa.types.is_floating(kind) else pa.array(x)
+            known = kind is not None and pa.types.is_floating(kind)
+            return pa.array(x).cast(kind, safe=False) if known else pa.array(x)
         found = pa.array(x.astype(np.int64))
         if column.levels:
             found = pa.array(column.levels, pa.string()).take(found)
+        if kind is None:
+            return found
         if pa.types.is_dictionary(kind):
             return found.cast(kind.value_type).dictionary_encode()
         return found.cast(kind)
@@ -844,6 +865,9 @@ state_, trace_, outcome_, warnings_
             dtype=self.dtype,
         )
 
+    def _wanted_columns(self) -> Schema | Mapping[str, Kind | Column] | None:
+        return self.columns
+
     def _describe(self, found: Schema) -> Schema:
         if not isinstance(self.columns, Schema):
             return found
@@ -856,9 +880,11 @@ state_, trace_, outcome_, warnings_
 
     def _open(self, X: Any, sample_weight: Any = None, *, reset: bool = False) -> Data:
         if _is_lazy(X):
+            data = self._open_source(X, sample_weight, reset)
             if reset:
-                self._form = Form()
-            return self._open_source(X, sample_weight, reset)
+                package = type(X).__module__.partition(".")[0]
+                self._form = Form(isinstance(data.source, TableSource), package)
+            return data
         table = _as_table(X)
         columns = self.columns
         if reset:
@@ -878,15 +904,20 @@ state_, trace_, outcome_, warnings_
             assert columns is not None
             names = columns.names if isinstance(columns, Schema) else tuple(columns)
             table = _columns_of(X, names)
-        encoder = Encoder(columns)
+        by_name = isinstance(sample_weight, str)
+        encoder = Encoder(columns, carried=[sample_weight] if by_name else ())
         rows = encoder.encode(table, place="X")
         schema = encoder.schema
+        weights = sample_weight
+        if by_name:
+            weights = encoder.weights(table, sample_weight, place="X")
         if reset:
             if rows.n_rows < 2:
                 raise DataError("found array with 1 sample(s), while a minimum of 2 is required")
             self._set_names(schema.names, package != "numpy")
             self._form = Form(True, package, {n: table.schema.field(n).type for n in schema.names})
-        weights = None if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+        if weights is not None:
+            weights = np.asarray(weights, dtype=np.float64)
         return Data(NumpySource(rows.filled(), schema, weights, self.chunk_rows, name="X"))
 
     def _rows_drawn(self, values: Array) -> Any:
@@ -906,14 +937,14 @@ state_, trace_, outcome_, warnings_
 
 
 @dataclass(frozen=True, eq=False)
-class _Labelled:
+class Labelled:
     """Gives answers the row labels of the xarray object that was asked about."""
 
     row: str
     coordinates: dict[Any, Any]
 
     @classmethod
-    def like(cls, X: xarray.DataArray | xarray.Dataset) -> _Labelled:
+    def like(cls, X: xarray.DataArray | xarray.Dataset) -> Labelled:
         row = X.dims[0] if isinstance(X.dims, tuple) else next(iter(X.sizes))
         labels = {name: x for name, x in X.coords.items() if x.dims == (row,)}
         return cls(str(row), labels)
@@ -980,16 +1011,11 @@ def _alike(one: Story, other: Story) -> bool:
 
 def _as_table(X: Any) -> Any:
     """A table in memory as Arrow's, or None for anything else."""
-    if isinstance(X, pa.RecordBatch):
-        return pa.Table.from_batches([X])
-    if isinstance(X, pa.Table):
-        return X
-    package = type(X).__module__.partition(".")[0]
     try:
-        if package == "pandas" and hasattr(X, "columns"):
+        if type(X).__module__.startswith("pandas.") and hasattr(X, "columns"):
             return pa.Table.from_pandas(X, preserve_index=False)
-        if package == "polars" and hasattr(X, "to_arrow"):
-            return X.to_arrow()
+        if hasattr(X, "__arrow_c_stream__") and hasattr(X, "columns"):
+            return pa.table(X)
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise DataError(f"X: {error}") from None
     return None

@@ -83,6 +83,8 @@ class ArraySource:
     """
 
     kind = "array"
+    # Whether a missing entry is an error.
+    forbid_missing = False
 
     def __init__(
         self,
@@ -122,9 +124,16 @@ class ArraySource:
         weights = None if self.weights is None else _numbers(self.weights[first:last])
         try:
             rows = Rows.of(values, weights, first_row=first, names=self.schema.names)
-            return rows.check(self.schema, first_row=first)
+            rows.check(self.schema, first_row=first)
         except DataError as error:
             raise DataError(f"{self.name}: {error}") from None
+        if self.forbid_missing and rows.observed is not None:
+            row, j = np.argwhere(~rows.observed)[0]
+            raise DataError(
+                f"{self.name}: row {first + row}, column {self.schema.names[j]!r}: is missing, and "
+                "data.missing is 'forbid'"
+            )
+        return rows
 
     def origin(self, i: int) -> tuple[Piece, ...]:
         """One piece: the whole array is one batch, so its split does not depend on its home."""
@@ -204,26 +213,28 @@ class NpySource(ArraySource):
         chunk_rows: int = CHUNK_ROWS,
     ) -> None:
         self.path = Path(path)
-        array = self._open()
+        array = open_npy(self.path)
         super().__init__(str(path), array.shape, array.dtype, chunk_rows, schema, weights)
 
-    def _open(self) -> Array:
-        try:
-            array: Array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except OSError as error:
-            raise _storage_error(self.path, error) from None
-        except (ValueError, EOFError) as error:
-            if "allow_pickle" in str(error) or "Python objects" in str(error):
-                raise DataError(
-                    f"{self.path}: holds Python objects, not numbers: save a plain array"
-                ) from None
-            raise CorruptError(f"{self.path}: not a whole .npy file: {error}") from None
-        if not isinstance(array, np.ndarray):
-            raise DataError(f"{self.path}: holds several arrays: save the one to use as .npy")
-        return array
-
     def _take(self, first: int, last: int) -> Array:
-        return np.array(self._open()[first:last], dtype=self.dtype, order="C")
+        return np.array(open_npy(self.path)[first:last], dtype=self.dtype, order="C")
+
+
+def open_npy(path: Path) -> Array:
+    """The array of a `.npy` file, mapped. Raises as `NpySource` does."""
+    try:
+        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise _storage_error(path, error) from None
+    except (ValueError, EOFError) as error:
+        if "allow_pickle" in str(error) or "Python objects" in str(error):
+            raise DataError(
+                f"{path}: holds Python objects, not numbers: save a plain array"
+            ) from None
+        raise CorruptError(f"{path}: not a whole .npy file: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{path}: holds several arrays: save the one to use as .npy")
+    return array
 
 
 class ZarrSource(ArraySource):
