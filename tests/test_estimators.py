@@ -5,11 +5,18 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from pathlib import Path
 from typing import Any
 
+import dask.array as da
+import dask.dataframe as dd
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import xarray
+import zarr
 from sklearn.base import clone
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -18,9 +25,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 import genstream.estimators
-from genstream.errors import DataError
-from genstream.estimators import GaussianMixture
+from genstream.errors import DataError, GenstreamError
+from genstream.estimators import GaussianMixture, Mixture
 from genstream.learn import FitState, Outcome
+from genstream.schema import Column, Schema
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 MEANS = np.array([[0.0, 0.0, 0.0], [6.0, -6.0, 3.0]])
@@ -54,6 +62,8 @@ def same(one: Any, other: Any) -> bool:
     [
         GaussianMixture(),
         GaussianMixture(prior="weak", covariance_type="diag"),
+        Mixture(),
+        Mixture(covariance="diag", prior=None, reg_covar=1e-6),
     ],
     ids=repr,
 )
@@ -167,6 +177,22 @@ def test_a_warm_start_goes_on() -> None:
     np.testing.assert_allclose(model.means_, whole.means_, rtol=1e-12)
     # A model of another size cannot go on from these parameters, so it begins anew.
     assert len(model.set_params(n_components=3, tol=1.0).fit(X).weights_) == 3
+
+
+def test_a_warm_start_notices_that_nothing_is_left_to_gain() -> None:
+    X, _ = two_groups()
+    model = GaussianMixture(2, random_state=0, max_iter=1, warm_start=True)
+    fits = 0
+    while not (fits and model.converged_):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(X)
+        fits += 1
+    assert 1 < fits < 10
+    again = clone(model).set_params(max_iter=999, init_params="random", tol=1e-7).fit(X)
+    assert again.n_iter_ > 2
+    assert again.fit(X).n_iter_ == 1
+    assert again.converged_
 
 
 def test_verbose_says_what_scikit_learn_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -371,6 +397,8 @@ def test_wrong_rows_are_named() -> None:
         model.fit(X, sample_weight=np.where(np.arange(100) == 7, -1.0, 1.0))
     with pytest.raises(ValueError, match=r"sample_weight\.shape"):
         model.fit(X, sample_weight=np.ones(99))
+    with pytest.raises(ValueError, match=r"weights name a column \('w'\), but an array has no"):
+        model.fit(X, sample_weight="w")
     with pytest.raises(ValueError, match="zero weight"):
         model.fit(X, sample_weight=np.zeros(100))
     with pytest.raises(ValueError, match="no observed entry"):
@@ -387,3 +415,396 @@ def test_names_of_columns_are_kept_and_compared() -> None:
     assert model.story_.schema.names == ("length", "width", "mass")
     with pytest.raises(ValueError, match="feature names"):
         model.predict(frame[["width", "length", "mass"]])
+
+
+# --- beyond memory -------------------------------------------------------------------------------
+
+NAMES = ["length", "width", "mass"]
+
+
+def out_of_core(kind: str, X: np.ndarray, folder: Path) -> Any:
+    """The rows in a form that need not be in memory, in several chunks."""
+    if kind == "dask":
+        return da.from_array(X, chunks=(256, 2))
+    if kind == "npy":
+        np.save(folder / "rows.npy", X)
+        return folder / "rows.npy"
+    if kind == "xarray":
+        labels = {"feature": NAMES, "row": np.arange(len(X)) * 10}
+        return xarray.DataArray(X, dims=("row", "feature"), coords=labels).chunk(row=256)
+    if kind == "parquet":
+        table = pa.table({name: X[:, j] for j, name in enumerate(NAMES)})
+        pq.write_table(table, folder / "rows.parquet", row_group_size=256)
+        return str(folder / "rows.parquet")
+    array = zarr.create_array(
+        str(folder / "rows.zarr"), shape=X.shape, chunks=(256, 3), dtype=X.dtype
+    )
+    array[:] = X
+    return array if kind == "zarr" else folder / "rows.zarr"
+
+
+OUT_OF_CORE = ("dask", "npy", "xarray", "parquet", "zarr", "zarr path")
+
+
+@pytest.mark.parametrize("kind", OUT_OF_CORE)
+@pytest.mark.parametrize("few", [True, False])
+def test_out_of_core_rows(
+    kind: str, few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not few:
+        monkeypatch.setattr(genstream.estimators, "RESIDENT_NUMBERS", 0)
+    X = with_gaps(two_groups(1000)[0], 0.05)
+    lazy = out_of_core(kind, X, tmp_path)
+    options: dict[str, Any] = {"n_components": 2, "random_state": 0, "tol": 1e-7, "n_init": 2}
+    model, memory = GaussianMixture(**options).fit(lazy), GaussianMixture(**options).fit(X)
+    np.testing.assert_allclose(aligned(model.means_), aligned(memory.means_), atol=1e-3)
+    if few:
+        assert same(model, memory)
+    named = kind in ("xarray", "parquet")
+    rows: Any = pd.DataFrame(X, columns=NAMES) if named else X
+    assert hasattr(model, "feature_names_in_") == named
+    if named:
+        assert model.story_.schema.names == tuple(NAMES)
+    for answer, expected in (
+        (model.predict(lazy), model.predict(rows)),
+        (model.predict_proba(lazy), model.predict_proba(rows)),
+        (model.score_samples(lazy), model.score_samples(rows)),
+        (clone(model).fit_predict(lazy), model.predict(rows)),
+    ):
+        inner = answer.data if kind == "xarray" else answer
+        assert isinstance(inner, da.Array)
+        assert inner.shape == expected.shape
+        assert inner.dtype == expected.dtype
+        assert inner.numblocks[0] == (1 if kind == "npy" else 4)
+        np.testing.assert_allclose(np.asarray(answer), expected, rtol=1e-12)
+    assert model.score(lazy) == pytest.approx(model.score(rows), rel=1e-12)
+    assert model.bic(lazy) == pytest.approx(model.bic(rows), rel=1e-12)
+
+
+def test_weights_beyond_memory() -> None:
+    X, _ = two_groups(1000)
+    weight = np.random.default_rng(2).integers(0, 3, size=1000).astype(float)
+    model = GaussianMixture(2, random_state=0)
+    expected = clone(model).fit(X, sample_weight=weight)
+    rows = da.from_array(X, chunks=(300, 3))
+    for given in (weight, da.from_array(weight, chunks=250)):
+        assert same(model.fit(rows, sample_weight=given), expected)
+        assert model.score(rows, sample_weight=given) == pytest.approx(
+            expected.score(X, sample_weight=weight), rel=1e-12
+        )
+
+
+def test_xarray_answers_are_labelled() -> None:
+    X, _ = two_groups(100)
+    rows = xarray.DataArray(
+        X,
+        dims=("bird", "feature"),
+        coords={"bird": [f"b{i}" for i in range(100)], "feature": NAMES},
+    )
+    model = GaussianMixture(2, random_state=0).fit(rows)
+    for answer in (model.predict(rows), model.predict_proba(rows), model.score_samples(rows)):
+        assert isinstance(answer, xarray.DataArray)
+        assert isinstance(answer.data, np.ndarray)
+        assert answer.dims[0] == "bird"
+        assert list(answer["bird"].values[:2]) == ["b0", "b1"]
+    assert model.predict_proba(rows).dims == ("bird", "component")
+    np.testing.assert_array_equal(model.predict(rows), model.predict(rows.to_pandas()))
+
+
+def test_answers_out_of_core_are_lazy(tmp_path: Path) -> None:
+    X, _ = two_groups(1000)
+    model = GaussianMixture(2, random_state=0).fit(X)
+    read: list[int] = []
+
+    def noted(block: np.ndarray) -> np.ndarray:
+        read.append(len(block))
+        return block
+
+    rows = da.from_array(X, chunks=(250, 3)).map_blocks(noted, meta=np.empty((0, 0)))
+    answer = model.predict_proba(rows)
+    assert read == []
+    np.testing.assert_array_equal(answer.blocks[2], model.predict_proba(X)[500:750])
+    assert read == [250]
+    frame = dd.from_pandas(pd.DataFrame(X, columns=NAMES), npartitions=3)
+    np.testing.assert_array_equal(model.predict(frame), model.predict(X))
+
+
+def test_answers_of_several_arrays_in_one_graph() -> None:
+    X, _ = two_groups(200)
+    model = GaussianMixture(2, random_state=0).fit(X)
+    one, other = (xarray.DataArray(rows, dims=("row", "feature")) for rows in (X, X[::-1].copy()))
+    answers = [model.predict(rows.chunk(row=100)).data for rows in (one, other)]
+    expected = model.predict(X)
+    np.testing.assert_array_equal(da.concatenate(answers), np.r_[expected, expected[::-1]])
+
+
+def pa_file(folder: Path, columns: dict[str, Any]) -> str:
+    pq.write_table(pa.table(columns), folder / "table.parquet", row_group_size=300)
+    return str(folder / "table.parquet")
+
+
+def test_columns_out_of_core_go_by_name(tmp_path: Path) -> None:
+    X, _ = two_groups(1000)
+    frame = pd.DataFrame(X, columns=NAMES)
+    model = GaussianMixture(2, random_state=0).fit(frame)
+    expected = model.predict(frame)
+    turned = frame[NAMES[::-1]].assign(further=1.0)
+    array = xarray.DataArray(
+        turned.to_numpy(), dims=("row", "feature"), coords={"feature": list(turned.columns)}
+    )
+    for rows in (
+        pa_file(tmp_path, {str(name): column.to_numpy() for name, column in turned.items()}),
+        array,
+        turned.rename_axis("row").to_xarray(),
+        dd.from_pandas(turned, npartitions=2),
+    ):
+        np.testing.assert_array_equal(np.asarray(model.predict(rows)), expected)
+    with pytest.raises(DataError, match="no column 'mass'"):
+        model.predict(array.sel(feature=["length", "width"]))
+    with pytest.raises(DataError, match="no column 'mass'"):
+        model.predict(dd.from_pandas(turned[["length", "width"]], npartitions=2))
+
+
+def test_wrong_rows_out_of_core_are_named(tmp_path: Path) -> None:
+    X, _ = two_groups(1000)
+    model = GaussianMixture(2, random_state=0)
+    endless = np.where(np.arange(3000).reshape(1000, 3) == 1501, np.inf, X)
+    for kind in ("dask", "zarr"):
+        with pytest.raises(DataError, match=r"row 500, column 'x1' is infinite"):
+            model.fit(out_of_core(kind, endless, tmp_path))
+    model.fit(X)
+    with pytest.raises(DataError, match=r"row 500, column 'x1' is infinite"):
+        model.predict(out_of_core("dask", endless, tmp_path)).compute()
+    with pytest.raises(ValueError, match="X has 2 features, but GaussianMixture is expecting 3"):
+        model.predict(da.from_array(X[:, :2], chunks=100))
+    with pytest.raises(ValueError, match="minimum of 2 is required"):
+        model.fit(da.from_array(X[:1], chunks=100))
+    with pytest.raises(ValueError, match="needs real columns"):
+        model.fit(pa_file(tmp_path, {"length": X[:, 0], "carrier": ["AA", "UA"] * 500}))
+    with pytest.raises(ValueError, match=r"are real, real, categorical; .* fitted with real"):
+        GaussianMixture(2, random_state=0).fit(X).predict(
+            pa_file(tmp_path, {"a": X[:, 0], "b": X[:, 1], "c": ["AA", "UA"] * 500})
+        )
+    with pytest.raises(GenstreamError, match="nowhere"):
+        model.fit(tmp_path / "nowhere.npy")
+
+
+# --- mixed columns -------------------------------------------------------------------------------
+
+FLIGHT_COLUMNS = {
+    "delay": "real",
+    "late": "binary",
+    "seats": "count",
+    "carrier": "categorical",
+    "month": "categorical",
+    "size": "categorical",
+}
+CARRIERS = np.array(["AA", "UA", "DL"])
+
+
+def flights(n_rows: int = 1500, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
+    """Two groups of flights whose columns are of every kind, with gaps, and their groups."""
+    rng = np.random.default_rng(seed)
+    group = rng.integers(2, size=n_rows)
+    chance = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8]])
+    carrier = (rng.random(n_rows)[:, None] > chance[group].cumsum(axis=1)).sum(axis=1)
+    frame = pd.DataFrame(
+        {
+            "note": "not used",
+            "delay": rng.normal(6.0 * group),
+            "late": rng.random(n_rows) < 0.2 + 0.6 * group,
+            "seats": rng.poisson(3 + 9 * group),
+            "carrier": CARRIERS[carrier],
+            "month": rng.integers(1, 13, size=n_rows),
+            "size": pd.Categorical(np.array(["small", "large"])[group]),
+        }
+    )
+    frame.loc[::7, "delay"] = np.nan
+    frame.loc[3, "carrier"] = None
+    return frame, group
+
+
+def test_mixture_of_a_table() -> None:
+    frame, group = flights()
+    model = Mixture(2, columns=FLIGHT_COLUMNS, random_state=0).fit(frame)
+    assert model.converged_
+    assert (model.predict(frame) == group).mean() in (0.0, 1.0)
+    assert model.schema_.kinds == tuple(FLIGHT_COLUMNS.values())
+    assert set(model.schema_["carrier"].levels) == set(CARRIERS)
+    assert list(model.feature_names_in_) == list(FLIGHT_COLUMNS)
+    assert model.n_features_in_ == 6
+    parameters = model.params_
+    order = np.argsort(parameters["family.rate"].sel(count="seats").values)
+    np.testing.assert_allclose(
+        parameters["family.level_probability"].sel(level="carrier=DL").values[order],
+        [0.1, 0.8],
+        atol=0.05,
+    )
+    np.testing.assert_allclose(
+        parameters["family.rate"].sel(count="seats").values[order], [3, 12], rtol=0.05
+    )
+    # A column's place in the table means nothing, its name does.
+    turned = frame[frame.columns[::-1]]
+    np.testing.assert_array_equal(model.predict_proba(turned), model.predict_proba(frame))
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.score_samples(frame), model.score_samples(frame))
+    assert same_params(clone(model).fit(frame), model)
+
+
+def same_params(one: Mixture, other: Mixture) -> bool:
+    return bool(one.params_.identical(other.params_))
+
+
+def test_a_table_of_any_make_gives_the_same_fit() -> None:
+    frame, _ = flights()
+    expected = Mixture(2, columns=FLIGHT_COLUMNS, random_state=0).fit(frame)
+    schema = expected.schema_
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    batch = table.combine_chunks().to_batches()[0]
+    assert same_params(clone(expected).fit(table), expected)
+    assert same_params(clone(expected).fit(batch), expected)
+    assert same_params(clone(expected).set_params(columns=schema).fit(table), expected)
+    values = frame[list(FLIGHT_COLUMNS)].to_numpy(dtype=object)
+    assert same_params(clone(expected).fit(values), expected)
+    np.testing.assert_array_equal(expected.predict(values), expected.predict(frame))
+    # Under a schema an array holds codes.
+    codes = np.column_stack(
+        [
+            frame[c.name].map({label: i for i, label in enumerate(c.levels)})
+            if c.name in ("carrier", "size")
+            else frame[c.name].map({int(label): i for i, label in enumerate(c.levels)})
+            if c.name == "month"
+            else frame[c.name].astype(float)
+            for c in schema.columns
+        ]
+    ).astype(float)
+    coded = clone(expected).set_params(columns=schema).fit(codes)
+    assert same_params(coded, expected)
+    np.testing.assert_array_equal(coded.predict(frame), expected.predict(frame))
+    assert coded.sample(3)[0].dtype == np.float64
+
+
+def test_kinds_are_inferred_from_types() -> None:
+    frame, _ = flights()
+    model = Mixture(2, random_state=0).fit(frame.drop(columns="note"))
+    kinds = dict(zip(model.schema_.names, model.schema_.kinds, strict=True))
+    assert kinds == {**FLIGHT_COLUMNS, "seats": "real", "month": "real"}
+    numbers = frame[["delay", "seats"]]
+    model = Mixture(2, random_state=0).fit(numbers)
+    assert model.schema_.kinds == ("real", "real")
+    assert model.story_.family.params_type.__name__ == "FullParams"
+    with pytest.raises(ValueError, match="feature names"):
+        model.predict(numbers[["seats", "delay"]])
+
+
+def test_rows_drawn_take_the_form_of_the_rows_fitted() -> None:
+    frame, _ = flights()
+    columns = list(FLIGHT_COLUMNS)
+    model = Mixture(2, columns=FLIGHT_COLUMNS, random_state=0).fit(frame)
+    drawn, component = model.sample(500)
+    assert isinstance(drawn, pd.DataFrame)
+    pd.testing.assert_series_equal(drawn.dtypes, frame[columns].dtypes)
+    assert set(drawn["carrier"]) <= set(CARRIERS)
+    assert set(drawn["month"]) <= set(range(1, 13))
+    assert (model.predict(drawn) == component).mean() > 0.99
+    table = pa.Table.from_pandas(frame[columns], preserve_index=False)
+    drawn = clone(model).fit(table).sample(5)[0]
+    assert isinstance(drawn, pa.Table)
+    assert [field.type for field in drawn.schema][:5] == [field.type for field in table.schema][:5]
+    kinds = {"delay": "real", "seats": "count", "month": "categorical"}
+    array = frame[list(kinds)].to_numpy()
+    drawn = Mixture(2, columns=kinds, random_state=0).fit(array).sample(50)[0]
+    assert drawn.dtype == np.float64
+    assert set(drawn[:, 2]) <= set(range(1, 13))
+
+
+def test_weights_of_a_table() -> None:
+    frame, _ = flights(400)
+    weight = np.random.default_rng(0).integers(0, 3, size=400)
+    model = Mixture(2, columns=FLIGHT_COLUMNS, random_state=0).fit(frame, sample_weight=weight)
+    repeated = frame.loc[np.repeat(frame.index, weight)]
+    assert model.score(frame, sample_weight=weight) == pytest.approx(model.score(repeated))
+    assert model.bic(frame, sample_weight=weight) == pytest.approx(model.bic(repeated))
+
+
+def test_wrong_tables_are_named() -> None:
+    frame, _ = flights(200)
+    model = Mixture(2, columns=FLIGHT_COLUMNS, random_state=0).fit(frame)
+    unseen = frame.copy()
+    unseen.loc[11, "carrier"] = "ZZ"
+    with pytest.raises(DataError, match="row 11, column 'carrier': 'ZZ' is not one of its levels"):
+        model.predict(unseen)
+    negative = frame.assign(seats=-1)
+    with pytest.raises(DataError, match="row 0, column 'seats': -1"):
+        model.score(negative)
+    with pytest.raises(DataError, match="no column 'seats'"):
+        model.predict(frame.drop(columns="seats"))
+    with pytest.raises(DataError, match=r"no column 'seat'.*did you mean 'seats'"):
+        Mixture(2, columns={"seat": "count"}).fit(frame)
+    with pytest.raises(ValueError, match="'whole' is not one of real, binary, count, categorical"):
+        Mixture(2, columns={"seats": "whole"}).fit(frame)
+    with pytest.raises(ValueError, match="'full' needs real columns"):
+        Mixture(2, columns=FLIGHT_COLUMNS, covariance="full").fit(frame)
+    with pytest.raises(DataError, match=r"shape \(200, 3\), but 6 columns are described"):
+        model.predict(np.zeros((200, 3)))
+    with pytest.raises(DataError, match="2 columns, but 1 are described: seats"):
+        Mixture(2, columns=Schema((Column("seats", "count"),))).fit(np.zeros((10, 2)))
+    with pytest.raises(DataError, match="row 1, column 'seats': -2 is not possible"):
+        Mixture(2, columns=Schema((Column("seats", "count"),))).fit([[1], [-2], [3]])
+    with pytest.raises(DataError, match="minimum of 2"):
+        Mixture(columns=FLIGHT_COLUMNS).fit(frame[:1])
+    with pytest.raises(DataError, match=r"X: .*mixed"):
+        Mixture().fit(frame.assign(mixed=[1, "a"] * 100))
+    with pytest.raises(NotFittedError):
+        _ = Mixture().params_
+
+
+def test_tables_beyond_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frame, group = flights()
+    frame = frame.assign(share=np.random.default_rng(0).integers(0, 3, size=len(frame)) * 1.0)
+    path = tmp_path / "flights.parquet"
+    frame.to_parquet(path, row_group_size=400)
+    in_memory = Mixture(2, columns=FLIGHT_COLUMNS, random_state=0).fit(frame)
+    resident = clone(in_memory).fit(path)
+    assert same_params(resident, in_memory)
+    monkeypatch.setattr(genstream.estimators, "RESIDENT_NUMBERS", 0)
+    model = clone(in_memory).fit(path)
+    assert model.schema_ == in_memory.schema_
+    labels = model.predict(path)
+    assert isinstance(labels, da.Array)
+    assert labels.numblocks == (4,)
+    assert (np.asarray(labels) == group).mean() in (0.0, 1.0)
+    np.testing.assert_allclose(np.asarray(model.score_samples(path)), model.score_samples(frame))
+    assert model.score(path) == pytest.approx(model.score(frame), rel=1e-12)
+    drawn = model.sample(20)[0]
+    assert isinstance(drawn, pa.Table)
+    assert set(drawn["carrier"].to_pylist()) <= set(CARRIERS)
+    weighted = clone(model).fit(path, sample_weight="share")
+    expected = clone(model).fit(frame, sample_weight="share")
+    assert weighted.score(path) == pytest.approx(expected.score(frame), rel=1e-6)
+    assert weighted.score(path, sample_weight="share") == pytest.approx(
+        weighted.score(frame, sample_weight=frame["share"]), rel=1e-12
+    )
+    other = frame.assign(carrier="ZZ")
+    other.to_parquet(tmp_path / "other.parquet")
+    with pytest.raises(DataError, match=r"other\.parquet: row 0, column 'carrier': 'ZZ' is not"):
+        model.predict(tmp_path / "other.parquet").compute()
+    frame.to_csv(tmp_path / "flights.csv", index=False)
+    with pytest.raises(DataError, match="cannot be fitted in place: ingest it"):
+        model.fit(tmp_path / "flights.csv")
+
+
+def test_a_dataset_of_variables() -> None:
+    frame, _ = flights(400)
+    columns = ["delay", "seats", "carrier"]
+    rows = frame[columns].rename_axis("flight").to_xarray()
+    kinds = {name: FLIGHT_COLUMNS[name] for name in columns}
+    model = Mixture(2, columns=kinds, random_state=0).fit(rows)
+    labels = model.predict(rows)
+    assert isinstance(labels, xarray.DataArray)
+    assert labels.dims == ("flight",)
+    assert same_params(clone(model).fit(frame), model)
+    drawn = model.sample(5)[0]
+    assert isinstance(drawn, xarray.Dataset)
+    assert list(drawn.data_vars) == columns
+    np.testing.assert_array_equal(model.predict(drawn), model.sample(5)[1])
