@@ -35,7 +35,7 @@ from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS, DaskSource, NumpySource, Source
 from genstream.start import cluster, draw_sample, rescue_rows, seed_centres, seed_params, warm_start
 from genstream.story import COVARIANCES, Params, Story, mixture
-from genstream.tables import Encoder, TableSource, check_columns, open_source
+from genstream.tables import Encoder, TableSource, open_source
 from genstream.threads import one_blas_thread
 
 if TYPE_CHECKING:
@@ -201,6 +201,8 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """The data as a source; with `reset` their columns become those of the estimator."""
         if _is_lazy(X):
             return self._open_source(X, sample_weight, reset)
+        if isinstance(X, np.ma.MaskedArray):
+            X = np.ma.filled(X.astype(np.float64), np.nan)
         array = validate_data(
             self,
             X,
@@ -226,9 +228,19 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if hasattr(X, "to_dask_array"):
             found = [str(name) for name in X.columns]
             if labels is not None:
-                check_columns("X", found, labels)
+                absent = [name for name in labels if name not in found]
+                if absent:
+                    raise DataError(
+                        f"X: no column {absent[0]!r}: the columns are {', '.join(found)}"
+                    )
                 X, found = X[list(labels)], list(labels)
-            X = X.to_dask_array(lengths=True)
+            for name, kind in X.dtypes.items():
+                if getattr(kind, "kind", "O") not in "biuf":
+                    raise DataError(
+                        f"X: column {name!r} of the dask DataFrame holds {kind}, not numbers: "
+                        "write it to parquet, and give that path to a Mixture"
+                    )
+            X = X.astype(np.float64).to_dask_array(lengths=True)
             wanted = wanted or found
         source = open_source(X, wanted, sample_weight)
         data = Data(source, lazy=True)
@@ -864,6 +876,16 @@ state_, trace_, outcome_, warnings_
             reg_covar=self.reg_covar,
             dtype=self.dtype,
         )
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        if self.columns is not None and not isinstance(self.columns, Schema | Mapping):
+            raise ConfigError(
+                "The 'columns' parameter of Mixture must be a Schema, a mapping from names to "
+                f"kinds, or None. Got {self.columns!r} instead."
+            )
+        if isinstance(self.columns, Mapping) and not self.columns:
+            raise ConfigError("The 'columns' parameter of Mixture names no column")
 
     def _wanted_columns(self) -> Schema | Mapping[str, Kind | Column] | None:
         return self.columns

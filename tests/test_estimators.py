@@ -249,6 +249,14 @@ def test_gaps_are_integrated_out(covariance_type: str, init_params: str) -> None
     assert model.score(X) == pytest.approx(model.score_samples(X)[seen].mean(), rel=1e-12)
 
 
+def test_masked_entries_are_missing() -> None:
+    X = with_gaps(two_groups(300)[0])
+    masked = np.ma.MaskedArray(np.nan_to_num(X, nan=1e6), np.isnan(X))
+    model = GaussianMixture(2, random_state=0)
+    assert same(clone(model).fit(masked), model.fit(X))
+    np.testing.assert_array_equal(model.score_samples(masked), model.score_samples(X))
+
+
 @pytest.mark.parametrize("covariance_type", COVARIANCES)
 def test_a_weight_is_a_number_of_rows(covariance_type: str) -> None:
     X = with_gaps(two_groups(300)[0], 0.1)
@@ -755,6 +763,11 @@ def test_wrong_tables_are_named() -> None:
         Mixture(columns=FLIGHT_COLUMNS).fit(frame[:1])
     with pytest.raises(DataError, match=r"X: .*mixed"):
         Mixture().fit(frame.assign(mixed=[1, "a"] * 100))
+    for columns in ("real", ["real", "real"], {}):
+        with pytest.raises(ValueError, match="'columns' parameter of Mixture"):
+            Mixture(columns=columns).fit(frame)
+    with pytest.raises(DataError, match="column 'carrier' of the dask DataFrame holds"):
+        Mixture().fit(dd.from_pandas(frame[["delay", "carrier"]], npartitions=2))
     with pytest.raises(NotFittedError):
         _ = Mixture().params_
 
