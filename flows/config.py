@@ -56,8 +56,16 @@ _TIME_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _PASSES = re.compile(r"\s*(\d+)\s*pass(?:es)?\s*")
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*")
 
-IN_PLACE = (".npy", ".zarr", ".parquet", ".pq")
+IN_PLACE = (
+    *(".npy", ".zarr", ".parquet", ".pq", ".arrow", ".arrows", ".feather", ".ipc"),
+    *(".nc", ".nc4", ".cdf", ".netcdf"),
+)
 """Endings of files already cut into chunks, which need no ingest."""
+
+
+def in_place(path: str) -> bool:
+    """Whether what a path or pattern names, or an array inside of it, needs no ingest."""
+    return "://" in path or any(part.lower().endswith(IN_PLACE) for part in Path(path).parts)
 
 
 def parse_size(value: object) -> int:
@@ -639,7 +647,7 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
         found.append((("data", "weights"), f"{data.id!r} is already the id of a row"))
     if data.test is not None and config.holdout is not None:
         found.append((("data", "holdout"), "give either a share to hold out or a test file"))
-    if data.test is not None and not data.test.rstrip("/").lower().endswith(IN_PLACE):
+    if data.test is not None and not in_place(data.test):
         found.append((("data", "test"), f"must be read in place, as {', '.join(IN_PLACE)} are"))
     if config.fit.sample_rows < model.n_components:
         found.append(
@@ -652,7 +660,7 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
             if getattr(data, key) is not None
         ]
     elif data.dataset is None:
-        tables = [p for p in config.paths if not p.rstrip("/").lower().endswith(IN_PLACE)]
+        tables = [path for path in config.paths if not in_place(path)]
         if tables:
             message = (
                 f"{tables[0]!r} cannot be fitted in place ({', '.join(IN_PLACE)} can): say where "
@@ -665,7 +673,7 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
                 ("data", key),
                 "is minded when data are ingested: name a data.dataset, or leave it out",
             )
-            for key in ("id", "missing", "null_values", "dtype")
+            for key in ("id", "dtype")
             if getattr(data, key) != getattr(plain, key)
         ]
     return found

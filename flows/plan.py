@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.config import Config, Drawn
+from flows.config import Config, Drawn, in_place
 from flows.stages import columns_of, expand, open_data
 from flows.terminal import bytes_text
 from genstream.errors import ConfigError, DataError, StorageError
@@ -241,18 +241,9 @@ def _assumed_schema(config: Config) -> Schema:
 
 def rows_of(path: str) -> tuple[int, bool]:
     """Rows of a file and whether that is exact: text is measured by its first lines."""
-    import pyarrow as pa
-    import pyarrow.parquet
-
     from genstream.tables import open_source, read_tables
 
-    suffix = Path(path).suffix.lower()
-    if suffix in (".parquet", ".pq"):
-        try:
-            return int(pyarrow.parquet.read_metadata(path).num_rows), True
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a parquet file: {error}") from None
-    if suffix in (".npy", ".zarr"):
+    if in_place(path):
         return sum(open_source(path).chunk_rows), True
     table = next(iter(read_tables(path, chunk_rows=10_000)))
     if table.num_rows < 10_000:

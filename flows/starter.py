@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flows.config import IN_PLACE
+from flows.config import in_place
 from genstream.errors import ConfigError, DataError, StorageError
 
 if TYPE_CHECKING:
@@ -113,9 +113,7 @@ def write_starter(data: Path, target: Path) -> list[dict[str, str]]:
     if not used:
         raise DataError(f"{data}: no column can be modelled: {columns[0].remark}")
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", data.name.split(".")[0]).strip("-_") or "data"
-    plain = data.name.lower().endswith(IN_PLACE) and all(
-        column.kind != "categorical" for column in used
-    )
+    plain = in_place(str(data))
     identity = next((c.name for c in columns if c.remark.endswith("an id?")), None)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("flows", "templates"),

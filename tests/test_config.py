@@ -209,7 +209,7 @@ def test_a_wrong_override_is_named_by_its_number(write: Any, override: str, word
         (["fit.sample_rows=2"], "fit.sample_rows", "8 components"),
         (["data.dataset=null", "data.source=a.csv.gz"], "data.source", "cannot be fitted in place"),
         (["data.source={gigabytes: 1}"], "data.columns", "drawn"),
-        (["data.dataset=null", "data.missing=forbid"], "data.missing", "ingested"),
+        (["data.dataset=null", "data.dtype=float32"], "data.dtype", "ingested"),
         (["data.dataset=null"], "data.id", "ingested"),
         (["data.dataset=null", "data.test=t.csv"], "data.test", "in place"),
         (["data.columns.delay={kind: real, levels: [a]}"], "data.columns.delay.levels", "no level"),
