@@ -30,7 +30,7 @@ CHUNK_ROWS = 65_536
 MAX_CHUNK_NBYTES = 2**31
 _COMPRESSORS = ("blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd")
 _CHECKSUMS = ("adler32", "crc32", "crc32c", "fletcher32")
-_LAYOUTS = ("bytes", "delta", "sharding_indexed", "shuffle", "transpose")
+_LAYOUTS = ("bytes", "delta", "sharding_indexed", "shuffle", "transpose", "vlen-utf8")
 _CODECS = frozenset(_COMPRESSORS + _CHECKSUMS + _LAYOUTS)
 
 

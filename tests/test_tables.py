@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import dask.array as da
 import numpy as np
@@ -240,6 +240,31 @@ class TestReading:
         values, _ = encoded(tmp_path / "one.npy", Encoder({"load": "real"}))
         np.testing.assert_array_equal(values[:, 0], a)
 
+    @pytest.mark.filterwarnings("ignore")
+    def test_labels_in_zarr(self, tmp_path: Path) -> None:
+        as_dataset().drop_vars("scale").to_zarr(tmp_path / "fixed.zarr")
+        labels = as_dataset().drop_vars(["scale", "id"])
+        labels["town"] = labels["town"].astype(object)
+        labels.to_zarr(tmp_path / "any.zarr")
+        for name in ("fixed.zarr", "any.zarr"):
+            values, schema = encoded(tmp_path / name)
+            np.testing.assert_array_equal(values, CODES)
+            assert schema["town"].levels == TOWNS
+
+    @pytest.mark.parametrize("zarr_format", [2, 3])
+    @pytest.mark.filterwarnings("ignore")
+    def test_packed_entries_in_zarr(self, tmp_path: Path, zarr_format: Literal[2, 3]) -> None:
+        X = np.array([[1.0, 2], [np.nan, 4], [5, 6]])
+        array = xarray.DataArray(X, dims=("t", "f"), coords={"f": ["a", "b"]}, name="x")
+        packing = {"_FillValue": -1, "dtype": "int16", "scale_factor": 0.5, "chunks": (2, 1)}
+        array.to_dataset().to_zarr(
+            tmp_path / "x.zarr", encoding={"x": packing}, zarr_format=zarr_format
+        )
+        source = open_source(tmp_path / "x.zarr")
+        assert source.schema.names == ("a", "b")
+        np.testing.assert_array_equal(source.read(0).filled(), X)
+        assert pickle.loads(pickle.dumps(source)).read(0).n_rows == 3
+
     def test_unused_columns_may_be_unnamed_or_doubled(self, tmp_path: Path) -> None:
         path = save_csv(tmp_path / "r.csv", ",a,b,a,c\n0,1,2,3,4\n")
         values, _ = encoded(path, Encoder({"c": "real", "b": "real"}))
@@ -292,6 +317,8 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "cut xz": ("r.csv.xz", lzma.compress(LONG)[:-20], "cut short"),
     "cut zip": ("r.zip", two_members()[:-30], "cut short"),
     "two in a zip": ("r.zip", two_members(), "holds 2 files"),
+    "long line": ("r.csv", b"a,b\n1," + b"x" * 3_000_000 + b"\n", "is a quote left open"),
+    "packed parquet": ("r.parquet.gz", gzip.compress(parquet_bytes()), "holds parquet in an"),
     "no member": ("r.zip", b"PK\5\6" + bytes(18), "holds 0 files"),
     "cut parquet": ("r.parquet", parquet_bytes()[:-10], "not a whole parquet"),
     "text as parquet": ("r.parquet", TEXT.encode(), "not a whole parquet"),
@@ -311,7 +338,7 @@ class TestBadFiles:
         name, content, says = BAD_FILES[case]
         path = pack(tmp_path / name, content)
         with pytest.raises(DataError) as caught:
-            encoded(path)
+            encoded(path, Encoder() if case == "long line" else None)
         message = str(caught.value)
         assert message.startswith(str(path))
         assert says in message
@@ -408,6 +435,7 @@ class TestEncoder:
         encoder = Encoder({"x": "categorical"})
         encoder.encode(column([True, False]))
         assert encoder.schema["x"].levels == ("true", "false")
+        assert codes([Decimal("1.00")], Column("x", "categorical", ("1",))) == [0]
         encoder = Encoder({"x": "categorical"})
         encoder.encode(column([0.5, float("nan"), 1.0]))
         assert encoder.schema["x"].levels == ("0.5", "1")
@@ -504,7 +532,9 @@ class TestEncoder:
 
     def test_weights_and_ids(self) -> None:
         encoder = Encoder({"x": "real"})
-        table = pa.table({"w": ["1", "0.5"], "bad": [1.0, -1], "gap": [None, 1], "id": [7, 8]})
+        table = pa.table(
+            {"no": ["k", " "], "w": ["1", "0.5"], "bad": [1.0, -1], "gap": [None, 1], "id": [7, 8]}
+        )
         assert encoder.weights(table, "w").tolist() == [1, 0.5]
         assert encoder.ids(table, "id") == [7, 8]
         assert encoder.ids(table, "w") == ["1", "0.5"]
@@ -512,6 +542,7 @@ class TestEncoder:
             (lambda: encoder.weights(table, "bad"), r"row 1, column 'bad': -1 is no weight"),
             (lambda: encoder.weights(table, "gap"), r"row 0, column 'gap': is missing"),
             (lambda: encoder.ids(table, "gap"), r"row 0, column 'gap': the id is missing"),
+            (lambda: encoder.ids(table, "no"), r"row 1, column 'no': the id is missing"),
             (lambda: encoder.ids(table, "idd"), r"did you mean 'id'"),
         ):
             with pytest.raises(DataError, match=says):
