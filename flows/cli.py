@@ -306,7 +306,8 @@ def guarded(command: Callable[[], object]) -> None:
 def _how_to_go_on() -> str:
     with contextlib.suppress(GenstreamError, OSError, KeyError):
         runs = Run.all()
-        if runs and runs[-1].status == "interrupted":
+        mine = runs and runs[-1].info()["process"]["pid"] == os.getpid()
+        if mine and runs[-1].status in ("interrupted", "running"):
             return f": `genstream resume {runs[-1].id}` goes on"
     return ""
 

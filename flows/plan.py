@@ -100,9 +100,9 @@ class Extent:
 def project_memory(config: Config, story: Story, extent: Extent) -> int:
     """Peak resident memory of the process that fits, in bytes.
 
-    It is the sum of what is imported; for each worker the chunks in its hands, the
-    responsibilities of an evaluation and its statistics; the row sample with its temporaries, in
-    which the start is sought; and the merged statistics along the tree.
+    It is what is imported, and the larger of two: the passes, in which each worker has chunks in
+    its hands, the responsibilities of an evaluation and its statistics, beside the statistics
+    merged along the tree; and the start, which takes the row sample with its temporaries.
     """
     from genstream.evaluate import MAX_RESPONSIBILITIES
     from genstream.start import SAMPLE_BYTES
@@ -111,11 +111,11 @@ def project_memory(config: Config, story: Story, extent: Extent) -> int:
     k, d = story.n_components, story.schema.n_features
     params = 8 * (story.n_parameters + k * d)
     responsibilities = 8 * min(MAX_RESPONSIBILITIES, extent.chunk_rows * k)
-    a_worker = WORKER_NBYTES + CHUNKS_HELD * extent.chunk_nbytes + 3 * responsibilities + 2 * params
+    a_worker = WORKER_NBYTES + CHUNKS_HELD * extent.chunk_nbytes + 2 * responsibilities + 2 * params
     sample = min(extent.rows, config.fit.sample_rows, max(1000, SAMPLE_BYTES // (9 * d)))
-    start = sample * (3 * 9 * d + 4 * 8 * k)
+    start = sample * (3 * 9 * d + 3 * 8 * k)
     tree = params * (2 + extent.chunks.bit_length())
-    total = BASE_NBYTES + workers * a_worker + start + tree
+    total = BASE_NBYTES + max(workers * a_worker + tree, start)
     if config.report:
         total += REPORT_NBYTES
     if config.orchestrate != "none":

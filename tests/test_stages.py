@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from flows import stages
+from flows.config import load
+from flows.plan import make_plan
 from flows.run import Interrupted, Run
 from genstream.errors import ComputeError, ConfigError, DataError
 from genstream.learn import FitState, StepInfo
@@ -201,3 +204,23 @@ def test_a_cluster_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(stages, "CONNECT_SECONDS", 1)
     with pytest.raises(ComputeError, match="no Dask cluster at tcp"):
         stages.run_stages(start("compute.scheduler=tcp://127.0.0.1:9"))
+
+
+@pytest.mark.parametrize("components", [2, 64])
+def test_memory_stays_below_what_was_planned(folder: Path, components: int) -> None:
+    rng = np.random.default_rng(0)
+    np.save("rows.npy", rng.standard_normal((300_000, 8)))
+    overrides = [f"model.n_components={components}", "fit.max_steps=2", "report=true"]
+    plan = make_plan(load("config.yaml", overrides))
+    code = "import sys; from flows.cli import main; sys.exit(main())"
+    environment = os.environ | {"PYTHONPATH": str(Path(stages.__file__).parent.parent)}
+    arguments = ["fit", "config.yaml", *overrides, "--json"]
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment,
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    peak = json.loads(ran.stdout)["stages"]["evaluate"]["peak_rss"]
+    assert plan.memory / 4 < peak < plan.memory
