@@ -285,7 +285,7 @@ CASES: list[Case] = [
     Case("a memory limit that is too small", _override("compute.memory_limit=20MiB"), 2, ("MiB",)),
     Case(
         "a scheduler that is not there",
-        _override("compute.scheduler=tcp://127.0.0.1:9"),
+        lambda f: [*_array("a.npy", np.eye(60, 3))(f), "compute.scheduler=tcp://127.0.0.1:9"],
         5,
         ("127.0.0.1",),
     ),
