@@ -102,7 +102,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
 def ingest(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Bring the source of a configuration into its dataset; what is there already is left."""
     from flows.config import load
-    from flows.stages import ingest_data
+    from flows.data import ingest_data
     from flows.terminal import RowProgress, bars
 
     with bars(as_json) as progress:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import Config, Drawn, in_place
-from flows.stages import columns_of, expand, open_data
+from flows.data import columns_of, expand, open_data
 from flows.terminal import bytes_text
 from genstream.errors import ConfigError, DataError, StorageError
 from genstream.schema import Column, Schema

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from flows.data import expand
 from flows.run import Run
-from flows.stages import expand
 from genstream.errors import ConfigError, DataError
 from genstream.rows import Rows
 from genstream.schema import Schema

@@ -14,6 +14,7 @@ import pytest
 
 from flows import stages
 from flows.config import load
+from flows.data import ingest_data
 from flows.plan import make_plan
 from flows.run import Interrupted, Run
 from genstream.errors import ComputeError, ConfigError, DataError
@@ -166,7 +167,7 @@ def test_no_rows_held_out(folder: Path) -> None:
 
 def test_ingest_of_data_in_place_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.dataset"):
-        stages.ingest_data(start().config)
+        ingest_data(start().config)
 
 
 def test_evaluation_before_a_fit_is_refused(folder: Path) -> None:

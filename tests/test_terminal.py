@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.terminal import bytes_text, expected_steps, table
+from flows.terminal import FitProgress, RowProgress, bars, bytes_text, expected_steps, table
+from genstream.learn import FitState, StepInfo
+from genstream.stats import Record
+from genstream.story import Params
 
 
 def test_steps_left_follow_a_geometric_series() -> None:
@@ -48,3 +52,26 @@ def test_sizes() -> None:
     assert bytes_text(1536) == "1.5 KiB"
     assert bytes_text(3 * 2**30) == "3.0 GiB"
     assert bytes_text(2**50) == "1024.0 TiB"
+
+
+def test_nothing_is_shown_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with bars() as progress:
+        shown = FitProgress(progress, 10, 1e-4)
+        rows = RowProgress(progress, "ingest")
+        shown.on_start(0, -3.0)
+        shown.on_rows(5, 10)
+        rows(5)
+        rows(10, 10)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_bar_of_a_fit_tells_the_log_likelihood_and_the_passes_left() -> None:
+    with bars(quiet=True) as progress:
+        shown = FitProgress(progress, 20, 1e-3)
+        params = Params(np.ones(1), Record())
+        for step in range(1, 8):
+            info = StepInfo(step, -100.0 * 0.5**step, 0.0, 100.0, 100, 0, 2.0)
+            shown.on_step(FitState(params, step=step), info)
+        (task,) = progress.tasks
+    assert task.description == "pass 8"
+    assert "log-likelihood -0.0078, 50 rows/s, about 3 passes (0:06) left" in task.fields["note"]

@@ -1,0 +1,199 @@
+"""The rows a configuration means: brought into a dataset or opened in place, fitted or held out."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from flows.config import Config, Drawn
+from genstream.errors import ConfigError, DataError
+from genstream.schema import Column, Kind, Schema
+
+if TYPE_CHECKING:
+    from genstream.rows import Rows
+    from genstream.sources import Source
+
+OnRows = Callable[[int], None]
+
+
+def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]:
+    """Bring the source into the dataset; what is there already is left as it is.
+
+    Returns the dataset's path, the manifest that holds the data, its rows, and every batch looked
+    at. Raises ConfigError where no dataset is named, and DataError where the data are not right.
+    """
+    from genstream.store import Dataset, ingest
+
+    data = config.data
+    path = config.dataset
+    if path is None:
+        raise ConfigError(
+            "data.dataset is not set, so that the source is fitted in place: there is no ingest"
+        )
+    begin = time.monotonic()
+    if isinstance(data.source, Drawn):
+        found = _ingest_drawn(data.source, path, data.dtype, on_rows)
+    else:
+        if (Path(path) / "manifests").is_dir():
+            _check_columns(config, Dataset.open(path).schema)
+        found = ingest(
+            expand(config.paths),
+            path,
+            columns=columns_of(config),
+            id_column=data.id,
+            weights=data.weights,
+            missing=data.missing,
+            null_values=data.null_values,
+            dtype=data.dtype,
+            on_progress=on_rows,
+        ).to_json()
+    dataset = Dataset.open(path, found["manifest"])
+    return {
+        **found,
+        "path": path,
+        "rows": dataset.n_rows,
+        "seconds": round(time.monotonic() - begin, 3),
+    }
+
+
+def _check_columns(config: Config, schema: Schema) -> None:
+    """Raise ConfigError where a dataset has other columns than the configuration names."""
+    wanted = columns_of(config)
+    if wanted is None:
+        return
+    kinds = {n: c.kind if isinstance(c, Column) else c for n, c in wanted.items()}
+    there = dict(zip(schema.names, schema.kinds, strict=True))
+    odd = [name for name in {**kinds, **there} if kinds.get(name) != there.get(name)]
+    if odd:
+        raise ConfigError(
+            f"data.columns: {odd[0]!r} is {there.get(odd[0], 'not')} in {config.dataset} and "
+            f"{kinds.get(odd[0], 'not')} in the configuration: name another data.dataset, or the "
+            "columns this one has"
+        )
+
+
+def expand(paths: Sequence[str]) -> list[str]:
+    """Files that paths and patterns mean, in order. Raises DataError where one means none."""
+    found: list[str] = []
+    for path in paths:
+        if "://" in path:
+            found.append(path)
+            continue
+        found_here = glob.glob(path, recursive=True)  # noqa: PTH207 - a pattern may be absolute
+        matches = sorted(found_here) if glob.has_magic(path) else [path]
+        if Path(path).exists():
+            matches = [path]
+        if not matches or not Path(matches[0]).exists():
+            near = [str(p) for p in Path(path).parent.glob("*")]
+            hint = difflib.get_close_matches(path, near, n=1)
+            raise DataError(
+                f"{path}: no such file" + (f"; did you mean {hint[0]!r}?" if hint else "")
+            )
+        found += matches
+    return found
+
+
+def _ingest_drawn(
+    drawn: Drawn, path: str, dtype: Literal["float32", "float64"], on_rows: OnRows | None
+) -> dict[str, Any]:
+    """Draw rows straight into a dataset that holds nothing else."""
+    from flows import draw
+    from genstream.store import Dataset, append_batch
+
+    identity = hashlib.sha256(f"{drawn.model_dump_json()}{dtype}".encode()).hexdigest()
+    name = f"{drawn.gigabytes:g} GiB of a {drawn.story}"
+    done = 0
+
+    def rows() -> Iterator[Rows]:
+        nonlocal done
+        for piece in draw.draw_rows(drawn, dtype):
+            yield piece
+            done += piece.n_rows
+            if on_rows is not None:
+                on_rows(done)
+
+    if (Path(path) / "manifests").exists():
+        dataset = Dataset.open(path)
+        if [batch.id for batch in dataset.batches] != [identity]:
+            raise ConfigError(
+                f"data.dataset: {path} holds other data than are to be drawn: name another "
+                "folder, or leave it out"
+            )
+        status = "duplicate"
+    else:
+        schema = draw.known_story(drawn)[0].schema
+        dataset, _ = append_batch(
+            path,
+            name,
+            rows(),
+            lambda: schema,
+            dtype=dtype,
+            batch_id=identity,
+        )
+        status = "stored"
+    batch = {"name": name, "id": identity, "rows": dataset.n_rows, "status": status}
+    return {"manifest": dataset.manifest.number, "batches": [batch]}
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run: those fitted, and those held out where there are any."""
+
+    train: Source
+    held_out: Source | None
+
+
+def open_data(config: Config, manifest: int | None = None) -> Data:
+    """The rows a configuration means, of the given manifest of its dataset (the newest).
+
+    Raises DataError where there are none, or where they do not have the columns named.
+    """
+    from genstream import sources, tables
+
+    data = config.data
+    if config.dataset is not None:
+        from genstream.store import Dataset
+
+        whole: Source = Dataset.open(config.dataset, manifest).source()
+    else:
+        whole = tables.open_source(
+            expand(config.paths),
+            columns_of(config),
+            data.weights,
+            null_values=data.null_values,
+            missing=data.missing,
+        )
+    if data.test is not None:
+        test_file = tables.open_source(
+            data.test,
+            whole.schema,
+            data.weights,
+            null_values=data.null_values,
+            missing=data.missing,
+        )
+        return Data(whole, test_file)
+    share = config.holdout
+    if share is None:
+        return Data(whole, None)
+    seed = config.fit.seed
+    train, test = (sources.Split(whole, part, share, seed) for part in ("train", "test"))
+    return Data(train, test)
+
+
+def columns_of(config: Config) -> dict[str, Kind | Column] | None:
+    """The columns named; one whose levels are still to be learned is known by its kind alone."""
+    specs = config.column_specs()
+    if specs is None:
+        return None
+    return {
+        name: spec.kind
+        if spec.kind == "categorical" and spec.levels is None
+        else Column(name, spec.kind, tuple(spec.levels or ()), spec.unit)
+        for name, spec in specs.items()
+    }
