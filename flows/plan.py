@@ -32,7 +32,7 @@ class Plan:
     """The projected cost of a fit.
 
     `rows` and `disk` are estimates where the data are not ingested yet (`exact` is false).
-    `least_memory` is what one worker needs. Sizes are in bytes; `passes` is the most there can be.
+    `least_memory` is what one worker needs, `place` where most is written. Sizes are in bytes; `passes` is the most there can be.
     """
 
     rows: int
@@ -48,6 +48,7 @@ class Plan:
     disk: int
     disk_free: int
     exact: bool
+    place: str
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -67,7 +68,7 @@ class Plan:
         return "\n".join(f"{name:<8} {value}" for name, value in lines)
 
     def refuse_if_too_small(self) -> None:
-        """Raise ConfigError where the memory limit or the disk does not suffice."""
+        """Raise ConfigError where the memory limit does not suffice, StorageError for the disk."""
         if self.memory_limit is not None and self.memory > self.memory_limit:
             advice = f"at least compute.memory_limit={math.ceil(self.memory / 2**20)}MiB is needed"
             if self.least_memory < self.memory:
@@ -77,8 +78,8 @@ class Plan:
                 f"that takes {bytes_text(self.memory)}: {advice}"
             )
         if self.disk > self.disk_free:
-            raise ConfigError(
-                f"data.dataset needs about {bytes_text(self.disk)} of disk and there are "
+            raise StorageError(
+                f"{self.place}: takes about {bytes_text(self.disk)} of disk, and there are "
                 f"{bytes_text(self.disk_free)} free: make room, or name another place"
             )
 
@@ -166,6 +167,7 @@ def make_plan(config: Config) -> Plan:
         disk=extent.to_store + kept * state,
         disk_free=_disk_free(config),
         exact=extent.exact,
+        place=config.dataset or "runs",
     )
 
 

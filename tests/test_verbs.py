@@ -137,6 +137,14 @@ def test_a_limit_that_is_too_small_is_refused_with_the_least_that_works(call: Ca
     assert not Path("data").exists()
 
 
+def test_a_disk_that_is_too_small_is_refused(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.plan._disk_free", lambda _: 1000)
+    ran = call("fit", "config.yaml")
+    assert ran.code == 6
+    assert "data/small" in ran.err
+    assert not Path("runs").exists()
+
+
 def test_ingest_twice_is_ingest_once(call: Call) -> None:
     first = call("ingest", "config.yaml", "--json").json
     assert first["rows"] == 600
