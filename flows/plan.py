@@ -32,7 +32,8 @@ class Plan:
     """The projected cost of a fit.
 
     `rows` and `disk` are estimates where the data are not ingested yet (`exact` is false).
-    `least_memory` is what one worker needs, `place` where most is written. Sizes are in bytes; `passes` is the most there can be.
+    `least_memory` is what one worker needs, `place` where most is written. Sizes are in bytes;
+    `passes` is the most there can be.
     """
 
     rows: int
