@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from genstream.learn import FitState, StepInfo
     from genstream.passes import Passes
     from genstream.sources import Source
-    from genstream.story import Params, Story
+    from genstream.story import Story
 
 T = TypeVar("T")
 OnStep = Callable[["FitState", "StepInfo"], None]
@@ -209,27 +209,24 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
             "rows_per_s": pass_rows * steps / max(pass_seconds, 1e-9),
             "bytes_read": pass_rows * data.train.schema.n_features * itemsize * (steps + 1),
             "peak_rss": peak_memory(),
-            "digest": digest(state.params),
+            "digest": state.params.digest(),
         },
     )
 
 
 def peak_memory() -> int:
-    """Most resident memory this process ever had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    """Most resident memory this process ever had, in bytes.
 
-
-def digest(params: Params) -> str:
-    """SHA-256 of all parameters, to the bit."""
-    import numpy as np
-
-    found = hashlib.sha256()
-    for name, _, value in params.leaves():
-        array = np.ascontiguousarray(value)
-        found.update(f"{name} {array.dtype.str} {array.shape};".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()
+    Linux hands `ru_maxrss` of whoever started a process down to it, so there the process's own
+    high-water mark is read instead.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        found = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(found.split()[1]) * 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _reproducibility(config: Config, data: Data) -> dict[str, Any]:
@@ -332,7 +329,7 @@ def publish(run: Run) -> dict[str, Any]:
         "run": run.id,
         "rows": run.stage("fit").get("rows"),
         "data": run.read_json("repro.json").get("data"),
-        "digest": digest(state.params),
+        "digest": state.params.digest(),
         **{key: scores.get(key) for key in ("train", "held_out", "criteria")},
     }
     version = ModelStore(target.model).publish(story, state, record, keep=target.keep)
