@@ -1,28 +1,20 @@
-"""The `genstream` command: results on stdout, all else on stderr, an exit code for every outcome.
+"""The `genstream` command, verb by verb.
 
-Exit codes: 0 done, 1 finished with failed cells or quarantined batches, 2 configuration, 3 data,
-4 conflict with another writer, 5 compute lost, 6 storage, 7 corrupt, 70 a bug, 130 and 143
-interrupted. Everything heavy is imported by the verb that needs it, so that help comes at once.
+Everything heavy is imported by the verb that needs it, so that help comes at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import sys
-import tempfile
-import traceback
-from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from flows.run import STATE, Interrupted, Run, interruptible
+from flows.command import AsJson, ConfigPath, Overrides, RunRef, finish, guarded, put
+from flows.run import Run
 from flows.terminal import table
-from genstream.errors import ConfigError, GenstreamError, StorageError
+from genstream.errors import ConfigError
 
 app = typer.Typer(
     name="genstream",
@@ -33,17 +25,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration (YAML).")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over those of the file."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 ModelRef = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model's folder, or folder@version, or a run.")
-]
-RunRef = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run: its id, a part of it, its folder, or `last`.")
 ]
 Output = Annotated[
     Path | None,
@@ -54,10 +37,6 @@ Unseen = Annotated[
     bool,
     typer.Option("--unseen-as-missing", help="Take levels the model never saw as missing entries."),
 ]
-
-
-def _show(result: dict[str, Any], text: str, as_json: bool) -> None:
-    typer.echo(json.dumps(result, indent=2) if as_json else text)
 
 
 @app.command()
@@ -73,7 +52,7 @@ def init(
 
     columns = write_starter(data, output)
     text = f"wrote {output} with {len(columns)} columns\nnext: genstream plan {output}"
-    _show({"config": str(output), "columns": columns}, text, as_json)
+    put({"config": str(output), "columns": columns}, text, as_json)
 
 
 @app.command()
@@ -84,7 +63,7 @@ def check(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fal
 
     found = check_data(load(config, overrides or ()))
     text = f"{config} is right: {found['n_columns']} columns, {found['n_files']} file(s)"
-    _show({"config": str(config), **found}, text, as_json)
+    put({"config": str(config), **found}, text, as_json)
 
 
 @app.command()
@@ -94,7 +73,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fals
     from flows.plan import make_plan
 
     made = make_plan(load(config, overrides or ()))
-    _show(made.to_json(), made.to_text(), as_json)
+    put(made.to_json(), made.to_text(), as_json)
     made.refuse_if_too_small()
 
 
@@ -112,29 +91,35 @@ def ingest(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
         table(batches, ["name", "rows", "status"])
         + f"\n{report['rows']:,} rows in {report['path']}"
     )
-    _show(report, text, as_json)
+    put(report, text, as_json)
 
 
 @app.command()
 def fit(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Ingest, fit, evaluate, publish and report, as a configuration says."""
-    from flows.stages import begin, run_stages
+    from flows.stages import begin
 
-    _finish(run_stages(begin(config, overrides or ()), quiet=as_json), as_json)
+    _carry_out(begin(config, overrides or ()), as_json)
 
 
 @app.command()
 def resume(run: RunRef, as_json: AsJson = False) -> None:
     """Go on with a run that was interrupted, to the same bits as if it had not been."""
-    from flows.stages import run_stages
-
-    _finish(run_stages(Run.find(run), quiet=as_json), as_json)
+    _carry_out(Run.find(run), as_json)
 
 
-def _finish(run: Run, as_json: bool) -> None:
-    from flows.showing import summary, summary_text
+def _carry_out(run: Run, as_json: bool) -> None:
+    """The stages of a run that are not done yet, through Prefect where the configuration says."""
+    from flows import orchestration, stages
 
-    _show(summary(run), summary_text(run), as_json)
+    mode = run.config.orchestrate
+    if mode == "prefect" or (mode == "auto" and orchestration.configured()):
+        from flows.pipeline import pipeline
+
+        pipeline(str(run.path))
+    else:
+        stages.run_stages(run, quiet=as_json)
+    finish(run, as_json)
 
 
 @app.command()
@@ -195,7 +180,7 @@ def _walk(
         )
     if output is not None:
         text = f"{result['rows']:,} rows, mean log-likelihood {result['mean_loglik']:.6g}: {output}"
-        _show(result, text, as_json)
+        put(result, text, as_json)
 
 
 @app.command()
@@ -217,7 +202,7 @@ def sample(
         model, n_rows, output, seed=seed, with_component=component, overwrite=overwrite
     )
     if output is not None:
-        _show(result, f"{n_rows:,} rows: {output}", as_json)
+        put(result, f"{n_rows:,} rows: {output}", as_json)
 
 
 @app.command()
@@ -237,7 +222,7 @@ def runs(as_json: AsJson = False) -> None:
             }
         )
     text = table(lines, ["run", "status", "steps", "held-out", "reason"]) if lines else "no runs"
-    _show({"runs": lines}, text, as_json)
+    put({"runs": lines}, text, as_json)
 
 
 @app.command()
@@ -248,7 +233,7 @@ def show(
     from flows.showing import show_anything
 
     result, text = show_anything(what)
-    _show(result, text, as_json)
+    put(result, text, as_json)
 
 
 @app.command()
@@ -257,7 +242,7 @@ def report(run: RunRef, as_json: AsJson = False) -> None:
     from flows import stages
 
     written = stages.report(Run.find(run))
-    _show(written, written["path"], as_json)
+    put(written, written["path"], as_json)
 
 
 @app.command()
@@ -275,93 +260,12 @@ def doctor(as_json: AsJson = False) -> None:
 
     found = examine()
     text = "\n".join(f"{name:<16} {value}" for name, value in found.items())
-    _show(found, text, as_json)
+    put(found, text, as_json)
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
     guarded(app)
-
-
-def guarded(command: Callable[[], object]) -> None:
-    """Call `command`; exit with the code of whatever error it raises, after one line about it."""
-    wants_json = "--json" in sys.argv[1:]
-    try:
-        with interruptible():
-            command()
-    except (Interrupted, KeyboardInterrupt) as error:
-        code = error.exit_code if isinstance(error, Interrupted) else 130
-        message = (str(error) or "interrupted") + _how_to_go_on()
-    except Exception as error:  # noqa: BLE001 - the last place where an error can be explained
-        code, message = explain(error)
-    else:
-        return
-    if wants_json:
-        typer.echo(json.dumps({"error": message, "exit_code": code}))
-    else:
-        typer.echo(f"error: {message}", err=True)
-    sys.exit(code)
-
-
-def _how_to_go_on() -> str:
-    with contextlib.suppress(GenstreamError, OSError, KeyError):
-        runs = Run.all()
-        mine = runs and runs[-1].info()["process"]["pid"] == os.getpid()
-        if mine and runs[-1].status in ("interrupted", "running"):
-            return f": `genstream resume {runs[-1].id}` goes on"
-    return ""
-
-
-def run_config(flow: Callable[[str], object]) -> None:
-    """The command line of a flow's module: make a run of a configuration and call the flow."""
-
-    def command(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-        from flows.stages import begin
-
-        run = begin(config, overrides or ())
-        flow(str(run.path))
-        _finish(run, as_json)
-
-    _single(command)
-
-
-def run_existing(flow: Callable[[str], object]) -> None:
-    """The command line of a flow's module that takes a run which is there already."""
-
-    def command(run: RunRef, as_json: AsJson = False) -> None:
-        found = Run.find(run)
-        flow(str(found.path))
-        _finish(found, as_json)
-
-    _single(command)
-
-
-def _single(command: Callable[..., None]) -> None:
-    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    alone.command()(command)
-    guarded(alone)
-
-
-def explain(error: Exception) -> tuple[int, str]:
-    """Exit code and message of an error; the traceback of a bug is written to a file."""
-    if isinstance(error, GenstreamError):
-        return error.exit_code, str(error)
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return StorageError.exit_code, f"{where}{error.strerror}"
-    if isinstance(error, MemoryError):
-        return 5, "out of memory: set compute.memory_limit, or use fewer compute.workers"
-    text = "".join(traceback.format_exception(error))
-    name = f"crash-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.log"
-    path = STATE / name
-    try:
-        STATE.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError:
-        path = Path(tempfile.gettempdir()) / name
-        path.write_text(text, encoding="utf-8")
-    first = " ".join(f"{type(error).__name__}: {error}".split())
-    return 70, f"a bug in genstream ({first[:200]}); the traceback is in {path}"
 
 
 if __name__ == "__main__":

@@ -63,6 +63,6 @@ def main_flow(run: str) -> None:
 
 
 if __name__ == "__main__":
-    from flows.cli import run_existing
+    from flows.command import run_existing
 
     run_existing(main_flow)

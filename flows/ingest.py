@@ -42,6 +42,6 @@ def main_flow(run: str) -> None:
 
 
 if __name__ == "__main__":
-    from flows.cli import run_config
+    from flows.command import run_config
 
     run_config(main_flow)

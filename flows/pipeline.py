@@ -35,6 +35,6 @@ def pipeline(run: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from flows.cli import run_config
+    from flows.command import run_config
 
     run_config(pipeline)

@@ -434,15 +434,7 @@ def ingest(run: Run, *, quiet: bool = False) -> dict[str, Any]:
 
 
 def run_stages(run: Run, *, quiet: bool = False) -> Run:
-    """All stages of a run that are not done yet, through Prefect where the configuration says."""
-    from flows import orchestration
-
-    mode = run.config.orchestrate
-    if mode == "prefect" or (mode == "auto" and orchestration.configured()):
-        from flows.pipeline import pipeline
-
-        pipeline(str(run.path))
-        return run
+    """All stages of a run that are not done yet, in this process."""
     with run.working():
         walk(run, quiet=quiet)
     return run

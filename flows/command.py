@@ -1,0 +1,127 @@
+"""How every command begins and ends: its arguments, its result, its exit code.
+
+Results go to stdout, all else to stderr. Exit codes: 0 done, 1 finished with failed cells or
+quarantined batches, 2 configuration, 3 data, 4 conflict with another writer, 5 compute lost,
+6 storage, 7 corrupt, 70 a bug, 130 and 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.run import STATE, Interrupted, Run, interruptible
+from genstream.errors import GenstreamError, StorageError
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over those of the file."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+RunRef = Annotated[
+    str, typer.Argument(metavar="RUN", help="A run: its id, a part of it, its folder, or `last`.")
+]
+
+
+def put(result: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print a result: as JSON, or as text for people."""
+    typer.echo(json.dumps(result, indent=2) if as_json else text)
+
+
+def finish(run: Run, as_json: bool) -> None:
+    """Print what a run found."""
+    from flows.showing import summary, summary_text
+
+    put(summary(run), summary_text(run), as_json)
+
+
+def guarded(command: Callable[[], object]) -> None:
+    """Call `command`; exit with the code of whatever error it raises, after one line about it."""
+    wants_json = "--json" in sys.argv[1:]
+    try:
+        with interruptible():
+            command()
+    except (Interrupted, KeyboardInterrupt) as error:
+        code = error.exit_code if isinstance(error, Interrupted) else 130
+        message = (str(error) or "interrupted") + _how_to_go_on()
+    except Exception as error:  # noqa: BLE001 - the last place where an error can be explained
+        code, message = explain(error)
+    else:
+        return
+    if wants_json:
+        typer.echo(json.dumps({"error": message, "exit_code": code}))
+    else:
+        typer.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def _how_to_go_on() -> str:
+    with contextlib.suppress(GenstreamError, OSError, KeyError):
+        runs = Run.all()
+        mine = runs and runs[-1].info()["process"]["pid"] == os.getpid()
+        if mine and runs[-1].status in ("interrupted", "running"):
+            return f": `genstream resume {runs[-1].id}` goes on"
+    return ""
+
+
+def run_config(flow: Callable[[str], object]) -> None:
+    """The command line of a flow's module: make a run of a configuration and call the flow."""
+
+    def command(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+        from flows.stages import begin
+
+        run = begin(config, overrides or ())
+        flow(str(run.path))
+        finish(run, as_json)
+
+    _single(command)
+
+
+def run_existing(flow: Callable[[str], object]) -> None:
+    """The command line of a flow's module that takes a run which is there already."""
+
+    def command(run: RunRef, as_json: AsJson = False) -> None:
+        found = Run.find(run)
+        flow(str(found.path))
+        finish(found, as_json)
+
+    _single(command)
+
+
+def _single(command: Callable[..., None]) -> None:
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    alone.command()(command)
+    guarded(alone)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Exit code and message of an error; the traceback of a bug is written to a file."""
+    if isinstance(error, GenstreamError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return StorageError.exit_code, f"{where}{error.strerror}"
+    if isinstance(error, MemoryError):
+        return 5, "out of memory: set compute.memory_limit, or use fewer compute.workers"
+    text = "".join(traceback.format_exception(error))
+    name = f"crash-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.log"
+    path = STATE / name
+    try:
+        STATE.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError:
+        path = Path(tempfile.gettempdir()) / name
+        path.write_text(text, encoding="utf-8")
+    first = " ".join(f"{type(error).__name__}: {error}".split())
+    return 70, f"a bug in genstream ({first[:200]}); the traceback is in {path}"
