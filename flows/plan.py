@@ -92,7 +92,6 @@ class Extent:
     schema: Schema
     rows: int
     chunks: int
-    chunk_rows: int
     chunk_nbytes: int
     itemsize: int
     to_store: int
@@ -102,18 +101,16 @@ class Extent:
 def project_memory(config: Config, story: Story, extent: Extent) -> int:
     """Peak resident memory of the process that fits, in bytes.
 
-    It is what is imported, and the larger of two: the passes, in which each worker has chunks in
-    its hands, the responsibilities of an evaluation and its statistics, beside the statistics
-    merged along the tree; and the start, which takes the row sample with its temporaries.
+    It is what is imported, and the larger of two: the passes, in which each worker has chunks and
+    statistics in its hands, beside the statistics merged along the tree; and the start, which
+    takes the row sample with its temporaries.
     """
-    from genstream.evaluate import MAX_RESPONSIBILITIES
     from genstream.start import SAMPLE_BYTES
 
     workers = n_workers(config)
     k, d = story.n_components, story.schema.n_features
     params = 8 * (story.n_parameters + k * d)
-    responsibilities = 8 * min(MAX_RESPONSIBILITIES, extent.chunk_rows * k)
-    a_worker = WORKER_NBYTES + CHUNKS_HELD * extent.chunk_nbytes + 2 * responsibilities + 2 * params
+    a_worker = WORKER_NBYTES + CHUNKS_HELD * extent.chunk_nbytes + 2 * params
     sample = min(extent.rows, config.fit.sample_rows, max(1000, SAMPLE_BYTES // (9 * d)))
     start = sample * (3 * 9 * d + 3 * 8 * k)
     tree = params * (2 + extent.chunks.bit_length())
@@ -182,7 +179,6 @@ def _extent(config: Config) -> Extent:
             data.train.schema,
             sum(data.train.chunk_rows),
             len(data.train.chunk_rows),
-            max(data.train.chunk_rows),
             max(part.chunk_nbytes for part in sizes),
             itemsize,
             0,
@@ -211,7 +207,6 @@ def _extent(config: Config) -> Extent:
         schema,
         fitted,
         math.ceil(rows / max(chunk_rows, 1)),
-        chunk_rows,
         chunk_rows * d * (itemsize + 1),
         itemsize,
         rows * d * itemsize,

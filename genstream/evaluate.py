@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import entr
 
 from genstream.errors import DataError
 from genstream.learn import Passes
@@ -25,8 +24,7 @@ from genstream.story import Params, Story
 Array = NDArray[np.float64]
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-# Responsibilities held at once while scoring, and numbers held at once in a sample of rows.
-MAX_RESPONSIBILITIES = 1 << 22
+# Numbers held at once in a sample of rows.
 MAX_SAMPLE_NUMBERS = 1 << 23
 MAX_BINS = 40
 # Column pairs a predictive check lists: those whose correlation is furthest off.
@@ -110,13 +108,7 @@ class ScoreRows:
 
     def __call__(self, _: int, rows: Rows) -> ScoreSums:
         """The sums of one chunk, whatever its number."""
-        step = max(1024, MAX_RESPONSIBILITIES // self.story.n_components)
-        log_p, entropy = np.zeros(rows.n_rows), np.zeros(rows.n_rows)
-        for start in range(0, rows.n_rows, step):
-            piece = slice(start, start + step)
-            posterior = self.story.infer(self.params, rows[piece])
-            log_p[piece] = posterior.log_prob
-            entropy[piece] = entr(posterior.responsibilities).sum(axis=1)
+        log_p, entropy = self.story.score(self.params, rows)
         weights = rows.row_weights
         missing = ~rows.is_observed
         seen = ~np.all(missing, axis=1)

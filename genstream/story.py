@@ -266,6 +266,20 @@ class Story:
         return Posterior(responsibilities, log_prob)
 
     @np.errstate(over="ignore", invalid="ignore")
+    def score(self, params: Params, rows: Rows) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(n,) `log p(x)` and (n,) the entropy of `p(k | x)`, in nats, block by block.
+
+        Nothing of size n x K is held. A row with nothing observed has `log p(x)` 0 and the entropy
+        of the mixing weights.
+        """
+        log_prob = np.zeros(rows.n_rows)
+        weights = params.weights[params.weights > 0]
+        entropy = np.full(rows.n_rows, -float(weights @ np.log(weights)))
+        for index, block, value in self._posterior_blocks(params, rows):
+            log_prob[index] = value
+            entropy[index] = -(block * np.log(block)).sum(axis=0, dtype=np.float64)
+        return log_prob, entropy
+
     def log_prob(self, params: Params, rows: Rows) -> NDArray[np.float64]:
         """(n,) `log p(x)` in nats, in data units; only the observed entries of a row count."""
         log_prob = np.zeros(rows.n_rows)

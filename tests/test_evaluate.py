@@ -178,14 +178,17 @@ def test_work_of_the_pass_can_be_pickled() -> None:
     assert again(0, rows).sum_wl == work(0, rows).sum_wl
 
 
-def test_long_chunks_of_many_components_are_scored_in_pieces(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    story, params = plane()
-    rows = Rows.of(drawn(story, params, 3000))
-    whole = held_out(story, params, Resident(rows))
-    monkeypatch.setattr("genstream.evaluate.MAX_RESPONSIBILITIES", 1)
-    assert held_out(story, params, Resident(rows)).loglik == pytest.approx(whole.loglik, rel=1e-12)
+def test_scores_are_those_of_the_posterior() -> None:
+    story, params = mixed()
+    values = drawn(story, params, 3000)
+    values[np.random.default_rng(0).random(values.shape) < 0.3] = np.nan
+    values[:5] = np.nan
+    rows = Rows.of(values)
+    log_prob, entropy = story.score(params, rows)
+    posterior = story.infer(params, rows)
+    np.testing.assert_array_equal(log_prob, posterior.log_prob)
+    r = posterior.responsibilities
+    np.testing.assert_allclose(entropy, -np.where(r > 0, r * np.log(r), 0).sum(axis=1), atol=1e-12)
 
 
 def test_nothing_to_score_is_an_error() -> None:
