@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BatchEM": "learn",
+    "OnlineEM": "online",
     "Column": "schema",
     "Schema": "schema",
     "Rows": "rows",
