@@ -280,6 +280,7 @@ class Story:
             entropy[index] = -(block * np.log(block)).sum(axis=0, dtype=np.float64)
         return log_prob, entropy
 
+    @np.errstate(over="ignore", invalid="ignore")
     def log_prob(self, params: Params, rows: Rows) -> NDArray[np.float64]:
         """(n,) `log p(x)` in nats, in data units; only the observed entries of a row count."""
         log_prob = np.zeros(rows.n_rows)
