@@ -18,7 +18,6 @@ from genstream.errors import ConfigError
 
 app = typer.Typer(
     name="genstream",
-    help="Latent-variable models learned out of core: fit, resume, score, assign, sample.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,6 +36,23 @@ Unseen = Annotated[
     bool,
     typer.Option("--unseen-as-missing", help="Take levels the model never saw as missing entries."),
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from genstream import __version__
+
+        typer.echo(f"genstream {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def genstream(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Generative models learned out of core: fit, resume, score, assign, sample."""
 
 
 @app.command()
@@ -217,7 +233,7 @@ def runs(as_json: AsJson = False) -> None:
                 "run": run.id,
                 "status": run.status,
                 "steps": stages.get("fit", {}).get("steps"),
-                "held-out": stages.get("evaluate", {}).get("held_out", {}).get("mean_loglik"),
+                "held-out": (stages.get("evaluate", {}).get("held_out") or {}).get("mean_loglik"),
                 "reason": info["reason"],
             }
         )

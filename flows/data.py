@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
 
 OnRows = Callable[[int], None]
 
+log = logging.getLogger("genstream")
+
 
 def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]:
     """Bring the source into the dataset; what is there already is left as it is.
 
-    Returns the dataset's path, the manifest that holds the data, its rows, and every batch looked
-    at. Raises ConfigError where no dataset is named, and DataError where the data are not right.
+    Returns the dataset's path, the manifest that holds the data, its rows, every batch looked at,
+    and as `rows_before` the rows of other batches. Raises ConfigError where no dataset is named,
+    and DataError where the data are not right.
     """
     from genstream.store import Dataset, ingest
 
@@ -54,9 +58,20 @@ def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]
             on_progress=on_rows,
         ).to_json()
     dataset = Dataset.open(path, found["manifest"])
+    now = {batch["id"] for batch in found["batches"]}
+    others = [batch for batch in dataset.batches if batch.id not in now]
+    if others:
+        log.warning(
+            "%s also holds %s rows of batches brought in before (%s): all are fitted; name another "
+            "data.dataset to fit the source alone",
+            path,
+            f"{sum(batch.n_rows for batch in others):,}",
+            ", ".join(sorted({batch.name for batch in others})[:5]),
+        )
     return {
         **found,
         "path": path,
+        "rows_before": sum(batch.n_rows for batch in others),
         "rows": dataset.n_rows,
         "seconds": round(time.monotonic() - begin, 3),
     }

@@ -6,12 +6,13 @@ its database in the project's own state folder, sends no telemetry and prints no
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
 
 from flows.run import STATE
-from genstream.errors import StorageError
+from genstream.errors import ComputeError, StorageError
 
 _SETTINGS = {
     "DO_NOT_TRACK": "1",
@@ -32,16 +33,55 @@ def configured() -> bool:
 
 
 def prepare() -> None:
-    """Set what Prefect reads when it is imported; what the user has set stays."""
+    """Set what Prefect reads when it is imported; what the user has set stays.
+
+    Raises StorageError where Prefect's state cannot be kept, ComputeError where the server that the
+    user names does not answer.
+    """
     for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)
-    if not configured():
-        home = Path(os.environ.setdefault("PREFECT_HOME", str((STATE / "prefect").resolve())))
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            message = f"{home}: Prefect's state cannot be kept here: {error.strerror}"
-            raise StorageError(message) from None
+    if configured():
+        _reach(os.environ["PREFECT_API_URL"])
+        state = (STATE / "prefect").resolve()
+        os.environ.setdefault("PREFECT_LOCAL_STORAGE_PATH", str(state / "storage"))
+        return
+    home = Path(os.environ.setdefault("PREFECT_HOME", str((STATE / "prefect").resolve())))
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{home}: Prefect's state cannot be kept here: {error.strerror}"
+        raise StorageError(message) from None
+    _end_orphans(home)
+
+
+def _reach(url: str) -> None:
+    """Raise ComputeError where no Prefect server answers at `url`."""
+    import httpx
+
+    try:
+        httpx.get(f"{url.rstrip('/')}/health", timeout=10.0)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ComputeError(
+            f"PREFECT_API_URL: no Prefect server answers at {url} ({error}): start one, unset the "
+            "variable, or say orchestrate=none"
+        ) from None
+
+
+def _end_orphans(home: Path) -> None:
+    """End embedded servers of this state folder whose process was killed and left them behind."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        first = " ".join(psutil.Process(1).cmdline())
+        if "flows" in first or "genstream" in first:
+            return  # the first process of a container: its own server looks like an orphan
+    for process in psutil.process_iter(["ppid", "cmdline"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if process.info["ppid"] != 1 or "prefect.server" not in line:
+            continue
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("PREFECT_HOME") == str(home):
+                process.terminate()
 
 
 def artifact_key(run: str, what: str) -> str:

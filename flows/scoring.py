@@ -56,6 +56,8 @@ def score_rows(
     not fit the model's columns, naming row, column and level.
     """
     story, params = load_model(model)
+    if output is not None and output.exists() and Path(data).exists() and output.samefile(data):
+        raise ConfigError(f"{output} is what is read: name another file to write to")
     rows_done, total = 0, 0.0
     counted = 0
     with one_blas_thread(), _sink(output, overwrite) as write:

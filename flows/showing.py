@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,9 @@ def summary_text(run: Run) -> str:
     if run.status in ("failed", "interrupted"):
         lines.append(("status", f"{run.status} {run.info()['reason']}".strip()))
     if ingested:
-        lines.append(("data", f"{ingested['rows']:,} rows in {ingested['path']}"))
+        before = ingested.get("rows_before", 0)
+        beside = f", {before:,} of them of batches brought in before" if before else ""
+        lines.append(("data", f"{ingested['rows']:,} rows in {ingested['path']}{beside}"))
     if fitted:
         speed = f"{fitted['rows_per_s']:,.0f} rows/s, {bytes_text(fitted['bytes_read'])} read"
         what = f"{fitted['outcome']} after {fitted['steps']} passes over {fitted['rows']:,} rows"
@@ -54,8 +57,8 @@ def summary_text(run: Run) -> str:
     text = "\n".join(f"{name:<9} {value}" for name, value in lines)
     if not scores:
         return text
-    target = published.get("model") or run.id
-    source = config.paths[0] if config.paths else config.dataset
+    target = shlex.quote(published.get("model") or run.id)
+    source = shlex.quote(str(config.paths[0] if config.paths else config.dataset))
     following = [
         (f"genstream sample {target} -n 10", "draw rows"),
         (f"genstream assign {target} {source} -o assigned.parquet", "assign rows to components"),

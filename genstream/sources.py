@@ -6,6 +6,7 @@ and reads any chunk by its number, in any order and from any thread, holding one
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,6 +69,23 @@ class Source(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """What was read, as JSON: kind, place, rows, chunks and, where known, a digest."""
+
+
+def fingerprint(path: str | Path) -> str:
+    """Digest of the names, sizes and times of change of a file, or of all files below a folder.
+
+    It tells that data changed without reading them. Empty for what is not a local path.
+    """
+    place = Path(path)
+    if "://" in str(path) or not place.exists():
+        return ""
+    sha = hashlib.sha256()
+    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if file.is_file():
+            found = file.stat()
+            name = file.relative_to(place).as_posix()
+            sha.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return sha.hexdigest()
 
 
 def n_rows(source: Source) -> int:
@@ -148,6 +166,7 @@ class ArraySource:
             "n_chunks": len(self.chunk_rows),
             "columns": list(self.schema.names),
             "dtype": str(self.dtype),
+            "fingerprint": fingerprint(self.name),
         }
 
     def _take(self, first: int, last: int) -> Array:

@@ -46,6 +46,7 @@ from genstream.sources import (
     Piece,
     Source,
     ZarrSource,
+    fingerprint,
 )
 
 __all__ = [
@@ -657,7 +658,11 @@ class TableSource(ArraySource):
 
     def identity(self) -> dict[str, Any]:
         """As for every array, with the files."""
-        return super().identity() | {"files": [table.place for table in self._tables]}
+        files = [table.place for table in self._tables]
+        return super().identity() | {
+            "files": files,
+            "fingerprint": [fingerprint(place) for place in files],
+        }
 
 
 class Concatenated:

@@ -225,3 +225,16 @@ def test_memory_stays_below_what_was_planned(folder: Path, components: int) -> N
     )
     peak = json.loads(ran.stdout)["stages"]["evaluate"]["peak_rss"]
     assert plan.memory / 4 < peak < plan.memory
+
+
+def test_data_in_place_that_changed_are_noticed(folder: Path) -> None:
+    run = start("fit.max_steps=4", "report=false")
+    stages.fit(run)
+    rows = np.load("rows.npy")
+    rows[:100] += 5.0
+    np.save("rows.npy", rows)
+    info = run.info()
+    info["stages"].pop("fit")
+    (run.path / "run.json").write_text(json.dumps(info))
+    with pytest.raises(DataError, match="no longer those the run began with"):
+        stages.run_stages(run)

@@ -272,6 +272,40 @@ def test_outputs_are_not_overwritten_unasked(fitted: Call) -> None:
     assert not list(Path().glob("*o.zarr*"))
 
 
+def test_an_output_never_replaces_its_input(fitted: Call) -> None:
+    before = Path("rows.csv").read_bytes()
+    ran = fitted("score", "models/small", "rows.csv", "-o", "rows.csv", "--overwrite")
+    assert ran.code == 2
+    assert "rows.csv is what is read" in ran.err
+    assert Path("rows.csv").read_bytes() == before
+
+
+def test_rows_of_other_batches_are_told(fitted: Call) -> None:
+    write_rows("rows.csv", n=200, seed=9)
+    ran = fitted("fit", "config.yaml")
+    assert ran.code == 0
+    assert "800 rows in data/small, 600 of them of batches brought in before" in ran.out
+
+
+def test_runs_without_held_out_rows_are_listed(call: Call) -> None:
+    write_rows("rows.csv", n=60)
+    assert call("fit", "config.yaml", "data.holdout=null").code == 0
+    ran = call("runs")
+    assert ran.code == 0
+    assert "done" in ran.out
+
+
+def test_a_prefect_server_that_is_not_there(fitted: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    ran = fitted("fit", "config.yaml", "orchestrate=auto")
+    assert ran.code == 5
+    assert "no Prefect server answers at http://127.0.0.1:9/api" in ran.err
+
+
+def test_version(call: Call) -> None:
+    assert call("--version").out.startswith("genstream 0.")
+
+
 def test_init_writes_what_can_be_fitted(call: Call) -> None:
     ran = call("init", "rows.csv", "-o", "mine.yaml", "--json")
     assert {c["name"]: c["kind"] for c in ran.json["columns"]} == {

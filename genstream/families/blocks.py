@@ -28,7 +28,8 @@ MAX_ROUNDING = 1e-3
 UNSEEN = 1e-16
 # A column of less deviation counts as constant: its square would soon vanish in arithmetic.
 NARROWEST = 1e-120
-BLOCK_BYTES = 1 << 21
+# Larger than one core's own cache: shorter blocks make threads wait for the interpreter's lock.
+BLOCK_BYTES = 1 << 23
 MIN_BLOCK, MAX_BLOCK = 256, 4096
 
 
@@ -156,7 +157,7 @@ def moments(rows: Rows) -> tuple[Array, Array, Array]:
 
 
 def block_rows(n_lanes: int, itemsize: int) -> int:
-    """Rows in a block, so that `n_lanes` numbers a row stay in a core's own cache."""
+    """Rows in a block, so that `n_lanes` numbers a row stay within the last cache."""
     rows = BLOCK_BYTES // max(1, n_lanes * itemsize)
     return int(np.clip(1 << max(0, rows.bit_length() - 1), MIN_BLOCK, MAX_BLOCK))
 
