@@ -130,6 +130,7 @@ def _carry_out(run: Run, as_json: bool) -> None:
 
     mode = run.config.orchestrate
     if mode == "prefect" or (mode == "auto" and orchestration.configured()):
+        orchestration.reach()
         from flows.pipeline import pipeline
 
         pipeline(str(run.path))

@@ -79,8 +79,10 @@ def run_config(flow: Callable[[str], object]) -> None:
     """The command line of a flow's module: make a run of a configuration and call the flow."""
 
     def command(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+        from flows import orchestration
         from flows.stages import begin
 
+        orchestration.reach()
         run = begin(config, overrides or ())
         flow(str(run.path))
         finish(run, as_json)
@@ -92,7 +94,10 @@ def run_existing(flow: Callable[[str], object]) -> None:
     """The command line of a flow's module that takes a run which is there already."""
 
     def command(run: RunRef, as_json: AsJson = False) -> None:
+        from flows import orchestration
+
         found = Run.find(run)
+        orchestration.reach()
         flow(str(found.path))
         finish(found, as_json)
 

@@ -35,13 +35,11 @@ def configured() -> bool:
 def prepare() -> None:
     """Set what Prefect reads when it is imported; what the user has set stays.
 
-    Raises StorageError where Prefect's state cannot be kept, ComputeError where the server that the
-    user names does not answer.
+    Raises StorageError where Prefect's state cannot be kept.
     """
     for key, value in _SETTINGS.items():
         os.environ.setdefault(key, value)
     if configured():
-        _reach(os.environ["PREFECT_API_URL"])
         state = (STATE / "prefect").resolve()
         os.environ.setdefault("PREFECT_LOCAL_STORAGE_PATH", str(state / "storage"))
         return
@@ -54,10 +52,13 @@ def prepare() -> None:
     _end_orphans(home)
 
 
-def _reach(url: str) -> None:
-    """Raise ComputeError where no Prefect server answers at `url`."""
+def reach() -> None:
+    """Raise ComputeError where the server that `PREFECT_API_URL` names does not answer."""
     import httpx
 
+    if not configured():
+        return
+    url = os.environ["PREFECT_API_URL"]
     try:
         httpx.get(f"{url.rstrip('/')}/health", timeout=10.0)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
