@@ -30,7 +30,10 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 RunRef = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run: its id, a part of it, its folder, or `last`.")
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run: its id, how that begins or ends, its folder, or `last`."
+    ),
 ]
 
 
