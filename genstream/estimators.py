@@ -148,8 +148,20 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         tags.input_tags.allow_nan = True
         return tags
 
-    def _make_story(self, schema: Schema) -> Story:
+    @property
+    def _covariance(self) -> str | None:
+        """The form of covariance, which the faces name differently."""
         raise NotImplementedError
+
+    def _make_story(self, schema: Schema) -> Story:
+        return mixture(
+            schema,
+            self.n_components,
+            covariance=self._covariance,
+            prior=self.prior,
+            reg_covar=self.reg_covar,
+            dtype=self.dtype,
+        )
 
     def _describe(self, found: Schema) -> Schema:
         """What the columns of an array are, of which only the names were found."""
@@ -620,15 +632,9 @@ class GaussianMixture(MixtureEstimator):
                     f"{', '.join(allowed)}. Got {value!r} instead."
                 )
 
-    def _make_story(self, schema: Schema) -> Story:
-        return mixture(
-            schema,
-            self.n_components,
-            covariance=self.covariance_type,
-            prior=self.prior,
-            reg_covar=self.reg_covar,
-            dtype=self.dtype,
-        )
+    @property
+    def _covariance(self) -> str | None:
+        return self.covariance_type
 
     def _story(self) -> Story:
         # Parameters set by hand make a model too, as they do in scikit-learn.
@@ -867,15 +873,9 @@ state_, trace_, outcome_, warnings_
         self.scheduler = scheduler
         self.workers = workers
 
-    def _make_story(self, schema: Schema) -> Story:
-        return mixture(
-            schema,
-            self.n_components,
-            covariance=self.covariance,
-            prior=self.prior,
-            reg_covar=self.reg_covar,
-            dtype=self.dtype,
-        )
+    @property
+    def _covariance(self) -> str | None:
+        return self.covariance
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
