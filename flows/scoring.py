@@ -136,7 +136,8 @@ def load_model(reference: str) -> tuple[Story, Params]:
 
     Raises ConfigError where there is none.
     """
-    from genstream.store import ModelStore, load_checkpoint
+    from genstream.models import ModelStore
+    from genstream.store import load_checkpoint
 
     folder, _, version = reference.rpartition("@") if "@" in reference else (reference, "", "")
     if version and not version.isdigit():

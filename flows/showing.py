@@ -144,7 +144,7 @@ def _listed(levels: list[str], most: int = 12) -> str:
 
 def _model(reference: str) -> tuple[dict[str, Any], str]:
     from flows.scoring import load_model
-    from genstream.store import ModelStore
+    from genstream.models import ModelStore
 
     story, params = load_model(reference)
     store = ModelStore(reference.partition("@")[0])

@@ -322,7 +322,7 @@ def publish(run: Run) -> dict[str, Any]:
     target = run.config.publish
     if target is None:
         return {}
-    from genstream.store import ModelStore
+    from genstream.models import ModelStore
 
     story, state = _fitted(run)
     scores = run.stage("evaluate")

@@ -26,7 +26,7 @@ _HOME = {
     "open_source": "tables",
     "GaussianMixture": "estimators",
     "Mixture": "estimators",
-    "load": "store",
+    "load": "models",
 }
 
 __all__ = sorted(_HOME)

@@ -12,13 +12,14 @@ Everything goes through the few operations of `Storage`, so that another backend
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,9 @@ from genstream.errors import ConflictError, CorruptError, StorageError
 
 FORMAT = 1
 RETRIES = 8
+# Ledger entries that a manifest itself holds; older ones move to pages of their own, so that a
+# commit does not grow with history.
+PAGE = 256
 
 
 class Storage(Protocol):
@@ -474,6 +478,39 @@ def _check_format(place: str, value: Mapping[str, Any]) -> None:
             f"{place}: is stored in format {value.get('format')}, this version reads format "
             f"{FORMAT}: use a newer genstream"
         )
+
+
+def grow_ledger(
+    storage: Storage, content: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The `pages` and `batches` of a manifest's content with further entries at the end.
+
+    Full pages are written as pieces here, before the commit that names them.
+    """
+    held = [*content.get("batches", ()), *entries]
+    pages = list(content.get("pages", ()))
+    while len(held) >= 2 * PAGE:
+        page = PieceWriter(storage, "ledger")
+        pages.append(page.seal({"batches": held[:PAGE]}).to_json())
+        held = held[PAGE:]
+    return {"pages": pages, "batches": held}
+
+
+def read_ledger(storage: Storage, content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The entries of a manifest's ledger, oldest first, from its pages and itself."""
+    for page in content.get("pages", ()):
+        yield from _page(storage, PieceRef.from_json(page))
+    yield from content.get("batches", ())
+
+
+def forget_ledgers() -> None:
+    """Read pages anew from now on, as a check of their bytes must."""
+    _page.cache_clear()
+
+
+@functools.lru_cache(maxsize=64)
+def _page(storage: Storage, ref: PieceRef) -> tuple[dict[str, Any], ...]:
+    return tuple(Piece(storage, ref).content["batches"])
 
 
 def collect(storage: Storage, named: set[str], folder: str, *, older_than: float) -> int:

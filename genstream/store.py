@@ -1,8 +1,8 @@
-"""Datasets and models at rest: immutable pieces under numbered manifests.
+"""Datasets and states at rest: immutable pieces under numbered manifests.
 
-A dataset is a ledger of batches, each of which names the segments that hold its rows. A model is a
-list of versions, one of them the champion, each of which names a state. Both change by commits
-only, as `genstream.manifests` says, and a reader sees all of a commit or nothing of it.
+A dataset is a ledger of batches, each of which names the segments that hold its rows. It changes by
+commits only, as `genstream.manifests` says, and a reader sees all of a commit or nothing of it.
+Models, which are states with versions, are `genstream.models`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,11 @@ from genstream.manifests import (
     Manifests,
     Piece,
     PieceRef,
-    PieceWriter,
     Storage,
     collect,
+    forget_ledgers,
+    grow_ledger,
+    read_ledger,
 )
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
@@ -44,11 +46,10 @@ from genstream.segments import DType, Ids, Segment, SegmentWriter, read_record, 
 from genstream.sources import Piece as RowPiece
 from genstream.story import Story
 
-# Ledger entries that a manifest itself holds; older ones move to pages of their own, so that a
-# commit does not grow with history.
-PAGE = 256
 # Times a file is encoded, where other writers add levels of their own at the same time.
 ATTEMPTS = 4
+# Where a model keeps its pieces: states, pages of its ledger, rows held out, references.
+MODEL_FOLDERS = ("states", "ledger", "held", "references")
 # Pieces that nothing names are kept this long, in s: they may belong to a commit under way.
 GRACE = 24 * 3600.0
 
@@ -112,7 +113,7 @@ class Dataset:
     @cached_property
     def batches(self) -> tuple[Batch, ...]:
         """The ledger, oldest first."""
-        return tuple(Batch.from_json(b) for b in _ledger(self.storage, self.manifest.content))
+        return tuple(Batch.from_json(b) for b in read_ledger(self.storage, self.manifest.content))
 
     @property
     def n_rows(self) -> int:
@@ -214,7 +215,7 @@ def append_batch(
         # cannot be read to be sure, the pieces stay: `gc` finds out whether anything names them.
         with contextlib.suppress(GenstreamError):
             head = manifests.latest()
-            known = () if head is None else _ledger(storage, head.content)
+            known = () if head is None else read_ledger(storage, head.content)
             if all(entry["id"] != batch.id for entry in known):
                 writer.discard()
         raise
@@ -228,7 +229,7 @@ def _grown(
     storage: Storage, content: dict[str, Any], batch: Batch, columns: Schema
 ) -> dict[str, Any] | None:
     """The content of the next manifest, or None where the batch is there already."""
-    if any(entry["id"] == batch.id for entry in _ledger(storage, content)):
+    if any(entry["id"] == batch.id for entry in read_ledger(storage, content)):
         return None
     if "schema" in content:
         known = Schema.from_json(content["schema"])
@@ -244,13 +245,8 @@ def _grown(
                     f"{storage.name}: another writer added levels meanwhile: run this again"
                 )
             columns = known
-    entries = [*content["batches"], batch.to_json()]
-    pages = list(content["pages"])
-    while len(entries) >= 2 * PAGE:
-        page = PieceWriter(storage, "ledger")
-        pages.append(page.seal({"batches": entries[:PAGE]}).to_json())
-        entries = entries[PAGE:]
-    return {**content, "schema": columns.to_json(), "pages": pages, "batches": entries}
+    ledger = grow_ledger(storage, content, [batch.to_json()])
+    return {**content, "schema": columns.to_json(), **ledger}
 
 
 def _described(schema: Schema) -> str:
@@ -263,17 +259,6 @@ def extends(schema: Schema, known: Schema) -> bool:
         return False
     pairs = zip(schema.columns, known.columns, strict=True)
     return all(new.levels[: len(old.levels)] == old.levels for new, old in pairs)
-
-
-def _ledger(storage: Storage, content: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for page in content["pages"]:
-        yield from _page(storage, PieceRef.from_json(page))
-    yield from content["batches"]
-
-
-@functools.lru_cache(maxsize=64)
-def _page(storage: Storage, ref: PieceRef) -> tuple[dict[str, Any], ...]:
-    return tuple(Piece(storage, ref).content["batches"])
 
 
 class DatasetSource:
@@ -543,7 +528,7 @@ def content_digest(path: str | Path) -> str:
         raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-# --- states and models ---------------------------------------------------------------------------
+# --- states ---------------------------------------------------------------------------
 
 
 def save_checkpoint(path: str | Path, story: Story, state: FitState, *, keep: int = 3) -> int:
@@ -574,139 +559,33 @@ def load_checkpoint(path: str | Path) -> tuple[Story, FitState] | None:
     """
     storage = LocalStorage(Path(path))
     found = Manifests(storage, "checkpoint").latest()
-    return None if found is None else _state(storage, found.content["state"])
+    return None if found is None else read_state(storage, found.content["state"])
 
 
-def _state(storage: Storage, ref: Mapping[str, Any]) -> tuple[Story, FitState]:
+def read_state(storage: Storage, ref: Mapping[str, Any]) -> tuple[Story, FitState]:
+    """Story and state of a piece. Raises CorruptError where it is missing or damaged."""
     dataset, _ = read_record(storage, PieceRef.from_json(ref))
     story = story_of(dataset)
     return story, FitState.from_dataset(dataset, story)
 
 
-@dataclass(frozen=True)
-class Version:
-    """One version of a model: where its state is, and what was found when it was published."""
-
-    number: int
-    time: str
-    state: dict[str, str]
-    record: dict[str, Any]
-
-
-class ModelStore:
-    """Versions of a model in a folder, one of them the champion.
-
-    `publish` and `rollback` are commits; readers see the champion of one manifest.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.storage: Storage = LocalStorage(self.path)
-        self._manifests = Manifests(self.storage, "model")
-
-    def _latest(self) -> Manifest:
-        found = self._manifests.latest()
-        if found is None:
-            raise StorageError(f"{self.path}: no model there: publish one first")
-        return found
-
-    def publish(
-        self, story: Story, state: FitState, record: Mapping[str, Any], *, keep: int = 30
-    ) -> int:
-        """Add a version and make it the champion; the oldest beyond `keep` are dropped.
-
-        `record` is what a user wants to know of it (scores, rows, the run), as JSON. A `run` in it
-        that a version already has makes this a repetition, which changes nothing. Returns the
-        version's number. Raises ConflictError where other writers always committed first.
-        """
-        run = record.get("run")
-        known = self._manifests.latest()
-        if known is not None and run is not None:
-            for entry in known.content["versions"]:
-                if entry["record"].get("run") == run:
-                    return int(entry["number"])
-        ref = write_record(self.storage, "states", state.to_dataset(story), {})
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-
-        def build(head: Manifest | None) -> dict[str, Any]:
-            versions = [] if head is None else list(head.content["versions"])
-            number = max((entry["number"] for entry in versions), default=0) + 1
-            entry = Version(number, now, ref.to_json(), dict(record))
-            return {"versions": [*versions, asdict(entry)][-keep:], "champion": number}
-
-        made = self._manifests.commit(build)
-        assert made is not None
-        named = {entry["state"]["key"] for entry in made.content["versions"]}
-        collect(self.storage, named, "states", older_than=GRACE)
-        return int(made.content["champion"])
-
-    def versions(self) -> tuple[Version, ...]:
-        """All versions, oldest first. Raises StorageError where there is no model."""
-        return tuple(Version(**entry) for entry in self._latest().content["versions"])
-
-    @property
-    def champion(self) -> int:
-        """Number of the version in use. Raises StorageError where there is no model."""
-        return int(self._latest().content["champion"])
-
-    def rollback(self, version: int | None = None) -> int:
-        """Make an older version the champion: the one before it, or the one given.
-
-        Raises ConfigError where there is no such version.
-        """
-
-        def build(head: Manifest | None) -> dict[str, Any]:
-            if head is None:
-                raise StorageError(f"{self.path}: no model there: publish one first")
-            numbers = [entry["number"] for entry in head.content["versions"]]
-            now = head.content["champion"]
-            older = [n for n in numbers if n < now]
-            wanted = version if version is not None else max(older, default=None)
-            if wanted not in numbers:
-                listed = ", ".join(str(n) for n in numbers)
-                raise ConfigError(
-                    f"{self.path}: no version to go back to ({listed} are there, {now} is in use)"
-                )
-            return {**head.content, "champion": wanted}
-
-        made = self._manifests.commit(build)
-        assert made is not None
-        return int(made.content["champion"])
-
-    def load(self, version: int | Literal["champion"] = "champion") -> tuple[Story, FitState]:
-        """Story and state of a version.
-
-        Raises ConfigError where there is no such version, CorruptError where it is damaged.
-        """
-        content = self._latest().content
-        number = content["champion"] if version == "champion" else version
-        for entry in content["versions"]:
-            if entry["number"] == number:
-                return _state(self.storage, entry["state"])
-        listed = ", ".join(str(entry["number"]) for entry in content["versions"])
-        raise ConfigError(f"{self.path}: has no version {version}; it has {listed}")
-
-
-def load(
-    path: str | Path, version: int | Literal["champion"] = "champion"
-) -> tuple[Story, FitState]:
-    """Story and state of a published model; see `ModelStore.load`."""
-    return ModelStore(path).load(version)
-
-
 # --- upkeep --------------------------------------------------------------------------------------
 
 
-def _pieces(storage: Storage, manifest: Manifest) -> Iterator[PieceRef]:
+def pieces_of(storage: Storage, manifest: Manifest) -> Iterator[PieceRef]:
     """The pieces that a manifest of any kind names, in itself or in pages of its ledger."""
     content = manifest.content
     if manifest.kind == "dataset":
         yield from map(PieceRef.from_json, content["pages"])
-        for batch in _ledger(storage, content):
+        for batch in read_ledger(storage, content):
             yield from map(PieceRef.from_json, batch["segments"])
     elif manifest.kind == "model":
         for version in content["versions"]:
             yield PieceRef.from_json(version["state"])
+        yield from map(PieceRef.from_json, content.get("pages", []))
+        yield from (PieceRef.from_json(entry["rows"]) for entry in content.get("held", []))
+        if content.get("reference"):
+            yield PieceRef.from_json(content["reference"])
     else:
         yield PieceRef.from_json(content["state"])
 
@@ -727,9 +606,9 @@ def fsck(path: str | Path) -> tuple[str, ...]:
     CorruptError where the ledger itself is damaged.
     """
     storage, manifest = _newest(path)
-    _page.cache_clear()
+    forget_ledgers()
     problems = []
-    for ref in _pieces(storage, manifest):
+    for ref in pieces_of(storage, manifest):
         try:
             piece = Piece(storage, ref)
         except CorruptError as error:
@@ -755,6 +634,8 @@ def gc(path: str | Path, *, older_than: float = GRACE) -> int:
         # Old manifests go with their states, so those that are left are wanted.
         manifests = Manifests(storage)
         in_use = [manifests.read(number) for number in manifests.numbers()]
-    named = {ref.key for one in in_use for ref in _pieces(storage, one)}
-    folders = ("segments", "ledger") if manifest.kind == "dataset" else ("states",)
+    named = {ref.key for one in in_use for ref in pieces_of(storage, one)}
+    folders = {"dataset": ("segments", "ledger"), "model": MODEL_FOLDERS}.get(
+        manifest.kind, ("states",)
+    )
     return sum(collect(storage, named, folder, older_than=older_than) for folder in folders)

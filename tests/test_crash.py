@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genstream import store
+from genstream import models, store
 from genstream.learn import FitState
 from genstream.manifests import LocalStorage
 from genstream.rows import Rows
@@ -119,21 +119,38 @@ def checkpoint_view(path: Path) -> Any:
 
 
 def publish(run: str) -> Action:
-    return lambda path: store.ModelStore(path).publish(*model(), {"run": run})
+    return lambda path: models.ModelStore(path).publish(*model(), {"run": run})
+
+
+def learn(batch: str) -> Action:
+    def action(path: Path) -> object:
+        shelf = models.ModelStore(path)
+        base = shelf.snapshot()
+        if batch in base.batches:
+            return None
+        event = models.Event(batch, f"{batch}.csv", "learned", n_rows=3)
+        held = Rows.of(np.full((3, 2), float(len(base.batches))))
+        return shelf.commit(base, event, model=model(), held=held, reference={"of": batch})
+
+    return action
 
 
 def rollback(path: Path) -> object:
-    return store.ModelStore(path).rollback(1)
+    return models.ModelStore(path).rollback(1)
 
 
 def model_view(path: Path) -> Any:
     try:
-        models = store.ModelStore(path)
-        champion = models.champion
+        shelf = models.ModelStore(path)
+        champion = shelf.champion
     except store.StorageError:
         return None
-    _, state = models.load()
-    return champion, [v.record["run"] for v in models.versions()], state.params.digest()
+    _, state = shelf.load()
+    runs = [v.record.get("run") for v in shelf.versions()]
+    there = shelf.snapshot()
+    batches = {key: (event.status, event.version) for key, event in there.batches.items()}
+    held = [(key, rows.values.tolist()) for key, rows in there.held()]
+    return champion, runs, batches, held, there.reference(), state.params.digest()
 
 
 CASES: dict[str, tuple[list[Action], Action, Callable[[Path], Any]]] = {
@@ -148,6 +165,8 @@ CASES: dict[str, tuple[list[Action], Action, Callable[[Path], Any]]] = {
     ),
     "first version": ([], publish("a"), model_view),
     "second version": ([publish("a")], publish("b"), model_view),
+    "first learned batch": ([publish("a")], learn("x"), model_view),
+    "second learned batch": ([publish("a"), learn("x")], learn("y"), model_view),
     "rollback": ([publish("a"), publish("b")], rollback, model_view),
 }
 
@@ -171,25 +190,29 @@ def test_death_at_any_operation_leaves_the_old_or_the_new(
 
     calm = prepared("calm")
     old = view(calm)
-    monkeypatch.setattr(store, "LocalStorage", Mortal)
+    for place in (store, models):
+        monkeypatch.setattr(place, "LocalStorage", Mortal)
     monkeypatch.setattr(Mortal, "budget", 10**9)
     monkeypatch.setattr(Mortal, "done", 0)
     action(calm)
     n_operations = Mortal.done
-    monkeypatch.setattr(store, "LocalStorage", LocalStorage)
+    for place in (store, models):
+        monkeypatch.setattr(place, "LocalStorage", LocalStorage)
     new = view(calm)
     assert n_operations > 3
     seen = set()
     for n in range(n_operations):
         path = prepared(str(n))
-        monkeypatch.setattr(store, "LocalStorage", Mortal)
+        for place in (store, models):
+            monkeypatch.setattr(place, "LocalStorage", Mortal)
         monkeypatch.setattr(Mortal, "budget", n)
         monkeypatch.setattr(Mortal, "done", 0)
         monkeypatch.setattr(Mortal, "late", late)
         monkeypatch.setattr(Mortal, "once", once)
         with pytest.raises(Died):
             action(path)
-        monkeypatch.setattr(store, "LocalStorage", LocalStorage)
+        for place in (store, models):
+            monkeypatch.setattr(place, "LocalStorage", LocalStorage)
         left = view(path)
         assert left in (old, new)
         seen.add(repr(left))

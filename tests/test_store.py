@@ -13,7 +13,7 @@ import pytest
 import xarray
 import zarr
 
-from genstream import store
+from genstream import manifests, models, store
 from genstream.errors import ConfigError, ConflictError, CorruptError, DataError, StorageError
 from genstream.learn import BatchEM, FitState, Resident, fit
 from genstream.online import OnlineEM
@@ -129,7 +129,7 @@ def test_a_source_stays_with_its_manifest(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 def test_the_ledger_pages_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "PAGE", 3)
+    monkeypatch.setattr(manifests, "PAGE", 3)
     for seed in range(0, 28, 2):
         dataset, _ = append(tmp_path / "d", 10, seed)
     assert [batch.name for batch in dataset.batches] == [f"part-{s}" for s in range(0, 28, 2)]
@@ -186,13 +186,13 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no dataset"):
         store.Dataset.open(tmp_path / "none")
     with pytest.raises(StorageError, match="no model"):
-        store.load(tmp_path / "none")
+        models.load(tmp_path / "none")
     assert store.load_checkpoint(tmp_path / "none") is None
     append(tmp_path / "d", 10, 0)
     with pytest.raises(StorageError, match="version 7"):
         store.Dataset.open(tmp_path / "d", 7)
     with pytest.raises(StorageError, match="a dataset, not a model"):
-        store.ModelStore(tmp_path / "d").load()
+        models.ModelStore(tmp_path / "d").load()
 
 
 # --- damage --------------------------------------------------------------------------------------
@@ -310,29 +310,29 @@ def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
 
 def test_versions_champion_and_rollback(tmp_path: Path) -> None:
     story, state = fitted()
-    models = store.ModelStore(tmp_path)
-    assert models.publish(story, state, {"run": "a", "held_out": -3.5}) == 1
-    assert models.publish(story, state, {"run": "a", "held_out": -3.5}) == 1
-    assert models.publish(*fitted("tied"), {"run": "b"}) == 2
-    assert models.champion == 2
-    assert [v.record["run"] for v in models.versions()] == ["a", "b"]
-    assert store.load(tmp_path)[0].family.tied
-    assert models.rollback() == 1
-    assert models.champion == 1
-    assert store.load(tmp_path)[1].params.digest() == state.params.digest()
+    shelf = models.ModelStore(tmp_path)
+    assert shelf.publish(story, state, {"run": "a", "held_out": -3.5}) == 1
+    assert shelf.publish(story, state, {"run": "a", "held_out": -3.5}) == 1
+    assert shelf.publish(*fitted("tied"), {"run": "b"}) == 2
+    assert shelf.champion == 2
+    assert [v.record["run"] for v in shelf.versions()] == ["a", "b"]
+    assert models.load(tmp_path)[0].family.tied
+    assert shelf.rollback() == 1
+    assert shelf.champion == 1
+    assert models.load(tmp_path)[1].params.digest() == state.params.digest()
     with pytest.raises(ConfigError, match="no version to go back"):
-        models.rollback()
-    assert models.rollback(2) == 2
+        shelf.rollback()
+    assert shelf.rollback(2) == 2
     with pytest.raises(ConfigError, match="no version 9; it has 1, 2"):
-        models.load(9)
-    assert models.publish(story, state, {"run": "c"}) == 3
+        shelf.load(9)
+    assert shelf.publish(story, state, {"run": "c"}) == 3
 
 
 def test_the_oldest_versions_are_dropped(tmp_path: Path) -> None:
-    models = store.ModelStore(tmp_path)
+    shelf = models.ModelStore(tmp_path)
     for run in "abcd":
-        models.publish(*fitted(), {"run": run}, keep=2)
-    assert [v.number for v in models.versions()] == [3, 4]
+        shelf.publish(*fitted(), {"run": run}, keep=2)
+    assert [v.number for v in shelf.versions()] == [3, 4]
 
 
 @pytest.mark.parametrize("n_writers", [2, 8])
@@ -363,7 +363,7 @@ def test_racing_writers_lose_nothing(tmp_path: Path, n_writers: int) -> None:
 
 @pytest.mark.usefixtures("small_chunks")
 def test_fsck_names_every_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "PAGE", 3)
+    monkeypatch.setattr(manifests, "PAGE", 3)
     for seed in range(0, 14, 2):
         append(tmp_path / "d", 250, seed)
     assert store.fsck(tmp_path / "d") == ()
@@ -388,7 +388,7 @@ def test_fsck_names_every_damaged_file(tmp_path: Path, monkeypatch: pytest.Monke
 def test_gc_deletes_only_what_nothing_names(tmp_path: Path) -> None:
     for folder, fill in (
         ("d", lambda path: append(path, 40, 0)),
-        ("m", lambda path: store.ModelStore(path).publish(*fitted(), {"run": "a"})),
+        ("m", lambda path: models.ModelStore(path).publish(*fitted(), {"run": "a"})),
         ("c", lambda path: [store.save_checkpoint(path, *fitted(), keep=2) for _ in range(3)]),
     ):
         path = tmp_path / folder
