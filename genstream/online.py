@@ -8,18 +8,21 @@ number of rows that the weights in `S` are worth (Kish), so that a prior keeps i
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from genstream.errors import ConfigError
-from genstream.families.blocks import Array, slices
+from genstream.errors import ConfigError, DataError
+from genstream.families.blocks import Array
 from genstream.learn import FitState, Memory, Outcome, Passes, StepInfo
 from genstream.rows import Rows
 from genstream.story import Story, StoryStats
 
 # Numbers of the random streams that follow from a seed.
 _ORDER, _MIX = 11, 12
+# Lines of the trace that a state keeps which learns from what arrives: it may live for years.
+TRACE_LINES = 256
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class OnlineEM:
         mix = np.random.default_rng([state.seed, _MIX, state.cursor]).permutation(rows.n_rows)
         done = (state.cursor + 1) / (per_pass * self.max_passes)
         late = self.average > 0 and done > 1 - self.average
-        state, stats = self._learn(story, state, rows[mix], late)
+        state, stats = self._learn(story, state, iter([rows[mix]]), rows.n_rows, late)
         last = done >= 1
         if last and state.average is not None and state.memory is not None:
             params = story.m_step(state.average.scale(state.memory.n_eff), state.params)
@@ -109,29 +112,49 @@ class OnlineEM:
             outcome = Outcome.MAX_STEPS
         return replace(state.after(info), cursor=state.cursor + 1, outcome=outcome), info
 
-    def learn(self, story: Story, state: FitState, rows: Rows) -> tuple[FitState, StepInfo]:
+    def learn(
+        self,
+        story: Story,
+        state: FitState,
+        rows: Rows | Iterable[Rows],
+        *,
+        n_rows: int | None = None,
+    ) -> tuple[FitState, StepInfo]:
         """Learn from rows that arrived together, in their order, once.
 
-        Raises DataError where the rows do not have the story's columns.
+        `rows` may also come in pieces, with `n_rows` in all of them: mini-batches are cut by
+        `n_rows` and `batch_rows` alone, so that however the pieces are cut the same bits come of
+        it, and no more than one piece and one mini-batch is held. The trace keeps its newest
+        `TRACE_LINES` lines.
+
+        Raises ConfigError where pieces come without `n_rows`, DataError where they hold another
+        number of rows or lack columns of the story.
         """
         begin = time.perf_counter()
-        state, stats = self._learn(story, state, rows, late=False)
+        if isinstance(rows, Rows):
+            pieces, n_rows = iter([rows]), rows.n_rows if n_rows is None else n_rows
+        elif n_rows is None:
+            raise ConfigError("rows that come in pieces need n_rows, how many there are in all")
+        else:
+            pieces = iter(rows)
+        state, stats = self._learn(story, state, pieces, n_rows, late=False)
         info = _info(story, state, stats, time.perf_counter() - begin)
-        return state.after(info), info
+        state = state.after(info)
+        return replace(state, trace=state.trace[-TRACE_LINES:]), info
 
     def _learn(
-        self, story: Story, state: FitState, rows: Rows, late: bool
+        self, story: Story, state: FitState, pieces: Iterator[Rows], n_rows: int, late: bool
     ) -> tuple[FitState, StoryStats]:
         """All mini-batches of some rows, and the sum of their statistics as they were scored."""
         total: StoryStats | None = None
-        n_batches = max(1, -(-rows.n_rows // self.batch_rows))
-        for piece in slices(rows.n_rows, max(1, -(-rows.n_rows // n_batches))):
-            stats = story.e_step(state.params, rows[piece])
+        n_batches = max(1, -(-n_rows // self.batch_rows))
+        for batch in recut(pieces, n_rows, max(1, -(-n_rows // n_batches))):
+            stats = story.e_step(state.params, batch)
             total = stats if total is None else total.merge(stats)
             if stats.weight > 0 and np.isfinite(stats.objective):
                 state = self._absorb(story, state, stats, late)
         if total is None:
-            total = story.e_step(state.params, rows)
+            total = story.e_step(state.params, Rows(np.empty((0, story.schema.n_features))))
         return state, total
 
     def _absorb(self, story: Story, state: FitState, stats: StoryStats, late: bool) -> FitState:
@@ -139,9 +162,12 @@ class OnlineEM:
         batch = stats.scale(1.0 / stats.weight)
         memory, old = state.memory, state.stats
         if memory is None or old is None:
-            # What there is so far, statistics or only parameters, stands for t0 mini-batches.
-            old = batch if old is None else old.scale(1.0 / max(old.weight, 1e-300))
-            memory = Memory(0.0, self.t0 * self.batch_rows, 0, state.params.weights)
+            # What there is so far, statistics or only parameters, stands for t0 mini-batches; a
+            # prior is weighed against no more rows than were seen.
+            old = stats if old is None else old
+            n_eff = min(self.t0 * self.batch_rows, old.weight)
+            old = old.scale(1.0 / old.weight)
+            memory = Memory(0.0, n_eff, 0, state.params.weights)
         rho = self.rate(memory.clock, stats.weight)
         n_eff = 1.0 / ((1 - rho) ** 2 / memory.n_eff + rho**2 / stats.weight)
         new = self._moved(old, batch, rho, memory)
@@ -164,8 +190,9 @@ class OnlineEM:
 
         Mixing weights move at the common rate. What a component looks like moves by
         `rho_k = 1 - (1 - rho)^(a_k / share_k)`, with `a_k` the share of the mini-batch it took and
-        `share_k` its share at the start: one that becomes rare keeps its looks until rows of its
-        own replace them. Statistics that components share move at the common rate throughout.
+        `share_k` its share at the start, or now where that is more: one that becomes rare keeps
+        its looks until rows of its own replace them, and one that was rare and grows does not
+        forget the sooner. Statistics that components share move at the common rate throughout.
         """
         new = old.scale(1 - rho).merge(batch.scale(rho))
         assert old.family is not None
@@ -173,10 +200,49 @@ class OnlineEM:
         if any("component" not in names for _, names, _ in old.family.leaves()):
             return new
         took = batch.sum_r
-        own = -np.expm1(np.log1p(-rho) * took / np.maximum(memory.share, 1e-12))
+        share = np.maximum(np.maximum(memory.share, old.sum_r), 1e-12)
+        own = -np.expm1(np.log1p(-rho) * took / share)
         keep: Array = new.sum_r * (1 - own) / np.maximum(old.sum_r, 1e-300)
         gain: Array = np.where(took > 1e-300, new.sum_r * own / np.maximum(took, 1e-300), 0.0)
         return replace(new, family=old.family.scale(keep).merge(batch.family.scale(gain)))
+
+
+def recut(pieces: Iterable[Rows], n_rows: int, size: int) -> Iterator[Rows]:
+    """Consecutive mini-batches of `size` rows, the last one with what is left of `n_rows`.
+
+    How the pieces are cut does not show in them, not even in whether a mask or weights that say
+    nothing are there. Raises DataError where the pieces do not hold `n_rows` rows.
+    """
+    held: list[Rows] = []
+    n_held = found = 0
+    for piece in pieces:
+        found += piece.n_rows
+        if found > n_rows:
+            break
+        at = 0
+        while n_held + piece.n_rows - at >= size:
+            stop = at + size - n_held
+            yield _plain(Rows.concatenate([*held, piece[at:stop]]))
+            held, n_held, at = [], 0, stop
+        if at < piece.n_rows:
+            # A copy: a view would keep the whole piece in memory while the next is read.
+            held.append(piece[np.arange(at, piece.n_rows)])
+            n_held += piece.n_rows - at
+    if found != n_rows:
+        more = "more" if found > n_rows else f"only {found}"
+        raise DataError(f"the pieces were said to hold {n_rows} rows, and hold {more}")
+    if held:
+        yield _plain(Rows.concatenate(held))
+
+
+def _plain(rows: Rows) -> Rows:
+    """The rows without a mask where all is observed, and without weights where all are 1."""
+    observed, weights = rows.observed, rows.weights
+    return Rows(
+        rows.values,
+        None if observed is None or observed.all() else observed,
+        None if weights is None or (weights == 1).all() else weights,
+    )
 
 
 def _info(story: Story, state: FitState, stats: StoryStats, seconds: float) -> StepInfo:

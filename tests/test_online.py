@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genstream.errors import ConfigError
+from genstream.errors import ConfigError, DataError
 from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
-from genstream.online import OnlineEM
+from genstream.online import TRACE_LINES, OnlineEM
 from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
@@ -36,6 +41,9 @@ def begun(x: np.ndarray, covariance: str = "full", **options: object) -> tuple:
     passes = Passes(source, workers=1)
     story = mixture(source.schema, 3, covariance=covariance, **options)
     return (*warm_start(story, passes, n_init=2, sample_rows=500, long_steps=5), passes)
+
+
+STARTS = {kind: begun(three_clusters(1_000, 21), kind)[:2] for kind in ("full", "diag")}
 
 
 @pytest.mark.parametrize("covariance", ["full", "tied", "diag", "spherical"])
@@ -194,3 +202,100 @@ def test_a_resident_is_one_chunk() -> None:
 def test_numbers_out_of_range_are_named(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         OnlineEM(**wrong)
+
+
+@st.composite
+def cuttings(draw: st.DrawFn) -> tuple[int, list[int]]:
+    n = draw(st.integers(1, 400))
+    return n, sorted(draw(st.lists(st.integers(0, n), max_size=8)))
+
+
+@pytest.mark.parametrize("kind", ["full", "diag"])
+@given(cut=cuttings(), batch_rows=st.integers(5, 150), gaps=st.booleans(), weighted=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_how_pieces_are_cut_does_not_show(
+    kind: str, cut: tuple[int, list[int]], batch_rows: int, gaps: bool, weighted: bool
+) -> None:
+    n, edges = cut
+    x = three_clusters(n, 20)
+    weights = np.ones(n)
+    if gaps:
+        # Only the later rows have gaps, so that some pieces come with a mask and some without.
+        x[n // 2 :: 3, 0] = np.nan
+    if weighted:
+        weights[n // 3 :: 2] = 2.5
+    story, state = STARTS[kind]
+    learner = OnlineEM(batch_rows=batch_rows)
+    whole, info = learner.learn(story, state, Rows.of(x, weights if weighted else None))
+    pieces = [
+        Rows.of(x[a:b], weights[a:b] if weighted or a % 2 else None)
+        for a, b in itertools.pairwise([0, *edges, n])
+    ]
+    again, line = learner.learn(story, state, iter(pieces), n_rows=n)
+    assert again.params.digest() == whole.params.digest()
+    assert again.stats is not None
+    assert whole.stats is not None
+    assert again.stats.digest() == whole.stats.digest()
+    assert (line.loglik, line.n_rows, line.weight) == (info.loglik, info.n_rows, info.weight)
+
+
+def test_pieces_are_let_go_of() -> None:
+    alive: list[weakref.ref[np.ndarray]] = []
+    most = 0
+
+    def pieces() -> Iterator[Rows]:
+        nonlocal most
+        for day in range(20):
+            values = three_clusters(1_000, 30 + day)
+            alive.append(weakref.ref(values))
+            yield Rows(values)
+            del values
+            most = max(most, sum(ref() is not None for ref in alive))
+
+    story, state = STARTS["full"]
+    OnlineEM(batch_rows=300).learn(story, state, pieces(), n_rows=20_000)
+    assert most == 1
+
+
+def test_a_wrong_number_of_rows_is_told() -> None:
+    story, state = STARTS["full"]
+    pieces = [Rows.of(three_clusters(100, 40)), Rows.of(three_clusters(100, 41))]
+    with pytest.raises(DataError, match="said to hold 250 rows, and hold only 200"):
+        OnlineEM().learn(story, state, pieces, n_rows=250)
+    with pytest.raises(DataError, match="said to hold 150 rows, and hold more"):
+        OnlineEM().learn(story, state, pieces, n_rows=150)
+    with pytest.raises(ConfigError, match="n_rows"):
+        OnlineEM().learn(story, state, pieces)
+
+
+def test_the_trace_of_a_long_life_is_bounded() -> None:
+    story, state = STARTS["full"]
+    learner = OnlineEM(batch_rows=10)
+    for day in range(TRACE_LINES + 10):
+        state, info = learner.learn(story, state, Rows.of(three_clusters(5, day)))
+    assert len(state.trace) == TRACE_LINES
+    assert state.trace[-1] is info
+    assert state.step == info.step == TRACE_LINES + 10
+
+
+def test_a_component_that_grows_does_not_forget_the_sooner() -> None:
+    """What a rare component looks like rests on the same number of rows as the others' once it
+    is as common: its variance does not jump with every mini-batch."""
+    story, state, _ = begun(three_clusters(20_000, 5, (0.599, 0.4, 0.001)), prior="weak")
+    learner = OnlineEM(batch_rows=200, forgetting=0.02)
+    rare = int(((state.params.family.mean - MEANS[2]) ** 2).sum(axis=1).argmin())
+    seen = []
+    for day in range(400):
+        state, _ = learner.learn(story, state, Rows.of(three_clusters(200, 700 + day)))
+        seen.append(state.params.family.mean[rare])
+    # 1 / (rho share / 2) / batch_rows rows, 20 of them a day: a deviation of 1 / sqrt(4000).
+    assert np.std(seen[200:], axis=0).max() < 3 / np.sqrt(4_000)
+
+
+def test_a_start_is_worth_no_more_rows_than_were_seen() -> None:
+    story, state, _ = begun(three_clusters(5_000, 9))
+    state = dataclasses.replace(state, stats=None)
+    learner = OnlineEM(batch_rows=1_000, kappa=1.0, t0=64.0)
+    state, _ = learner.learn(story, state, Rows.of(three_clusters(50, 10)))
+    assert state.memory is not None
+    assert state.memory.n_eff < 101
