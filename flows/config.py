@@ -226,6 +226,17 @@ class Data(Section):
     dtype: Literal["float64", "float32"] = Field(
         "float64", description="Numbers in which the dataset is stored."
     )
+    ready: Literal["done_marker", "stable_size"] = Field(
+        "stable_size",
+        description="When a file that landed is whole: once FILE.done or _SUCCESS stands beside "
+        "it, or once its size no longer changes.",
+    )
+    duplicates: Literal["skip", "learn", "error"] = Field(
+        "skip", description="Rows that an update learned before from other bytes."
+    )
+    new_levels: Literal["missing", "add", "reject"] = Field(
+        "missing", description="Levels that a model meets first in an update."
+    )
 
 
 class Model(Section):
@@ -279,6 +290,22 @@ class Checkpoint(Section):
     keep: int = Field(3, ge=1)
 
 
+class Guard(Section):
+    """What an update must not make worse, and how a model may change its shape."""
+
+    max_drop: Annotated[Finite, Field(ge=0)] | None = Field(
+        0.05, description="Nats a row that the candidate may lose on held-out rows; null for any."
+    )
+    window: int = Field(7, ge=1, description="Batches whose held-out rows are compared.")
+    on_fail: Literal["keep_old"] = "keep_old"
+    birth: bool = Field(
+        False, description="Whether badly explained rows may make a component of their own."
+    )
+    retire: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
+        None, description="Mixing weight below which a component is removed; null keeps all."
+    )
+
+
 class Publish(Section):
     """Where a finished model goes."""
 
@@ -298,6 +325,7 @@ class Config(Section):
     fit: Fit = Fit()
     compute: Compute = Compute()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     publish: Publish | None = None
     report: bool = True
     orchestrate: Literal["auto", "prefect", "none"] = "auto"
