@@ -172,7 +172,9 @@ def rollback(
             f"\n{len(gone)} batch(es) no longer count, {', '.join(gone[-5:])} the last: "
             "`genstream update CONFIG --retry BATCH` learns one again"
         )
-    put({"model": model, "champion": champion, "before": before, "rolled_back": gone}, text, as_json)
+    put(
+        {"model": model, "champion": champion, "before": before, "rolled_back": gone}, text, as_json
+    )
 
 
 @app.command()

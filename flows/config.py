@@ -261,6 +261,16 @@ class Fit(Section):
     n_init: int = Field(5, ge=1, description="Starts tried on a sample of rows.")
     sample_rows: int = Field(50_000, ge=1, description="Rows of that sample.")
     dtype: Literal["float64", "float32"] = "float64"
+    batch_rows: int = Field(4096, ge=1, description="Rows of a mini-batch of online EM.")
+    kappa: Annotated[Finite, Field(gt=0.5, le=1)] = Field(
+        0.6, description="Online step sizes are (t + t0)^-kappa."
+    )
+    t0: Annotated[Finite, Field(ge=1)] = Field(
+        64.0, description="Mini-batches that what is known before the first one is worth."
+    )
+    forgetting: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
+        None, description="A constant online step size instead, for streams that drift."
+    )
     seed: int = Field(42, ge=0, lt=2**63)
 
 

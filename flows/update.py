@@ -35,7 +35,7 @@ def learn(run: str) -> dict[str, Any]:
         create_table_artifact(
             table=[{name: line[name] for name in SHOWN} for line in found["batches"][-100:]],
             key=orchestration.artifact_key(run, "batches"),
-            description=f"batches of {found['model']}, scored before they were learned (nats a row)",
+            description=f"batches of {found['model']}, scored before they were learned (nats)",
         )
         create_table_artifact(
             table=found["drift"][-100:],

@@ -1,4 +1,4 @@
-"""What an update does: finds what arrived, has it learned once and only once, tells what came of it.
+"""What an update does: it finds what arrived, and has it learned once and only once.
 
 The bytes of a batch are hashed while they are copied in, and all else reads the copy. With
 `data.dataset` the copy then goes into the dataset, so that a later fit has its rows too; without
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.config import Config, Drawn, in_place, load
+from flows.config import Config, Drawn, load
 from flows.data import columns_of
 from flows.run import Run
 from genstream.errors import ConfigError, CorruptError, DataError, RefusedError
@@ -77,17 +77,13 @@ def update_config(
     return carry_out(begin(config_path, overrides, **how))
 
 
-def carry_out(
-    run: Run, on_batch: Callable[[Learned], None] | None = None, *, quiet: bool = False
-) -> dict[str, Any]:
+def carry_out(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[str, Any]:
     """Learn everything new for a run of `begin`, in this process.
 
     A run that found nothing leaves no folder behind: a schedule would pile them up.
     """
     with run.working():
         found = update(run, on_batch)
-        if found["batches"] and run.config.report:
-            report(run)
     if not found["batches"]:
         shutil.rmtree(run.path, ignore_errors=True)
     return found
@@ -111,6 +107,7 @@ def update(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[
     Raises as `genstream.updates.update` does; what was committed before stays, and the next update
     goes on from there.
     """
+    from genstream.drift import table as drift_table
     from genstream.updates import Learned, learn_batch
 
     config, info = run.config, run.info()
@@ -143,6 +140,7 @@ def update(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[
             "model": str(store.path),
             "version": store.champion,
             "batches": [_line(done) for done in found],
+            "drift": drift_table([done.drift for done in found if done.drift is not None]),
             "waiting": landing.waiting,
             "refused": sum(d.fresh and d.event.status in REFUSED for d in found),
         },
@@ -217,9 +215,6 @@ class Landing:
     def arrived(self) -> Iterator[Delivery | Learned]:
         """All that is new: rows of the dataset that the model lacks, then what has landed."""
         yield from self._stored()
-        if self._grows():
-            yield from self._grown()
-            return
         from genstream.landing import Changed, copy_in, find_arrivals
 
         found = find_arrivals(self.config.paths, ready=self.config.data.ready)
@@ -324,9 +319,7 @@ class Landing:
             if batch.id in wanted
         ]
 
-    def _opened(
-        self, copy: Copy, identity: str, name: str | None = None
-    ) -> Delivery | Learned:
+    def _opened(self, copy: Copy, identity: str, name: str | None = None) -> Delivery | Learned:
         """What a copy holds, in the dataset where there is one; or that it cannot be read."""
         from genstream.formats import table_columns
         from genstream.models import Event

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -44,6 +43,7 @@ from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.segments import DType, Ids, Segment, SegmentWriter, read_record, write_record
 from genstream.sources import Piece as RowPiece
+from genstream.sources import content_digest
 from genstream.story import Story
 
 # Times a file is encoded, where other writers add levels of their own at the same time.
@@ -529,26 +529,7 @@ def _unchanged(path: str | Path, identity: str) -> None:
         raise DataError(f"{path}: changed while it was read: ingest it again")
 
 
-def content_digest(path: str | Path) -> str:
-    """SHA-256 of a file, or of the names and bytes of all files below a folder.
-
-    Raises StorageError where it cannot be read.
-    """
-    place = Path(path)
-    sha = hashlib.sha256()
-    try:
-        if place.is_dir():
-            for file in sorted(p for p in place.rglob("*") if p.is_file()):
-                sha.update(f"{file.relative_to(place).as_posix()}\n".encode())
-                sha.update(bytes.fromhex(content_digest(file)))
-            return sha.hexdigest()
-        with place.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-# --- states ---------------------------------------------------------------------------
+# --- states --------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path: str | Path, story: Story, state: FitState, *, keep: int = 3) -> int:

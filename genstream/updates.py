@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from genstream import growth
 from genstream.drift import Drift, Reference, Thresholds, Watch
-from genstream.errors import ComputeError, ConfigError, ConflictError, DataError
-from genstream.landing import RowMultiset
+from genstream.errors import ConfigError, ConflictError, DataError
+from genstream.landing import RowMultiset, by_label
 from genstream.learn import FitState
 from genstream.models import SETTLED, Event, ModelStore, MovedError, Snapshot
 from genstream.online import OnlineEM
@@ -287,9 +287,12 @@ def learn_batch(
     for _ in range(ATTEMPTS):
         base = store.snapshot()
         known = base.batches.get(delivery.id)
-        if known is not None and known.status in SETTLED:
-            if not retry or known.status == "learned":
-                return Learned(known, fresh=False)
+        if (
+            known is not None
+            and known.status in SETTLED
+            and not (retry and known.status != "learned")
+        ):
+            return Learned(known, fresh=False)
         try:
             with one_blas_thread():
                 return _attempt(store, base, delivery, options, retry)
@@ -342,7 +345,7 @@ class _Reading:
 
     def add(self, rows: Rows, schema: Schema) -> None:
         """Take a piece in, its codes under `schema`, which extends the model's."""
-        self.digest.add(rows)
+        self.digest.add(by_label(rows, schema))
         self.watch.add(within(rows, self.schema))
         hashes = row_hash((self.key, self.n_rows, rows.n_rows), self.seed)
         mine = hashes < self.below
@@ -454,8 +457,11 @@ def _attempt(
         return Learned(commit(event), drift)
     candidate, learned, events = _learned(story, state, delivery, reading, options)
     flags += events
-    rows = Rows.concatenate([*(rows for _, rows in base.held()[1 - options.window :]), held]) \
-        if options.window > 1 else held
+    rows = (
+        Rows.concatenate([*(rows for _, rows in base.held()[1 - options.window :]), held])
+        if options.window > 1
+        else held
+    )
     verdict, scores = _judged(story, state.params, candidate, learned.params, rows, options)
     event = replace(event, scores={**event.scores, **scores}, flags=tuple(flags))
     if verdict:
@@ -537,7 +543,7 @@ def _learned(
     state, _ = options.learner.learn(story, state, pieces(), n_rows=reading.n_rows - n_held)
     if options.birth and surprising:
         odd = Rows.concatenate(surprising)[slice(0, MAX_SURPRISING)]
-        seed = [options.seed, reading.key % 2**32]
+        seed = (options.seed ^ reading.key) % 2**63
         story, state, born = growth.birth(story, state, odd, seed=seed)
         events += born
     if options.retire is not None:
@@ -569,11 +575,11 @@ def _judged(
     if not np.isfinite(new):
         return "the candidate's log-likelihood of the rows put aside is not finite", scores
     if options.max_drop is not None and new < old - options.max_drop:
-        return (
+        verdict = (
             f"held out, the candidate has {new:.4f} nats a row and the champion {old:.4f}: "
-            f"{old - new:.4f} less, and max_drop is {options.max_drop:g}",
-            scores,
+            f"{old - new:.4f} less, and max_drop is {options.max_drop:g}"
         )
+        return verdict, scores
     return "", scores
 
 
