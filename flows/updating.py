@@ -13,12 +13,12 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import Config, Drawn, load
-from flows.data import columns_of
+from flows.data import columns_of, expand
 from flows.run import Run
 from genstream.errors import ConfigError, CorruptError, DataError, RefusedError
 from genstream.landing import Copy, discard
@@ -191,6 +191,30 @@ def _line(done: Learned) -> dict[str, Any]:
         "flags": list(event.flags),
         "reason": event.reason,
     }
+
+
+def fitted_batches(
+    config: Config, pinned: Mapping[str, Any]
+) -> tuple[list[Event], tuple[str, ...]]:
+    """The batches that a fit of a configuration has learned, and the columns that they came with.
+
+    `pinned` is what the ingest found. Without a dataset each file is a batch, known by its bytes.
+    """
+    from genstream.models import Event
+    from genstream.sources import content_digest
+
+    if config.dataset is not None:
+        from genstream.store import Dataset
+
+        left_out = set(pinned.get("left_out", ()))
+        dataset = Dataset.open(config.dataset, pinned.get("manifest"))
+        kept = [batch for batch in dataset.batches if batch.id not in left_out]
+        columns = next((batch.columns for batch in kept if batch.columns), ())
+        return [Event(b.id, b.name, "learned", n_rows=b.n_rows) for b in kept], columns
+    files = expand(config.paths)
+    local = [path for path in files if "://" not in path]
+    events = [Event(content_digest(path), Path(path).name, "learned") for path in local]
+    return events, ()
 
 
 class Landing:

@@ -31,6 +31,7 @@ from genstream.errors import ConfigError, DataError, StorageError
 from genstream.formats import ending_of_bytes
 from genstream.manifests import LocalStorage, make_folder, storing, sync_folder, to_json_bytes
 from genstream.rows import Rows
+from genstream.schema import Schema
 from genstream.sources import fingerprint, folder_digest, mix
 
 Ready = Literal["done_marker", "stable_size"]

@@ -35,8 +35,10 @@ from genstream.threads import one_blas_thread
 
 log = logging.getLogger("genstream")
 
-# Rows of one batch that are put aside at most; more would cost the guard time and add little.
+# Rows of one batch that are put aside at most, and their bytes; more would cost the guard time and
+# memory, and add little.
 MAX_HELD = 20_000
+HELD_NBYTES = 8 << 20
 # Badly explained rows of a batch from which a component may be born.
 MAX_SURPRISING = 2_048
 # Other writers may overtake this often before an update gives up.
@@ -342,6 +344,7 @@ class _Reading:
 
     def __post_init__(self) -> None:
         self.below = np.uint64(min(int(self.share * 2.0**64), 2**64 - 1))
+        self.most = most_held(self.schema.n_features)
 
     def add(self, rows: Rows, schema: Schema) -> None:
         """Take a piece in, its codes under `schema`, which extends the model's."""
@@ -353,14 +356,14 @@ class _Reading:
         self.hashes.append(hashes[mine])
         self.n_rows += rows.n_rows
         self.extended = schema
-        if sum(map(len, self.hashes)) > 2 * MAX_HELD:
+        if sum(map(len, self.hashes)) > 2 * self.most:
             self._trim()
 
     def _trim(self) -> None:
         """Keep the rows with the lowest hashes: those beyond are learned instead."""
         hashes = np.concatenate(self.hashes)
-        if len(hashes) > MAX_HELD:
-            self.below = np.partition(hashes, MAX_HELD)[MAX_HELD]
+        if len(hashes) > self.most:
+            self.below = np.partition(hashes, self.most)[self.most]
         mine = hashes < self.below
         self.held = [Rows.concatenate(self.held)[mine]]
         self.hashes = [hashes[mine]]
@@ -369,6 +372,11 @@ class _Reading:
         """The rows put aside."""
         self._trim()
         return self.held[0]
+
+
+def most_held(n_features: int) -> int:
+    """Rows of one batch that are put aside at most."""
+    return min(MAX_HELD, max(500, HELD_NBYTES // (8 * n_features)))
 
 
 def within(rows: Rows, schema: Schema) -> Rows:
