@@ -465,11 +465,8 @@ def _attempt(
         return Learned(commit(event), drift)
     candidate, learned, events = _learned(story, state, delivery, reading, options)
     flags += events
-    rows = (
-        Rows.concatenate([*(rows for _, rows in base.held()[1 - options.window :]), held])
-        if options.window > 1
-        else held
-    )
+    before = base.held()[1 - options.window :] if options.window > 1 else []
+    rows = Rows.concatenate([*(rows for _, rows in before), held])
     verdict, scores = _judged(story, state.params, candidate, learned.params, rows, options)
     event = replace(event, scores={**event.scores, **scores}, flags=tuple(flags))
     if verdict:
