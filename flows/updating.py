@@ -94,9 +94,10 @@ def refuse(found: dict[str, Any]) -> None:
     refused = [b for b in found["batches"] if b["status"] in REFUSED]
     if refused:
         first = refused[0]
+        reason = first["reason"].removeprefix(f"{first['name']}: ")
         others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise RefusedError(
-            f"{first['name']} was {first['status']}{others}: {first['reason']}; the model is as it "
+            f"{first['name']} was {first['status']}{others}: {reason}; the model is as it "
             f"was without it, and `genstream update CONFIG --retry {first['id'][:12]}` tries again"
         )
 
@@ -230,6 +231,7 @@ class Landing:
         self.config = config
         self.store = store
         self.waiting: list[dict[str, str]] = []
+        self.retrying = False
         self.inbox = store.path / "inbox"
         self.quarantine = store.path / "quarantine"
         self._seen = Seen(store.path / "seen.json")
@@ -281,6 +283,7 @@ class Landing:
         Raises ConfigError where there is none, or its bytes are no longer there.
         """
         event = find_batch(self.store, reference)
+        self.retrying = True
         stored = self._from_dataset({event.id})
         kept = self._kept(event.id)
         if stored:
@@ -380,7 +383,11 @@ class Landing:
         except (DataError, CorruptError) as error:
             self._keep(copy, identity)
             reason = str(error).replace(str(copy.path), name)
-            return settle(self.store, Event(identity, name, "quarantined", reason=reason))
+            return settle(
+                self.store,
+                Event(identity, name, "quarantined", reason=reason),
+                retry=self.retrying,
+            )
         discard(copy)
         (stored,) = self._from_dataset({identity})
         return stored

@@ -10,6 +10,7 @@ together with the batch that made it, or the batch's status and reason with the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from genstream import growth
 from genstream.drift import Drift, Reference, Thresholds, Watch
 from genstream.errors import ConfigError, ConflictError, DataError
+from genstream.formats import listed
 from genstream.landing import RowMultiset, by_label
 from genstream.learn import FitState
 from genstream.models import SETTLED, Event, ModelStore, MovedError, Snapshot
@@ -306,20 +308,18 @@ def learn_batch(
     )
 
 
-def settle(store: ModelStore, event: Event) -> Learned:
+def settle(store: ModelStore, event: Event, *, retry: bool = False) -> Learned:
     """Commit a status that does not depend on what the model has learned.
 
-    Where the batch's status is settled already that one is returned.
+    Where the batch's status is settled already that one is returned, unless it is tried again.
     """
     for _ in range(ATTEMPTS):
         base = store.snapshot()
         known = base.batches.get(event.id)
-        if known is not None and known.status in SETTLED and known.status == event.status:
+        if known is not None and known.status in SETTLED and not retry:
             return Learned(known, fresh=False)
-        try:
+        with contextlib.suppress(MovedError):
             return Learned(_committed(store.commit(base, event)))
-        except MovedError:
-            continue
     raise ConflictError(f"{store.path}: other writers were faster {ATTEMPTS} times: run this again")
 
 
@@ -336,7 +336,7 @@ class _Reading:
     share: float
     seed: int
     key: int
-    unseen: dict[str, list[str]] = field(default_factory=dict)
+    unseen: dict[int, set[str]] = field(default_factory=dict)
     n_rows: int = 0
     digest: RowMultiset = field(default_factory=RowMultiset)
     hashes: list[NDArray[np.uint64]] = field(default_factory=list)
@@ -349,13 +349,18 @@ class _Reading:
     def add(self, rows: Rows, schema: Schema) -> None:
         """Take a piece in, its codes under `schema`, which extends the model's."""
         self.digest.add(by_label(rows, schema))
-        self.watch.add(within(rows, self.schema))
+        self.watch.add(recoded(rows, schema, self.schema))
+        for j in schema.of_kind("categorical"):
+            column = rows.values[:, j]
+            seen = column[rows.is_observed[:, j] & (column >= self.schema.columns[j].n_levels)]
+            for code in np.unique(seen).astype(int):
+                self.unseen.setdefault(j, set()).add(schema.columns[j].levels[code])
         hashes = row_hash((self.key, self.n_rows, rows.n_rows), self.seed)
         mine = hashes < self.below
         self.held.append(rows[mine])
         self.hashes.append(hashes[mine])
         self.n_rows += rows.n_rows
-        self.extended = schema
+        self.came = schema
         if sum(map(len, self.hashes)) > 2 * self.most:
             self._trim()
 
@@ -369,9 +374,20 @@ class _Reading:
         self.hashes = [hashes[mine]]
 
     def close(self) -> Rows:
-        """The rows put aside."""
+        """The rows put aside, with the codes they came with."""
         self._trim()
         return self.held[0]
+
+    @property
+    def extended(self) -> Schema:
+        """The model's schema with the further levels that the batch has, in alphabetical order.
+
+        So it depends on the batch alone, whatever else a dataset may hold.
+        """
+        columns = list(self.schema.columns)
+        for j, labels in self.unseen.items():
+            columns[j] = replace(columns[j], levels=(*columns[j].levels, *sorted(labels)))
+        return Schema(tuple(columns))
 
 
 def most_held(n_features: int) -> int:
@@ -379,18 +395,22 @@ def most_held(n_features: int) -> int:
     return min(MAX_HELD, max(500, HELD_NBYTES // (8 * n_features)))
 
 
-def within(rows: Rows, schema: Schema) -> Rows:
-    """The rows as far as `schema` knows them: codes beyond its levels become gaps."""
-    beyond = np.zeros(rows.values.shape, dtype=bool)
-    for j in schema.of_kind("categorical"):
-        beyond[:, j] = rows.values[:, j] >= schema.columns[j].n_levels
-    if not beyond.any():
-        return rows
-    return Rows(
-        np.where(beyond, rows.values.dtype.type(0), rows.values),
-        rows.is_observed & ~beyond,
-        rows.weights,
-    )
+def recoded(rows: Rows, have: Schema, want: Schema) -> Rows:
+    """The rows, whose codes are of `have`, with those of `want`: other labels become gaps."""
+    values, observed = rows.values, rows.observed
+    for j in want.of_kind("categorical"):
+        mine, theirs = have.columns[j].levels, want.columns[j].levels
+        if mine == theirs[: len(mine)]:
+            continue
+        codes = {label: float(code) for code, label in enumerate(theirs)}
+        table = np.array([codes.get(label, np.nan) for label in mine])
+        found = table[rows.values[:, j].astype(np.intp)]
+        if values is rows.values:
+            values, observed = values.copy(), rows.is_observed.copy()
+        assert observed is not None
+        values[:, j] = np.nan_to_num(found)
+        observed[:, j] &= ~np.isnan(found)
+    return rows if values is rows.values else Rows(values, observed, rows.weights)
 
 
 def _attempt(
@@ -432,12 +452,17 @@ def _attempt(
             reading.add(rows, schema)
         if not reading.n_rows:
             raise DataError(f"{delivery.name}: has no rows")
-        unseen = _unseen(story.schema, reading.extended)
+        unseen = [
+            f"column {story.schema.names[j]!r}: unseen levels {listed(sorted(labels))}"
+            for j, labels in reading.unseen.items()
+        ]
         if unseen and options.new_levels == "reject":
             raise DataError(f"{delivery.name}: {'; '.join(unseen)}: and new_levels is 'reject'")
     except DataError as error:
         return Learned(commit(replace(event, status="quarantined", reason=str(error))))
     held = reading.close()
+    known = reading.extended if options.new_levels == "add" else story.schema
+    held = recoded(held, reading.came, known)
     history = [
         (float(e.scores["prequential"]), e.n_rows)
         for e in base.batches.values()
@@ -463,7 +488,7 @@ def _attempt(
         else:
             event = replace(event, status="duplicate", reason=reason)
         return Learned(commit(event), drift)
-    candidate, learned, events = _learned(story, state, delivery, reading, options)
+    candidate, learned, events = _learned(story, state, delivery, reading, known, options)
     flags += events
     before = base.held()[1 - options.window :] if options.window > 1 else []
     rows = Rows.concatenate([*(rows for _, rows in before), held])
@@ -497,15 +522,6 @@ def check_columns_alike(delivery: Delivery, columns: Sequence[str] | None) -> No
         raise DataError(f"{delivery.name}: {' and '.join(told)}, unlike the files before{hint}")
 
 
-def _unseen(known: Schema, extended: Schema) -> list[str]:
-    """In words, the levels that `known` does not have."""
-    return [
-        f"column {old.name!r}: unseen levels {', '.join(map(repr, new.levels[old.n_levels :]))}"
-        for old, new in zip(known.columns, extended.columns, strict=True)
-        if new.n_levels > old.n_levels
-    ]
-
-
 def _twin(base: Snapshot, event: Event) -> Event | None:
     """A batch that the model has learned and that has the same rows."""
     for other in base.batches.values():
@@ -524,27 +540,37 @@ def _scores(drift: Drift) -> dict[str, Any]:
 
 
 def _learned(
-    story: Story, state: FitState, delivery: Delivery, reading: _Reading, options: Options
+    story: Story,
+    state: FitState,
+    delivery: Delivery,
+    reading: _Reading,
+    known: Schema,
+    options: Options,
 ) -> tuple[Story, FitState, list[str]]:
     """Story and state once the rows that were not put aside are learned, and what happened."""
     events: list[str] = []
-    if options.new_levels == "add" and reading.extended != story.schema:
-        story, state = growth.with_levels(story, state, reading.extended)
+    if known != story.schema:
+        story, state = growth.with_levels(story, state, known)
+        events += [
+            f"column {old.name!r} has further levels {', '.join(new.levels[len(old.levels) :])}"
+            for old, new in zip(reading.schema.columns, known.columns, strict=True)
+            if old != new
+        ]
     n_held = reading.held[0].n_rows
     surprising: list[Rows] = []
 
     def pieces() -> Iterator[Rows]:
         first = 0
-        for rows, _ in delivery.read(reading.schema):
+        for rows, schema in delivery.read(reading.schema):
             hashes = row_hash((reading.key, first, rows.n_rows), reading.seed)
             first += rows.n_rows
-            mine = within(rows[hashes >= reading.below], story.schema)
+            mine = recoded(rows[hashes >= reading.below], schema, known)
             if options.birth and sum(r.n_rows for r in surprising) < MAX_SURPRISING:
-                log_p = story.log_prob(before, mine)
+                log_p = start.log_prob(before, mine)
                 surprising.append(mine[log_p < reading.watch.reference.quantile_001])
             yield mine
 
-    before = state.params
+    before, start = state.params, story
     state, _ = options.learner.learn(story, state, pieces(), n_rows=reading.n_rows - n_held)
     if options.birth and surprising:
         odd = Rows.concatenate(surprising)[slice(0, MAX_SURPRISING)]
@@ -570,7 +596,7 @@ def _judged(
     if not all(np.isfinite(array).all() for array in arrays):
         return "the candidate's parameters are not finite", _pair(None, None, 0)
     # Both are asked about the same entries: levels that only the candidate knows would be dear.
-    rows = within(rows, story.schema)
+    rows = recoded(rows, candidate.schema, story.schema)
     weights = np.where(rows.is_observed.any(axis=1), rows.row_weights, 0.0)
     if not weights.sum() > 0:
         return "", _pair(None, None, 0)
