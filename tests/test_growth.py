@@ -343,6 +343,24 @@ def test_a_cluster_among_scattered_rows_is_born_second() -> None:
     np.testing.assert_allclose(state.params.family.mean[3], [-7, 9, 5], atol=0.3)
 
 
+@pytest.mark.parametrize("covariance", ["full", "tied"])
+def test_several_starts_find_what_one_would_cover(covariance: str) -> None:
+    rng = np.random.default_rng(7)
+    means = rng.uniform(-30, 30, (3, 3))
+
+    def clusters(n: int) -> np.ndarray:
+        return means[rng.integers(0, 3, n)] + 0.7 * rng.standard_normal((n, 3))
+
+    story, state = living(plane(8000, 16), PLANE, covariance=covariance)
+    for day in range(4):
+        values = np.concatenate([clusters(300), plane(2000, 50 + day)])
+        story, state, _ = birth(story, state, surprising(story, state, values))
+    # A component over all three would leave them at -11.5 nats.
+    assert story.log_prob(state.params, Rows.of(clusters(1000))).mean() > -10
+    distance = np.linalg.norm(state.params.family.mean[:, None] - means, axis=2)
+    assert distance.min(axis=0).max() < 0.5
+
+
 def test_a_birth_counts_its_rows_once() -> None:
     # Batch statistics are plain sums: those of the newborn's rows are added.
     story, state = begun(plane(6000, 17), PLANE, covariance="tied")
