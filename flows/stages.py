@@ -332,7 +332,9 @@ def publish(run: Run) -> dict[str, Any]:
     config = run.config
     story, state = _fitted(run)
     data = open_data(config, run.stage("ingest"))
-    batches, columns = fitted_batches(config, run.stage("ingest"))
+    before = run.read_json("repro.json").get("data") or {}
+    n_fitted = before.get("source", before).get("n_rows")
+    batches, columns = fitted_batches(config, run.stage("ingest"), n_fitted)
     held = None
     if data.held_out is not None and config.data.test is None and any(data.held_out.chunk_rows):
         rng = np.random.default_rng([config.fit.seed, 5])

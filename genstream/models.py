@@ -233,11 +233,15 @@ class ModelStore:
             without = [[1, number - 1]] if number > 1 else []
             entry = Version(number, now, ref.to_json(), dict(record), ())
             fitted = {event.id for event in batches}
+            whole = any(event.extent is not None for event in batches)
             before = {} if head is None else Snapshot(self.storage, head).batches
             left = [
                 replace(event, status="pending", time=now, version=None)
                 for event in before.values()
-                if event.status == "learned" and event.id not in fitted
+                if event.status == "learned"
+                and event.id not in fitted
+                # A fit of a growing source has all of its ranges.
+                and not (whole and event.extent is not None)
             ]
             events = [*(replace(b, time=now, version=number) for b in batches), *left]
             return {

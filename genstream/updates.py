@@ -11,7 +11,9 @@ together with the batch that made it, or the batch's status and reason with the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from genstream import growth
 from genstream.drift import Drift, Reference, Thresholds, Watch
 from genstream.errors import ConfigError, ConflictError, DataError
 from genstream.formats import listed
-from genstream.landing import RowMultiset, by_label
+from genstream.landing import Arrived, RowMultiset, by_label
 from genstream.learn import FitState
 from genstream.models import SETTLED, Event, ModelStore, MovedError, Snapshot
 from genstream.online import OnlineEM
@@ -145,6 +147,44 @@ class SourceDelivery:
             yield rows, schema
 
 
+@dataclass(frozen=True, eq=False)
+class RowsDelivery:
+    """A batch of rows in memory, with the columns and codes of the model."""
+
+    rows: Rows
+    id: str
+    name: str
+    columns: tuple[str, ...] | None = None
+    extent: dict[str, Any] | None = None
+
+    def read(self, known: Schema) -> Iterator[tuple[Rows, Schema]]:
+        """See `Delivery.read`."""
+        if self.rows.n_features != known.n_features:
+            raise DataError(
+                f"{self.name}: has {self.rows.n_features} columns, the model {known.n_features}: "
+                f"{', '.join(known.names[:8])}"
+            )
+        yield self.rows.check(known), known
+
+
+def caller_id(name: str) -> str:
+    """The id of a batch that its sender names: equal names are the same batch."""
+    return hashlib.sha256(f"id:{name}".encode()).hexdigest()
+
+
+def delivery(arrived: Arrived) -> Delivery:
+    """What a program handed over, as a batch to learn.
+
+    Without an id from the caller it gets one of its own, so that after a restart only `duplicates`
+    tells whether its rows were learned before.
+    """
+    identity = uuid.uuid4().hex if arrived.id is None else caller_id(arrived.id)
+    if isinstance(arrived.rows, Rows):
+        return RowsDelivery(arrived.rows, identity, arrived.name)
+    columns = tuple(arrived.rows.column_names)
+    return TableDelivery(arrived.rows, identity, arrived.name, columns=columns)
+
+
 def _translation(
     name: str, mine: Schema, known: Schema
 ) -> tuple[list[int], Schema, dict[int, NDArray[np.float64]]]:
@@ -241,7 +281,7 @@ class Learned:
 
 def update(
     model: str | Path,
-    deliveries: Iterable[Delivery],
+    deliveries: Iterable[Delivery | Arrived],
     options: Options | None = None,
     *,
     on_batch: Callable[[Learned], None] | None = None,
@@ -273,8 +313,9 @@ def update(
         Where there is no model, or it cannot be written; batches committed before stay.
     """
     store, found = ModelStore(model), []
-    for delivery in deliveries:
-        done = learn_batch(store, delivery, options or Options())
+    for one in deliveries:
+        batch = delivery(one) if isinstance(one, Arrived) else one
+        done = learn_batch(store, batch, options or Options())
         found.append(done)
         if on_batch is not None:
             on_batch(done)
