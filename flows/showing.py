@@ -77,6 +77,8 @@ def update_text(found: dict[str, Any]) -> str:
         columns = ["name", "rows", "status", "prequential", "champion", "candidate", "version"]
         lines.append(table(found["batches"][-MAX_ROWS:], columns))
         for batch in found["batches"][-MAX_ROWS:]:
+            if batch["status"].endswith("before"):
+                continue
             told = [batch["reason"]] if batch["reason"] else []
             prefix = f"{batch['name']}: "
             lines += [prefix + line.removeprefix(prefix) for line in (*told, *batch["flags"])]
