@@ -14,8 +14,8 @@ import contextlib
 import hashlib
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -277,6 +277,16 @@ class Learned:
             "fresh": self.fresh,
             "drift": None if self.drift is None else self.drift.to_json(),
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Learned:
+        """Inverse of `to_json`; other keys are no matter. Raises CorruptError as `Drift` does."""
+        drift = value["drift"]
+        return cls(
+            Event.from_json({one.name: value[one.name] for one in fields(Event)}),
+            None if drift is None else Drift.from_json(drift),
+            value["fresh"],
+        )
 
 
 def update(
