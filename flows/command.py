@@ -1,8 +1,8 @@
 """How every command begins and ends: its arguments, its result, its exit code.
 
-Results go to stdout, all else to stderr. Exit codes: 0 done, 1 finished with failed cells or
-quarantined batches, 2 configuration, 3 data, 4 conflict with another writer, 5 compute lost,
-6 storage, 7 corrupt, 70 a bug, 130 and 143 interrupted.
+Results go to stdout, all else to stderr. Exit codes: 0 done, 1 finished, but a batch was rejected
+or quarantined, 2 configuration, 3 data, 4 conflict with another writer, 5 compute lost, 6 storage,
+7 corrupt, 70 a bug, 130 and 143 interrupted.
 """
 
 from __future__ import annotations
