@@ -235,7 +235,9 @@ def fitted_batches(
         dataset = Dataset.open(config.dataset, pinned.get("manifest"))
         kept = [batch for batch in dataset.batches if batch.id not in left_out]
         columns = next((batch.columns for batch in kept if batch.columns), ())
-        return [Event(b.id, b.name, "learned", n_rows=b.n_rows) for b in kept], columns
+        return [
+            Event(b.id, b.name, "learned", n_rows=b.n_rows, digest=b.digest) for b in kept
+        ], columns
     if grows(config):
         from genstream.growing import Range, digest
 

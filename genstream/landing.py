@@ -844,21 +844,23 @@ def canonical(rows: Rows) -> NDArray[np.float64]:
     return values
 
 
-def by_label(rows: Rows, schema: Schema) -> Rows:
+def by_label(rows: Rows, levels: Mapping[int, Sequence[str]]) -> Rows:
     """The rows with numbers that follow from the labels themselves in place of codes.
 
-    Whatever codes the labels had, the same labels then give the same digest.
+    `levels` has the labels of each categorical column, by its position. Whatever codes they had,
+    the same labels then give the same digest.
     """
-    values = rows.values
-    for j in schema.of_kind("categorical"):
-        if values is rows.values:
-            values = rows.values.astype(np.float64)
-        labels = schema.columns[j].levels
+    if not levels:
+        return rows
+    values = rows.values.astype(np.float64)
+    for j, labels in levels.items():
+        if not labels:
+            continue  # nothing but gaps so far
         # 52 bits of a digest are a float64 to the bit.
         digests = [hashlib.sha256(label.encode()).digest() for label in labels]
         table = np.array([int.from_bytes(digest[:8], "big") >> 12 for digest in digests])
         values[:, j] = table[rows.values[:, j].astype(np.intp)]
-    return rows if values is rows.values else Rows(values, rows.observed, rows.weights)
+    return Rows(values, rows.observed, rows.weights)
 
 
 def _column_constants(width: int) -> NDArray[np.uint64]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from genstream import growth
 from genstream.drift import Drift, Reference, Thresholds, Watch
-from genstream.errors import ConfigError, ConflictError, DataError
+from genstream.errors import ConfigError, ConflictError, CorruptError, DataError
 from genstream.formats import listed
 from genstream.landing import Arrived, RowMultiset, by_label
 from genstream.learn import FitState
@@ -33,6 +33,7 @@ from genstream.online import OnlineEM
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import Source, row_hash
+from genstream.start import RESCUE_ROWS
 from genstream.story import Params, Story
 from genstream.tables import Encoder, read_tables
 from genstream.threads import one_blas_thread
@@ -113,13 +114,17 @@ class TableDelivery:
             carried=() if self.weights is None else (self.weights,),
         )
         first = 0
-        for table in read_tables(self.data, columns=encoder.wanted, chunk_rows=self.chunk_rows):
-            rows = encoder.encode(table, first_row=first, place=self.name)
-            if self.weights is not None:
-                found = encoder.weights(table, self.weights, first_row=first, place=self.name)
-                rows = replace(rows, weights=found)
-            yield rows, encoder.schema
-            first += rows.n_rows
+        try:
+            for table in read_tables(self.data, columns=encoder.wanted, chunk_rows=self.chunk_rows):
+                rows = encoder.encode(table, first_row=first, place=self.name)
+                if self.weights is not None:
+                    found = encoder.weights(table, self.weights, first_row=first, place=self.name)
+                    rows = replace(rows, weights=found)
+                yield rows, encoder.schema
+                first += rows.n_rows
+        except (DataError, CorruptError) as error:
+            # What is damaged here came damaged; the file is a copy whose place says nothing.
+            raise DataError(str(error).replace(str(self.data), self.name)) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -389,7 +394,8 @@ class _Reading:
 
     def add(self, rows: Rows, schema: Schema) -> None:
         """Take a piece in, its codes under `schema`, which extends the model's."""
-        self.digest.add(by_label(rows, schema))
+        levels = {j: schema.columns[j].levels for j in schema.of_kind("categorical")}
+        self.digest.add(by_label(rows, levels))
         self.watch.add(recoded(rows, schema, self.schema))
         for j in schema.of_kind("categorical"):
             column = rows.values[:, j]
@@ -462,8 +468,12 @@ def _attempt(
     if compared is not None:
         reference = Reference.from_json(compared)
     else:
-        assert state.sample is not None
-        reference = Reference.of(story, state.params, state.sample)
+        sample = state.sample
+        if sample is None:
+            # Published without the rows it began with: the model itself says what is usual.
+            rng = np.random.default_rng(options.seed)
+            sample = Rows.of(story.draw(state.params, RESCUE_ROWS, rng).values)
+        reference = Reference.of(story, state.params, sample)
         compared = reference.to_json()
     event = Event(delivery.id, delivery.name, "learned", extent=delivery.extent)
 
@@ -475,7 +485,7 @@ def _attempt(
                 window=options.window,
                 keep=options.keep,
                 reference=compared,
-                columns=delivery.columns,
+                columns=delivery.columns if event.status == "learned" else None,
                 **parts,
             )
         )
