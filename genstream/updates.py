@@ -124,7 +124,8 @@ class TableDelivery:
                 first += rows.n_rows
         except (DataError, CorruptError) as error:
             # What is damaged here came damaged; the file is a copy whose place says nothing.
-            raise DataError(str(error).replace(str(self.data), self.name)) from None
+            place = str(self.data) if isinstance(self.data, str | Path) else "table"
+            raise DataError(str(error).replace(place, self.name, 1)) from None
 
 
 @dataclass(frozen=True, eq=False)
