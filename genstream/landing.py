@@ -17,6 +17,7 @@ import shutil
 import struct
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -287,9 +288,9 @@ def _names(found: list[_Found]) -> dict[str, str]:
     """The shortest name of each place that none of the others has."""
     names: dict[str, str] = {}
     for choices in zip(*((f.base, f.below, f.place) for f in found), strict=True):
-        pairs = list(zip(found, choices, strict=True))
-        for one, name in pairs:
-            if one.place not in names and choices.count(name) == 1:
+        times = Counter(choices)
+        for one, name in zip(found, choices, strict=True):
+            if one.place not in names and times[name] == 1:
                 names[one.place] = name
     return names
 
@@ -577,7 +578,7 @@ def _write(blocks: Iterable[bytes], target: Path) -> _Copied:
     nbytes = 0
     with storing(target):
         file = target.open("xb")
-    with contextlib.closing(file):
+    try:
         for block in blocks:
             sha.update(block)
             nbytes += len(block)
@@ -586,6 +587,10 @@ def _write(blocks: Iterable[bytes], target: Path) -> _Copied:
         with storing(target):
             file.flush()
             os.fsync(file.fileno())
+    finally:
+        # What a full disk refused is refused again here, and has been told.
+        with contextlib.suppress(OSError):
+            file.close()
     return _Copied(sha.hexdigest(), nbytes)
 
 

@@ -665,6 +665,12 @@ class TableSource(ArraySource):
             return replace(rows, weights=weights)
         return rows if self.weights is None else self._rows(i, rows.filled())
 
+    def files(self, i: int) -> tuple[str, ...]:
+        """The file of the chunk, where the table is not in memory."""
+        table, piece = self._places[i]
+        place = table.file(piece)
+        return (place,) if Path(place).exists() else ()
+
     def identity(self) -> dict[str, Any]:
         """As for every array, with the files."""
         files = [table.place for table in self._tables]
@@ -701,6 +707,12 @@ class Concatenated:
         """Chunk `i`; see `Source.read`."""
         s, j = self._places[i]
         return self._sources[s].read(j)
+
+    def files(self, i: int) -> tuple[str, ...]:
+        """Those of the chunk's own source, where it knows them."""
+        s, j = self._places[i]
+        known = getattr(self._sources[s], "files", None)
+        return () if known is None else tuple(known(j))
 
     def origin(self, i: int) -> tuple[Piece, ...]:
         """Rows are counted over all sources, as if they were one."""
