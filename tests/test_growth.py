@@ -375,6 +375,14 @@ def test_one_absurd_value_is_no_reason(covariance: str, dtype: str) -> None:
         assert birth(story, state, Rows.of(tail))[2] == ()
 
 
+def test_a_birth_must_be_worth_its_parameters() -> None:
+    story, state = living(plane(8000, 27), PLANE)
+    x = np.random.default_rng(4).normal([-4, -6, 0], 0.3, (40, 3))
+    # A few rows gain some ten nats, and ten parameters cost 0.5 log n each.
+    assert birth(story, state, Rows.of(x[:4]), min_rows=3)[2] == ()
+    assert len(birth(story, state, Rows.of(x), min_rows=3)[2]) == 1
+
+
 def test_a_birth_counts_its_rows_once() -> None:
     # Batch statistics are plain sums: those of the newborn's rows are added.
     story, state = begun(plane(6000, 17), PLANE, covariance="tied")
