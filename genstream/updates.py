@@ -608,31 +608,58 @@ def _learned(
             for old, new in zip(reading.schema.columns, known.columns, strict=True)
             if old != new
         ]
-    n_held = reading.held[0].n_rows
-    surprising: list[Rows] = []
+    n_rows = reading.n_rows - reading.held[0].n_rows
+    start, before = story, state.params
 
     def pieces() -> Iterator[Rows]:
         first = 0
         for rows, schema in delivery.read(reading.schema):
             hashes = row_hash((reading.key, first, rows.n_rows), reading.seed)
             first += rows.n_rows
-            mine = recoded(rows[hashes >= reading.below], schema, known)
-            if options.birth and sum(r.n_rows for r in surprising) < MAX_SURPRISING:
-                log_p = start.log_prob(before, mine)
-                surprising.append(mine[log_p < reading.watch.reference.quantile_001])
-            yield mine
+            yield recoded(rows[hashes >= reading.below], schema, known)
 
-    before, start = state.params, story
-    state, _ = options.learner.learn(story, state, pieces(), n_rows=reading.n_rows - n_held)
-    if options.birth and surprising:
-        odd = Rows.concatenate(surprising)[slice(0, MAX_SURPRISING)]
-        seed = (options.seed ^ reading.key) % 2**63
-        story, state, born = growth.birth(story, state, odd, seed=seed)
-        events += born
+    def surprising(rows: Rows) -> NDArray[np.bool_]:
+        return start.log_prob(before, rows) < reading.watch.reference.quantile_001
+
+    learned = pieces()
+    if options.birth:
+        # Before they are learned: a component that has widened to reach them would hide them.
+        odd = _first(MAX_SURPRISING, (rows[surprising(rows)] for rows in pieces()))
+        if odd is not None:
+            seed = (options.seed ^ reading.key) % 2**63
+            story, state, born = growth.birth(story, state, odd, seed=seed)
+            events += born
+            if born:
+                # What is born of rows has learned them.
+                learned, n_rows = _but(odd.n_rows, pieces(), surprising), n_rows - odd.n_rows
+    state, _ = options.learner.learn(story, state, learned, n_rows=n_rows)
     if options.retire is not None:
         story, state, gone = growth.retire(story, state, options.retire)
         events += gone
     return story, state, events
+
+
+def _first(most: int, pieces: Iterable[Rows]) -> Rows | None:
+    """The first rows of some pieces; None where there are none."""
+    found: list[Rows] = []
+    for rows in pieces:
+        left = most - sum(piece.n_rows for piece in found)
+        if left <= 0:
+            break
+        if rows.n_rows:
+            found.append(rows[slice(0, left)])
+    return Rows.concatenate(found) if found else None
+
+
+def _but(
+    most: int, pieces: Iterable[Rows], chosen: Callable[[Rows], NDArray[np.bool_]]
+) -> Iterator[Rows]:
+    """The pieces without the first rows that are chosen."""
+    for rows in pieces:
+        mine = chosen(rows)
+        mine &= np.cumsum(mine) <= most
+        most -= int(mine.sum())
+        yield rows[~mine]
 
 
 def _judged(
