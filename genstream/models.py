@@ -223,6 +223,8 @@ class ModelStore:
             for entry in known.content["versions"]:
                 if entry["record"].get("run") == run:
                     return int(entry["number"])
+        # What only the fit's own way of learning goes on from is of no use to a model.
+        state = replace(state, past=None, stride=None, memo=None, average=None)
         ref = write_record(self.storage, "states", state.to_dataset(story), {})
         rows = None if held is None else _write_rows(self.storage, held)
         now = _now()
