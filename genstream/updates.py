@@ -638,6 +638,9 @@ def _learned(
     if options.retire is not None:
         story, state, gone = growth.retire(story, state, options.retire)
         events += gone
+    if events:
+        last = replace(state.trace[-1], events=(*state.trace[-1].events, *events))
+        state = replace(state, trace=(*state.trace[:-1], last))
     return story, state, events
 
 

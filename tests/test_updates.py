@@ -404,6 +404,7 @@ def test_a_component_is_born_of_rows_of_a_new_kind_and_an_empty_one_retires(tmp_
     assert any("born" in flag for flag in done.event.flags)
     story, state = store.load()
     assert story.n_components == 3
+    assert any("born" in event for event in state.events)
     assert np.abs(state.params.family.mean[:, 0] - 40).min() < 1.0
     # A component that nothing falls to any more is let go.
     gone = replace(OPTIONS, retire=0.3, max_drop=None)
