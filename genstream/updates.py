@@ -365,7 +365,11 @@ def settle(store: ModelStore, event: Event, *, retry: bool = False) -> Learned:
     for _ in range(ATTEMPTS):
         base = store.snapshot()
         known = base.batches.get(event.id)
-        if known is not None and known.status in SETTLED and not retry:
+        if (
+            known is not None
+            and known.status in SETTLED
+            and not (retry and known.status != "learned")
+        ):
             return Learned(known, fresh=False)
         with contextlib.suppress(MovedError):
             return Learned(_committed(store.commit(base, event)))
