@@ -362,9 +362,10 @@ def show(
 @app.command()
 def report(run: RunRef, as_json: AsJson = False) -> None:
     """Write the report of a run again."""
-    from flows import stages
+    from flows import stages, updating
 
-    written = stages.report(Run.find(run))
+    found = Run.find(run)
+    written = updating.report(found) if found.kind == "update" else stages.report(found)
     put(written, written["path"], as_json)
 
 

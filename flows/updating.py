@@ -12,9 +12,11 @@ import difflib
 import glob
 import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from genstream.models import SETTLED
 if TYPE_CHECKING:
     from genstream.growing import Range
     from genstream.models import Event, ModelStore
+    from genstream.report import UpdateInput
     from genstream.sources import Source
     from genstream.updates import Delivery, Learned, Options
 
@@ -36,6 +39,9 @@ log = logging.getLogger("genstream")
 
 REFUSED = ("rejected", "quarantined")
 """Statuses of batches that a person should look at: an update that has any exits with 1."""
+
+MAX_ADVICE = 10
+"""Refused batches of which a report says how to try them again."""
 
 
 def begin(
@@ -88,6 +94,8 @@ def carry_out(run: Run, on_batch: Callable[[Learned], None] | None = None) -> di
     """
     with run.working():
         found = update(run, on_batch)
+        if found["batches"] and run.config.report:
+            found = run.record("update", {**found, "report": report(run)["path"]})
     if not found["batches"]:
         shutil.rmtree(run.path, ignore_errors=True)
     return found
@@ -124,9 +132,9 @@ def update(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[
         arriving = landing.again(str(info["retry"]))
     else:
         arriving = landing.arrived()
-    found: list[Learned] = []
+    found = batches_of(run)  # where the run goes on after an interruption
     try:
-        for number, one in enumerate(arriving, start=1):
+        for number, one in enumerate(arriving, start=len(found) + 1):
             if isinstance(one, Learned):
                 done = one
             else:
@@ -149,6 +157,65 @@ def update(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[
             "waiting": landing.waiting,
             "refused": sum(d.fresh and d.event.status in REFUSED for d in found),
         },
+    )
+
+
+def batches_of(run: Run) -> list[Learned]:
+    """What became of the batches of a run so far."""
+    from genstream.updates import Learned
+
+    return [Learned.from_json(line) for line in run.metrics()]
+
+
+def report(run: Run) -> dict[str, Any]:
+    """Write `report.html` of an update; returns its path.
+
+    Raises ConfigError where the run looked at no batch yet, StorageError where it cannot write.
+    """
+    from genstream.report import write_update_report
+
+    if not run.metrics():
+        raise ConfigError(f"run {run.id} has learned no batch: `genstream resume {run.id}` goes on")
+    return run.record("report", {"path": str(write_update_report(run.report, _shown(run)))})
+
+
+def picture(run: Run) -> bytes | None:
+    """A PNG of the scores of the model's last batches; None where none was scored."""
+    from genstream.report import scores_png
+
+    return scores_png(_shown(run))
+
+
+def _shown(run: Run) -> UpdateInput:
+    """What the report of an update is made of."""
+    from genstream.report import UpdateInput
+
+    config, info, batches = run.config, run.info(), batches_of(run)
+    store = model_of(config)
+    given = shlex.quote(info["config"])
+    refused = [done.event for done in batches if done.event.status in REFUSED]
+    advice = [
+        (
+            f"genstream update {given} --retry {event.id[:12]}",
+            f"try {event.name} again, once it or the configuration is mended",
+        )
+        for event in refused[:MAX_ADVICE]
+    ]
+    model = shlex.quote(str(store.path))
+    advice += [
+        (f"genstream rollback {model}", "go back to the version before"),
+        (f"genstream rollback {model} VERSION", "make another version the one in use"),
+        (f"genstream update {given} --retry BATCH", "learn a batch again that no longer counts"),
+        (f"genstream show {model}", "see all versions and batches"),
+    ]
+    last = max(done.event.time for done in batches)
+    return UpdateInput(
+        title=config.name,
+        model=store.snapshot(),
+        batches=batches,
+        waiting=[(one["name"], one["why"]) for one in run.stage("update").get("waiting", ())],
+        advice=advice,
+        created=datetime.fromisoformat(info.get("finished") or last),
     )
 
 

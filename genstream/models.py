@@ -290,7 +290,8 @@ class ModelStore:
         model, record
             The state that has learned the batch, and what is to be known of the version.
         held
-            The batch's rows that were held out; those of the last `window` batches are kept.
+            The batch's rows that were held out, those of a rejected one with the champion's codes;
+            those of the last `window` batches are kept.
         keep
             Versions kept.
         reference, columns
@@ -340,9 +341,12 @@ class ModelStore:
                         [*content["versions"], _plain(entry, without)], keep
                     )
                     changed["champion"] = number
-                if rows is not None and number is not None:
-                    mine = {"id": event.id, "version": number, "rows": rows.to_json()}
-                    changed["held"] = [*content.get("held", ()), mine][-window:]
+                if rows is not None:
+                    # A rejected batch judges as long as the champion that it was judged by counts.
+                    judge = there.champion if number is None else number
+                    mine = {"id": event.id, "version": judge, "rows": rows.to_json()}
+                    others = [one for one in content.get("held", ()) if one["id"] != event.id]
+                    changed["held"] = [*others, mine][-window:]
                 if compared is not None:
                     changed["reference"] = compared.to_json()
                 if columns is not None and not content.get("columns"):

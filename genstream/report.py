@@ -1,4 +1,4 @@
-"""The report of a fit: one HTML file with everything in it, readable without a network.
+"""Reports of a fit and of an update: one HTML file each, readable without a network.
 
 Figures are drawn by matplotlib as SVG and set into the page, where they take its text colour, so
 that they are readable on a light and on a dark screen. Whatever grows with the number of components
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+    from genstream.models import Event, Snapshot
+    from genstream.updates import Learned
+
 Array = NDArray[np.float64]
 
 # What the page shows at most of each.
@@ -61,6 +64,13 @@ MAX_POINTS = 4_000
 MAX_ELLIPSES = 12
 MAX_WARNINGS = 20
 MAX_STEPS = 12
+MAX_BATCHES = 60
+MAX_HISTORY = 120
+MAX_TOLD = 6
+MAX_EVENTS = 30
+MAX_VERSIONS = 12
+MAX_WAITING = 20
+MAX_TEXT = 400
 # A drawn column is called different from the real one beyond both of these.
 FAR, FAR_EXPECTED = 0.05, 3.0
 
@@ -117,8 +127,11 @@ def write_report(path: str | Path, content: ReportInput) -> Path:
 
     Raises StorageError where the file cannot be written; a report that was there is then left.
     """
-    target = Path(path)
-    page = render_report(content)
+    return _write(Path(path), render_report(content))
+
+
+def _write(target: Path, page: str) -> Path:
+    """Replace a page as a whole."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -137,6 +150,10 @@ def write_report(path: str | Path, content: ReportInput) -> Path:
 
 def render_report(content: ReportInput) -> str:
     """The report as the text of one HTML page."""
+    return _render("report.html.j2", _page(content))
+
+
+def _render(template: str, page: Mapping[str, Any]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -147,7 +164,7 @@ def render_report(content: ReportInput) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "percent": percent, "with_error": with_error}
-    return environment.get_template("report.html.j2").render(_page(content))
+    return environment.get_template(template).render(page)
 
 
 # --- numbers and words ---------------------------------------------------------------------------
@@ -887,6 +904,7 @@ def _page(content: ReportInput) -> dict[str, Any]:
     steps = state.trace[-MAX_STEPS:]
     return {
         "title": content.title,
+        "what": "Report of a fit",
         "created": content.created.strftime("%Y-%m-%d %H:%M %Z"),
         "colours": {"real": REAL, "drawn": DRAWN},
         "headline": _headline(content),
@@ -905,5 +923,328 @@ def _page(content: ReportInput) -> dict[str, Any]:
         "criteria": fits,
         "check": _checks(content.check) if content.check is not None else None,
         "reproducibility": list(_flat(content.reproducibility)),
+        "version": __version__,
+    }
+
+
+# --- the report of an update ---------------------------------------------------------------------
+
+REFUSED = ("rejected", "quarantined")
+
+
+@dataclass(frozen=True)
+class UpdateInput:
+    """All that the report of an update shows.
+
+    Parameters
+    ----------
+    title
+        Name of the run or model.
+    model
+        The model as it is after the update. Of its ledger, the last `MAX_HISTORY` batches up to
+        those of the run become a picture.
+    batches
+        What became of each batch of the run, in their order.
+    waiting
+        What was left for the next update: names, and why.
+    advice
+        What a reader may want to do next: commands, and what each is for.
+    created
+        When the update ended.
+    """
+
+    title: str
+    model: Snapshot
+    batches: Sequence[Learned]
+    waiting: Sequence[tuple[str, str]] = ()
+    advice: Sequence[tuple[str, str]] = ()
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    @property
+    def history(self) -> list[Event]:
+        """The last batches of the ledger that were scored, none later than those of the run."""
+        until = max((done.event.time for done in self.batches), default="")
+        scored = [
+            event
+            for event in self.model.batches.values()
+            if event.scores.get("prequential") is not None and event.time <= until
+        ]
+        return scored[-MAX_HISTORY:]
+
+
+def write_update_report(path: str | Path, content: UpdateInput) -> Path:
+    """Write the report of an update, as `write_report` does that of a fit."""
+    return _write(Path(path), render_update_report(content))
+
+
+def render_update_report(content: UpdateInput) -> str:
+    """The report of an update as the text of one HTML page, of a size that does not grow."""
+    return _render("update.html.j2", _update_page(content))
+
+
+def scores_png(content: UpdateInput) -> bytes | None:
+    """The picture of the last batches' scores as a PNG on white; None where none was scored."""
+    history = content.history
+    if not history:
+        return None
+    with _figure(7.0, 3.0) as (figure, axes):
+        _draw_scores(axes, history, {done.event.id for done in content.batches})
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=96, facecolor="white")
+        return buffer.getvalue()
+
+
+def _draw_scores(axes: Axes, history: Sequence[Event], mine: set[str]) -> tuple[int, int]:
+    """Prequential scores batch by batch with their bands; returns how many lie below and above."""
+    x = np.arange(len(history))
+    y = np.array([event.scores["prequential"] for event in history], np.float64)
+    band = np.array([event.scores.get("band") or (np.nan, np.nan) for event in history], np.float64)
+    known = band[np.isfinite(band)]
+    core = known if len(known) else y
+    low, high = float(core.min()), float(core.max())
+    span = (high - low) or 1.0
+    # One batch of nonsense would make all others look alike: it is drawn at the edge.
+    near = y[(y >= low - 0.75 * span) & (y <= high + 0.75 * span)]
+    low, high = min([low, *near]), max([high, *near])
+    margin = 0.06 * ((high - low) or 1.0)
+    axes.set_ylim(low - margin, high + margin)
+    below, above = y < low, y > high
+    shown = np.clip(y, low, high)
+    axes.fill_between(
+        np.repeat(x, 2) + np.tile([-0.5, 0.5], len(x)),
+        *np.repeat(band, 2, axis=0).T,
+        color=PALETTE[5],
+        alpha=0.18,
+        lw=0,
+        label="usual band",
+    )
+    status = np.array([event.status for event in history])
+    outside = np.array([bool(event.scores.get("outside")) for event in history])
+    here = np.array([event.id in mine for event in history])
+    learned, refused = status == "learned", np.isin(status, REFUSED)
+    groups = [
+        (learned, "o", PALETTE[0], "learned"),
+        (refused, "X", DRAWN, "refused"),
+        (~learned & ~refused, "s", REAL, "not counted"),
+    ]
+    for chosen, marker, colour, label in groups:
+        if chosen.any():
+            sizes = np.where(here[chosen], 30, 11)
+            axes.scatter(
+                x[chosen], shown[chosen], s=sizes, marker=marker, color=colour, lw=0, label=label
+            )
+    if outside.any():
+        axes.scatter(
+            x[outside], shown[outside], s=72, marker="o", facecolors="none",
+            edgecolors=PALETTE[1], lw=1.2, label="outside the band",
+        )  # fmt: skip
+    for beyond, marker, shift in ((below, "v", -0.6), (above, "^", 0.6)):
+        if beyond.any():
+            edge = shown[beyond] + shift * margin
+            axes.scatter(x[beyond], edge, s=20, marker=marker, color=DRAWN, lw=0)
+    axes.set_xlim(-0.8, len(x) - 0.2)
+    ticks = np.unique(np.linspace(0, len(x) - 1, min(len(x), 6)).round().astype(int))
+    axes.set_xticks(ticks, [_one_line(history[i].name, 14) for i in ticks])
+    axes.set_ylabel("nats a row")
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.grid(visible=True, axis="y", alpha=0.2)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5, framealpha=0, fontsize=8)
+    return int(below.sum()), int(above.sum())
+
+
+def _scores_picture(content: UpdateInput) -> Picture | None:
+    history = content.history
+    if not history:
+        return None
+    mine = {done.event.id for done in content.batches}
+    with _figure(6.4, 3.1) as (figure, axes):
+        below, above = _draw_scores(axes, history, mine)
+        n = len(history)
+        caption = (
+            f"Mean log-likelihood of the last {n} scored {'batches' if n > 1 else 'batch'}, each "
+            "before it was learned; large marks are of this run. The band is what was usual when a "
+            "batch came; a ring marks a score outside of it."
+        )
+        caption += " Refused batches, and those that no longer count, are not in the model."
+        if below or above:
+            caption += f" Beyond the view: {below + above}, drawn at its edge."
+        alt = (
+            f"Scores of {n} batches, the last {number(history[-1].scores['prequential'])} nats a "
+            "row."
+        )
+        return Picture(_svg(figure), alt, caption)
+
+
+def _status(done: Learned) -> str:
+    status = done.event.status.replace("_", " ")
+    return status if done.fresh else f"{status} before"
+
+
+def _happened(done: Learned) -> list[str]:
+    """What is to be said of a batch besides its drift: levels, births, retirements, names."""
+    drift = done.drift.flags if done.drift is not None else ()
+    prefix = f"{done.event.name}: "
+    return [flag.removeprefix(prefix) for flag in done.event.flags if flag not in drift]
+
+
+def _update_batches(batches: Sequence[Learned]) -> dict[str, Any]:
+    # A stable sort: the refused first, and the newest of the others, in their order.
+    last = [*batches][::-1]
+    chosen = sorted(last, key=lambda done: done.event.status not in REFUSED)[:MAX_BATCHES]
+    kept = {id(done) for done in chosen}
+    rows = []
+    for done in batches:
+        if id(done) not in kept:
+            continue
+        event, scores = done.event, done.event.scores
+        prefix = f"{event.name}: "
+        told = [line.removeprefix(prefix) for line in (event.reason, *event.flags) if line]
+        rows.append(
+            {
+                "name": _one_line(event.name, 80),
+                "status": _status(done),
+                "refused": event.status in REFUSED,
+                "n_rows": event.n_rows,
+                "band": scores.get("band"),
+                "outside": bool(scores.get("outside")),
+                **{key: scores.get(key) for key in ("prequential", "champion", "candidate")},
+                "version": event.version,
+                "told": [_one_line(line, MAX_TEXT) for line in told[:MAX_TOLD]],
+                "n_told_left": max(0, len(told) - MAX_TOLD),
+            }
+        )
+    return {"rows": rows, "n_left": len(batches) - len(rows)}
+
+
+def _update_drift(content: UpdateInput) -> dict[str, Any]:
+    """Each column at its worst over the batches of the run."""
+    from genstream.drift import Reference, Thresholds
+
+    drifts = [done.drift for done in content.batches if done.drift is not None]
+    compared = content.model.reference()
+    known = Reference.from_json(compared).columns if compared is not None else ()
+    usual = {column.name: column.missing for column in known}
+    by_column: dict[str, dict[str, Any]] = {}
+    for drift in drifts:
+        for column in drift.columns:
+            row = by_column.setdefault(
+                column.name,
+                {
+                    "name": column.name,
+                    "psi": -1.0,
+                    "n_shifted": 0,
+                    "missing": 0.0,
+                    "usual": usual.get(column.name),
+                },
+            )
+            row["n_shifted"] += column.level != "none"
+            row["missing"] = max(row["missing"], column.missing)
+            if column.psi > row["psi"]:
+                row |= {
+                    "psi": column.psi,
+                    "level": column.level,
+                    "batch": _one_line(drift.name, 40),
+                    "least": column.least,
+                    "median": column.median,
+                    "most": column.most,
+                }
+    worst = sorted(by_column.values(), key=lambda row: (-row["psi"], -row["missing"], row["name"]))
+    limits = Thresholds()
+    return {
+        "rows": worst[:MAX_COLUMNS],
+        "n_left": max(0, len(worst) - MAX_COLUMNS),
+        "n_batches": len(drifts),
+        "moderate": limits.moderate,
+        "strong": limits.strong,
+    }
+
+
+def _update_versions(model: Snapshot) -> tuple[list[dict[str, Any]], int]:
+    """The newest versions, and the champion wherever it is."""
+    chosen = [*model.versions[-MAX_VERSIONS:]]
+    if all(version.number != model.champion for version in chosen):
+        chosen = [model.version(), *chosen[1:]]
+    rows = [
+        {
+            "number": version.number,
+            "champion": version.number == model.champion,
+            "live": model.live(version.number),
+            "time": version.time[:16].replace("T", " "),
+            "held_out": (version.record.get("held_out") or {}).get("mean_loglik"),
+            "rows": version.record.get("rows"),
+            "learned": _one_line(
+                (version.record.get("batch") or {}).get("name")
+                or f"fit {version.record.get('run') or ''}".strip(),
+                80,
+            ),
+        }
+        for version in reversed(chosen)
+    ]
+    return rows, len(model.versions) - len(rows)
+
+
+def _update_headline(content: UpdateInput) -> list[tuple[str, str, str]]:
+    fresh = [done for done in content.batches if done.fresh]
+    learned = [done.event for done in fresh if done.event.status == "learned"]
+    refused = sum(done.event.status in REFUSED for done in fresh)
+    rows = sum(event.n_rows for event in learned)
+    cards = [("batches learned", f"{len(learned)} of {len(fresh)}", f"{rows:,} rows")]
+    if refused:
+        cards.append(("batches refused", str(refused), "the model is as it was without them"))
+    scored = [done.drift for done in content.batches if done.drift is not None]
+    if scored:
+        last = scored[-1]
+        low, high = (number(end) for end in last.band)
+        where = "outside" if last.outside else "within"
+        value = with_error(last.mean_loglik, last.standard_error)
+        cards.append(("last score", value, f"nats a row, {where} {low} to {high}"))
+    version = content.model.version()
+    held_out = (version.record.get("held_out") or {}).get("mean_loglik")
+    cards.append(
+        ("version in use", str(version.number), f"held out {number(held_out, 5)} nats a row")
+    )
+    return cards
+
+
+def _update_page(content: UpdateInput) -> dict[str, Any]:
+    """What the template of an update shows."""
+    model, batches = content.model, content.batches
+    counts: dict[str, int] = {}
+    for event in model.batches.values():
+        counts[event.status] = counts.get(event.status, 0) + 1
+    told = ", ".join(f"{n:,} {status.replace('_', ' ')}" for status, n in counts.items())
+    found = []
+    for done in sorted(batches, key=lambda done: done.event.status not in REFUSED):
+        event = done.event
+        lines = [
+            f"{_status(done)}: {event.reason}" if event.status in REFUSED else "",
+            *event.flags,
+        ]
+        prefix = f"{event.name}: "
+        found += [
+            _one_line(prefix + line.replace(prefix, "", 1), MAX_TEXT) for line in lines if line
+        ]
+    events = [(done.event.name, line) for done in batches for line in _happened(done)]
+    shown = [(_one_line(name, 80), _one_line(line, MAX_TEXT)) for name, line in events]
+    versions, n_versions_left = _update_versions(model)
+    waiting = [(_one_line(name, 80), _one_line(why, MAX_TEXT)) for name, why in content.waiting]
+    return {
+        "title": content.title,
+        "what": "Report of an update",
+        "created": content.created.strftime("%Y-%m-%d %H:%M %Z"),
+        "headline": _update_headline(content),
+        "warnings": found[:MAX_WARNINGS],
+        "n_warnings_left": max(0, len(found) - MAX_WARNINGS),
+        "batches": _update_batches(batches),
+        "waiting": waiting[:MAX_WAITING],
+        "n_waiting_left": max(0, len(waiting) - MAX_WAITING),
+        "picture": _scores_picture(content),
+        "drift": _update_drift(content),
+        "events": shown[:MAX_EVENTS],
+        "n_events_left": max(0, len(shown) - MAX_EVENTS),
+        "versions": versions,
+        "n_versions_left": n_versions_left,
+        "ledger": f"The model's ledger has {sum(counts.values()):,} batches: {told}.",
+        "advice": [*content.advice][:MAX_EVENTS],
         "version": __version__,
     }

@@ -4,8 +4,12 @@ A batch is walked twice. First it is read, compared with what the model knows (`
 and scored, before anything is learned of it (Dawid 1984, "prequential"); a share of its rows,
 chosen by a hash of batch, row and seed, is put aside and never learned. Then the other rows are
 learned by `OnlineEM`, and the guard compares candidate and champion on the rows put aside of the
-last batches, this one included. What follows is one commit (`genstream.models`): the new version
-together with the batch that made it, or the batch's status and reason with the state unchanged.
+last batches, this one included: the candidate must not be worse on most of them. What a batch of
+nonsense gains on its own rows, which may be hundreds of nats, so pays for nothing that the others
+lose; and since the rows of rejected batches judge as well, a stream that has changed for good is
+learned again once most of the last batches are of the new kind. What follows is one commit
+(`genstream.models`): the new version together with the batch that made it, or the batch's status
+and reason with the state unchanged.
 """
 
 from __future__ import annotations
@@ -14,8 +18,8 @@ import contextlib
 import hashlib
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -228,8 +232,8 @@ class Options:
     window
         Batches, the candidate's included, whose rows put aside the guard looks at.
     max_drop
-        Nats a row by which the candidate may be worse than the champion there; None publishes
-        whatever is finite.
+        Nats a row by which the candidate may be worse than the champion on most of these batches;
+        None publishes whatever is finite.
     duplicates
         Rows that were learned before from other bytes: `skip` them, `learn` them once more, or
         `error`, which puts the batch into quarantine.
@@ -285,6 +289,16 @@ class Learned:
             "fresh": self.fresh,
             "drift": None if self.drift is None else self.drift.to_json(),
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Learned:
+        """Inverse of `to_json`; other keys are no matter. Raises CorruptError as `Drift` does."""
+        drift = value["drift"]
+        return cls(
+            Event.from_json({one.name: value[one.name] for one in fields(Event)}),
+            None if drift is None else Drift.from_json(drift),
+            value["fresh"],
+        )
 
 
 def update(
@@ -548,12 +562,14 @@ def _attempt(
         return Learned(commit(event), drift)
     candidate, learned, events = _learned(story, state, delivery, reading, known, options)
     flags += events
-    before = base.held()[1 - options.window :] if options.window > 1 else []
-    rows = Rows.concatenate([*(rows for _, rows in before), held])
-    verdict, scores = _judged(story, state.params, candidate, learned.params, rows, options)
+    others = [rows for identity, rows in base.held() if identity != event.id]
+    before = others[1 - options.window :] if options.window > 1 else []
+    judges = [*before, held]
+    verdict, scores = _judged(story, state.params, candidate, learned.params, judges, options)
     event = replace(event, scores={**event.scores, **scores}, flags=tuple(flags))
     if verdict:
-        return Learned(commit(replace(event, status="rejected", reason=verdict)), drift)
+        mine = recoded(held, known, story.schema)
+        return Learned(commit(replace(event, status="rejected", reason=verdict), held=mine), drift)
     record = {
         "batch": {"id": event.id, "name": event.name},
         "rows": event.n_rows,
@@ -676,27 +692,39 @@ def _judged(
     champion: Params,
     candidate: Story,
     params: Params,
-    rows: Rows,
+    batches: Sequence[Rows],
     options: Options,
 ) -> tuple[str, dict[str, Any]]:
-    """Why the candidate is refused (empty where it is not), and the scores of both."""
+    """Why the candidate is refused (empty where it is not), and the scores of both.
+
+    Scores are means over the rows of all `batches`; what is judged is the median over the batches
+    of the mean difference, of an even number the lower one.
+    """
     arrays = (np.asarray(value) for _, _, value in params.leaves())
     if not all(np.isfinite(array).all() for array in arrays):
         return "the candidate's parameters are not finite", _pair(None, None, 0)
-    # Both are asked about the same entries: levels that only the candidate knows would be dear.
-    rows = recoded(rows, candidate.schema, story.schema)
-    weights = np.where(rows.is_observed.any(axis=1), rows.row_weights, 0.0)
-    if not weights.sum() > 0:
+    means, masses = [], []
+    for rows in batches:
+        # Both are asked about the same entries: levels that only the candidate knows would be dear.
+        asked = recoded(rows, candidate.schema, story.schema)
+        weights = np.where(asked.is_observed.any(axis=1), asked.row_weights, 0.0)
+        if weights.sum() > 0:
+            pair = story.log_prob(champion, asked), candidate.log_prob(params, asked)
+            means.append([_mean(log_p, weights) for log_p in pair])
+            masses.append(weights.sum())
+    if not means:
         return "", _pair(None, None, 0)
-    old = _mean(story.log_prob(champion, rows), weights)
-    new = _mean(candidate.log_prob(params, rows), weights)
-    scores = _pair(old, new, rows.n_rows)
+    old, new = np.average(means, axis=0, weights=masses)
+    scores = _pair(float(old), float(new), sum(rows.n_rows for rows in batches))
     if not np.isfinite(new):
         return "the candidate's log-likelihood of the rows put aside is not finite", scores
-    if options.max_drop is not None and new < old - options.max_drop:
+    # Where the champion has no finite score, any finite one is a gain.
+    gains = sorted(after - before if np.isfinite(before) else np.inf for before, after in means)
+    middle = gains[(len(gains) - 1) // 2]
+    if options.max_drop is not None and middle < -options.max_drop:
         verdict = (
-            f"held out, the candidate has {new:.4f} nats a row and the champion {old:.4f}: "
-            f"{old - new:.4f} less, and max_drop is {options.max_drop:g}"
+            f"on rows put aside of most of the last {len(gains)} batches the candidate is worse, "
+            f"by {-middle:.4f} nats a row in the middle one, and max_drop is {options.max_drop:g}"
         )
         return verdict, scores
     return "", scores
