@@ -14,7 +14,7 @@ import typer
 from flows.command import AsJson, ConfigPath, Overrides, RunRef, finish, guarded, put
 from flows.run import Run
 from flows.terminal import table
-from genstream.errors import ConfigError
+from genstream.errors import ConfigError, CorruptError
 
 app = typer.Typer(
     name="genstream",
@@ -119,6 +119,39 @@ def fit(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False
 
 
 @app.command()
+def update(
+    config: ConfigPath,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-] [KEY=VALUE]...",
+            help="- reads one batch from standard input; settings over those of the file.",
+        ),
+    ] = None,
+    batch_id: Annotated[
+        str | None,
+        typer.Option("--id", help="What the batch on standard input is known by, once and only."),
+    ] = None,
+    retry: Annotated[
+        str | None,
+        typer.Option(metavar="BATCH", help="Try a refused or rolled back batch again."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn the batches that are new, each exactly once, and publish what is not worse."""
+    from flows import updating
+
+    settings = [text for text in overrides or () if text != "-"]
+    stdin = len(settings) < len(overrides or ())
+    if batch_id is not None and not stdin:
+        raise ConfigError("--id names the batch on standard input: say - after the configuration")
+    if retry is not None and stdin:
+        raise ConfigError("--retry names a batch that came before: leave - out")
+    run = updating.begin(config, settings, retry=retry, batch_id=batch_id, stdin=stdin)
+    _carry_out(run, as_json)
+
+
+@app.command()
 def serve(
     configs: Annotated[
         list[str],
@@ -149,24 +182,97 @@ def serve(
 
 
 @app.command()
+def rollback(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder.")],
+    version: Annotated[
+        int | None, typer.Argument(metavar="[VERSION]", help="Left out: the one before.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make another version of a model the one in use; batches learned since no longer count."""
+    from genstream.models import ModelStore
+
+    store = ModelStore(model)
+    before = store.champion
+    champion = store.rollback(version)
+    gone = [e.name for e in store.snapshot().batches.values() if e.status == "rolled_back"]
+    text = f"{model}: version {champion} is in use, and was {before}"
+    if gone:
+        text += (
+            f"\n{len(gone)} batch(es) no longer count, {', '.join(gone[-5:])} the last: "
+            "`genstream update CONFIG --retry BATCH` learns one again"
+        )
+    put(
+        {"model": model, "champion": champion, "before": before, "rolled_back": gone}, text, as_json
+    )
+
+
+@app.command()
+def fsck(
+    folder: Annotated[str, typer.Argument(metavar="MODEL|DATASET")], as_json: AsJson = False
+) -> None:
+    """Compare every stored byte of a model or dataset with its digest."""
+    from genstream.store import fsck as examine
+
+    problems = examine(folder)
+    if problems:
+        raise CorruptError("\n".join(problems))
+    put({"folder": folder, "problems": []}, f"{folder}: every byte is as committed", as_json)
+
+
+@app.command()
+def gc(
+    folder: Annotated[str, typer.Argument(metavar="MODEL|DATASET")],
+    older_than: Annotated[
+        float, typer.Option(metavar="HOURS", min=0, help="Younger files stay.")
+    ] = 24.0,
+    as_json: AsJson = False,
+) -> None:
+    """Delete stored files that nothing in use names."""
+    from genstream.store import gc as collect
+
+    deleted = collect(folder, older_than=3600.0 * older_than)
+    put({"folder": folder, "deleted": deleted}, f"{folder}: {deleted} file(s) deleted", as_json)
+
+
+@app.command()
 def resume(run: RunRef, as_json: AsJson = False) -> None:
     """Go on with a run that was interrupted, to the same bits as if it had not been."""
     _carry_out(Run.find(run), as_json)
 
 
 def _carry_out(run: Run, as_json: bool) -> None:
-    """The stages of a run that are not done yet, through Prefect where the configuration says."""
+    """What is left to do of a run, through Prefect where the configuration says."""
     from flows import orchestration, stages
 
     mode = run.config.orchestrate
-    if mode == "prefect" or (mode == "auto" and orchestration.configured()):
+    with_prefect = mode == "prefect" or (mode == "auto" and orchestration.configured())
+    if with_prefect:
         orchestration.reach()
+    if run.kind == "update":
+        _update(run, with_prefect, as_json)
+        return
+    if with_prefect:
         from flows.pipeline import pipeline
 
         pipeline(str(run.path))
     else:
         stages.run_stages(run, quiet=as_json)
     finish(run, as_json)
+
+
+def _update(run: Run, with_prefect: bool, as_json: bool) -> None:
+    from flows import updating
+    from flows.showing import update_text
+
+    if with_prefect:
+        from flows.update import learn
+
+        found = learn(str(run.path))
+    else:
+        found = updating.carry_out(run)
+    put(found, update_text(found), as_json)
+    updating.refuse(found)
 
 
 @app.command()

@@ -93,6 +93,20 @@ def run_config(flow: Callable[[str], object]) -> None:
     _single(command)
 
 
+def run_update(flow: Callable[[str, list[str]], dict[str, Any]]) -> None:
+    """The command line of the flow that updates a model."""
+
+    def command(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+        from flows import orchestration
+        from flows.showing import update_text
+
+        orchestration.reach()
+        found = flow(str(config), list(overrides or ()))
+        put(found, update_text(found), as_json)
+
+    _single(command)
+
+
 def run_existing(flow: Callable[[str], object]) -> None:
     """The command line of a flow's module that takes a run which is there already."""
 

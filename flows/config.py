@@ -267,6 +267,17 @@ class Data(Section):
     dtype: Literal["float64", "float32"] = Field(
         "float64", description="Numbers in which the dataset is stored."
     )
+    ready: Literal["done_marker", "stable_size"] = Field(
+        "stable_size",
+        description="When a file that landed is whole: once FILE.done or _SUCCESS stands beside "
+        "it, or once its size no longer changes.",
+    )
+    duplicates: Literal["skip", "learn", "error"] = Field(
+        "skip", description="Rows that an update learned before from other bytes."
+    )
+    new_levels: Literal["missing", "add", "reject"] = Field(
+        "missing", description="Levels that a model meets first in an update."
+    )
 
 
 class Model(Section):
@@ -291,6 +302,16 @@ class Fit(Section):
     n_init: int = Field(5, ge=1, description="Starts tried on a sample of rows.")
     sample_rows: int = Field(50_000, ge=1, description="Rows of that sample.")
     dtype: Literal["float64", "float32"] = "float64"
+    batch_rows: int = Field(4096, ge=1, description="Rows of a mini-batch of online EM.")
+    kappa: Annotated[Finite, Field(gt=0.5, le=1)] = Field(
+        0.6, description="Online step sizes are (t + t0)^-kappa."
+    )
+    t0: Annotated[Finite, Field(ge=1)] = Field(
+        64.0, description="Mini-batches that what is known before the first one is worth."
+    )
+    forgetting: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
+        None, description="A constant online step size instead, for streams that drift."
+    )
     seed: int = Field(42, ge=0, lt=2**63)
 
 
@@ -318,6 +339,22 @@ class Checkpoint(Section):
 
     every: Every = Field(Interval(seconds=300.0), description="A time, or a number of passes.")
     keep: int = Field(3, ge=1)
+
+
+class Guard(Section):
+    """What an update must not make worse, and how a model may change its shape."""
+
+    max_drop: Annotated[Finite, Field(ge=0)] | None = Field(
+        0.05, description="Nats a row that the candidate may lose on held-out rows; null for any."
+    )
+    window: int = Field(7, ge=1, description="Batches whose held-out rows are compared.")
+    on_fail: Literal["keep_old"] = "keep_old"
+    birth: bool = Field(
+        False, description="Whether badly explained rows may make a component of their own."
+    )
+    retire: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
+        None, description="Mixing weight below which a component is removed; null keeps all."
+    )
 
 
 class Publish(Section):
@@ -365,6 +402,7 @@ class Config(Section):
     fit: Fit = Fit()
     compute: Compute = Compute()
     checkpoint: Checkpoint = Checkpoint()
+    guard: Guard = Guard()
     publish: Publish | None = None
     schedule: Schedule | None = None
     report: bool = True

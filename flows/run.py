@@ -33,6 +33,7 @@ STATE = Path(".genstream")
 """Folder of what the application keeps for itself: Prefect's database, logs of crashes."""
 
 Status = Literal["running", "done", "failed", "interrupted"]
+Kind = Literal["fit", "update"]
 
 log = logging.getLogger("genstream")
 
@@ -82,7 +83,12 @@ class Run:
 
     @classmethod
     def create(
-        cls, config_path: str | os.PathLike[str], overrides: Sequence[str] = (), root: Path = RUNS
+        cls,
+        config_path: str | os.PathLike[str],
+        overrides: Sequence[str] = (),
+        root: Path = RUNS,
+        *,
+        kind: Kind = "fit",
     ) -> Run:
         """A new folder for a run of a configuration. Raises ConfigError where that is wrong."""
         config = load(config_path, overrides)
@@ -94,6 +100,7 @@ class Run:
         run.update(
             id=run.id,
             name=config.name,
+            kind=kind,
             config=str(config_path),
             overrides=list(overrides),
             created=now.isoformat(timespec="seconds"),
@@ -139,6 +146,12 @@ class Run:
     def config(self) -> Config:
         """The resolved configuration."""
         return load(self.path / "resolved.yaml")
+
+    @property
+    def kind(self) -> Kind:
+        """What is run: a fit with all that belongs to it, or an update."""
+        kind: Kind = self.info().get("kind", "fit")
+        return kind
 
     @property
     def checkpoint(self) -> Path:

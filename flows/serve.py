@@ -146,6 +146,8 @@ def serve(
         The server does not come up, or is lost.
     """
     updates = read_updates(paths, overrides)
+    if flow is None:
+        _refuse_without_model(updates)
     with _alone(), _api() as server:
         tell({"server": os.environ["PREFECT_API_URL"], "own": server is not None})
         if flow is None:
@@ -154,6 +156,20 @@ def serve(
             flow = update
         number = asyncio.run(_Service(updates, flow, server, tell).run())
     raise Interrupted(number)
+
+
+def _refuse_without_model(updates: list[Update]) -> None:
+    """Raise ConfigError for all that have nothing to update yet: better now than at night."""
+    from flows.updating import model_of
+
+    problems = []
+    for update in updates:
+        try:
+            model_of(update.config)
+        except ConfigError as error:
+            problems.append(f"{update.path}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 @contextlib.contextmanager

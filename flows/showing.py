@@ -69,6 +69,24 @@ def summary_text(run: Run) -> str:
     return f"{text}\n\nnext:\n{hints}"
 
 
+def update_text(found: dict[str, Any]) -> str:
+    """What an update did: a line a batch, and what was left for the next."""
+    lines = []
+    if found["batches"]:
+        columns = ["name", "rows", "status", "prequential", "champion", "candidate", "version"]
+        lines.append(table(found["batches"][-MAX_ROWS:], columns))
+        for batch in found["batches"][-MAX_ROWS:]:
+            told = [batch["reason"]] if batch["reason"] else []
+            lines += [f"{batch['name']}: {line}" for line in (*told, *batch["flags"])]
+    else:
+        lines.append("nothing new")
+    lines += [f"{one['name']}: waits: {one['why']}" for one in found["waiting"]]
+    lines.append(f"model     {found['model']}, version {found['version']} in use")
+    if found.get("report"):
+        lines.append(f"report    {found['report']}")
+    return "\n".join(lines)
+
+
 def _mean(score: dict[str, Any]) -> str:
     mean, error = score["mean_loglik"], score["standard_error"]
     return f"{mean:.4f} ± {error:.4f} nats a row ({score['n_rows']:,} rows)"

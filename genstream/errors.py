@@ -10,6 +10,12 @@ class GenstreamError(Exception):
     exit_code = 70
 
 
+class RefusedError(GenstreamError):
+    """All was looked at, but some batches were refused: the model is as it was without them."""
+
+    exit_code = 1
+
+
 class ConfigError(GenstreamError, ValueError):
     """A configuration or an argument is wrong."""
 

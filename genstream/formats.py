@@ -7,12 +7,15 @@ read by number is `Chunked`, and can be fitted in place.
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
 import csv
 import difflib
 import gzip
 import io
+import json
 import lzma
+import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,7 +40,7 @@ from genstream.sources import (
 
 Array = NDArray[Any]
 
-# Bytes of a CSV file that are parsed at once; no line can be longer.
+# Bytes of a CSV or JSON lines file that are parsed at once; no line can be longer.
 CSV_BLOCK = 1 << 20
 HEADER_NBYTES = 1 << 20
 
@@ -58,16 +61,17 @@ def read_tables(
     Parameters
     ----------
     data
-        The path of a file: CSV (comma, semicolon or tab separated, with a header; also packed as
-        .gz, .bz2, .xz or .zip), parquet, Arrow IPC, npy, zarr or NetCDF. Or a table in memory:
-        pyarrow, pandas or xarray.
+        The path of a file: CSV (comma, semicolon or tab separated, with a header) or JSON lines
+        (one object a line), each also packed as .gz, .bz2, .xz or .zip; parquet, Arrow IPC, npy,
+        zarr or NetCDF. Or a table in memory: pyarrow, pandas or xarray.
     columns
         Those to read, in this order; all of them if left out. The columns of an array without
         names are `x0`, `x1`, ..., or go by the names given where there are as many.
 
     Yields
     ------
-    `pyarrow.Table`s with rows, in order; text of a CSV file is left as it is.
+    `pyarrow.Table`s with rows, in order; text of a CSV file is left as it is, and values of a JSON
+    lines file are text too.
 
     Raises
     ------
@@ -201,6 +205,15 @@ _SUFFIXES = {
     ".nc4": "netcdf",
     ".cdf": "netcdf",
     ".netcdf": "netcdf",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
+# Endings of packed files, and how their bytes begin.
+_PACKED = {
+    ".gz": b"\x1f\x8b",
+    ".bz2": b"BZh",
+    ".xz": b"\xfd7zXZ\x00",
+    ".zip": b"PK",
 }
 
 
@@ -225,21 +238,76 @@ def open_table(data: Any) -> Format:
             return _zarr(path)
         if kind == "netcdf":
             return _netcdf(path)
+        if kind == "jsonl":
+            return _JsonLines(path)
         return _Csv(path)
 
 
 def _kind_of(path: Path) -> str:
     """What a file is, by its name or else by its first bytes."""
-    kind = _SUFFIXES.get(path.suffix.lower(), "")
+    endings = [ending.lower() for ending in path.suffixes]
+    packed = bool(endings) and endings[-1] in _PACKED
+    kind = _SUFFIXES.get("".join(endings[-2:-1] if packed else endings[-1:]), "")
     if path.is_dir():
         if (path / "manifests").is_dir():
             raise DataError(f"{path}: is a dataset already, not a file to read")
         return "zarr"
     with path.open("rb") as file:
-        start = file.read(8)
+        start = file.read(4096)
     if not start:
         raise DataError(f"{path}: the file is empty")
-    return kind or next((k for magic, k in _MAGIC if start.startswith(magic)), "csv")
+    if packed:
+        # What an archive holds is told by its name, or else is taken for text.
+        return kind if kind == "jsonl" else "csv"
+    return kind or kind_of_bytes(start) or "csv"
+
+
+def kind_of_bytes(start: bytes) -> str:
+    """What a file is by its first bytes; nothing where they say no more than that it is text.
+
+    One of `parquet`, `arrow`, `npy`, `netcdf`, `jsonl`.
+    """
+    known = next((k for magic, k in _MAGIC if start.startswith(magic)), "")
+    if known or not start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+        return known
+    return "jsonl"
+
+
+def ending_of_bytes(start: bytes) -> str:
+    """The ending that a file with these first bytes should have, such as `.parquet` or `.csv.gz`.
+
+    Of an Arrow stream, parquet, Arrow, npy, JSON lines and CSV, the last two also packed. Raises
+    DataError where the bytes are none of them.
+    """
+    inside, ending = start, ""
+    for packed, magic in _PACKED.items():
+        if start.startswith(magic):
+            ending = packed
+            with contextlib.suppress(OSError, EOFError, zlib.error, lzma.LZMAError):
+                inside = _unpack(packed, start)
+    if not ending and start.startswith(b"\xff\xff\xff\xff"):
+        return ".arrows"
+    kind = kind_of_bytes(inside)
+    if ending and kind not in ("", "jsonl"):
+        raise DataError(f"holds {kind} in an archive: unpack it first")
+    if kind:
+        return {"netcdf": ".nc"}.get(kind, f".{kind}") + ending
+    if inside.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError("is UTF-16 text: send it as UTF-8")
+    if ending != ".zip" and b"\0" in inside:
+        raise DataError("is neither text nor of another known format")
+    if inside.lstrip().startswith(b"["):
+        raise DataError("is a JSON array: write one object a line (JSON lines)")
+    return ".csv" + ending
+
+
+def _unpack(ending: str, start: bytes) -> bytes:
+    """The first bytes of what an archive holds; those of the archive where they are not known."""
+    if ending == ".gz":
+        return zlib.decompressobj(31).decompress(start)
+    if ending == ".bz2":
+        return bz2.BZ2Decompressor().decompress(start)
+    return lzma.LZMADecompressor().decompress(start) if ending == ".xz" else start
 
 
 def table_in_memory(data: Any) -> Chunked | None:
@@ -282,6 +350,8 @@ class _Csv(Format):
         text = start.decode("utf-8-sig", errors="replace").lstrip("\r\n")
         if not text.strip():
             raise DataError(f"{path}: the file is empty")
+        if ".json" in path.suffixes and text.lstrip().startswith("["):
+            raise DataError(f"{path}: is a JSON array: write one object a line (JSON lines)")
         self.delimiter = _delimiter(path, text)
         self._raw = next(csv.reader(io.StringIO(text, newline=""), delimiter=self.delimiter))
         self.names = tuple(name.strip() for name in self._raw)
@@ -310,6 +380,133 @@ class _Csv(Format):
             with reader:
                 for batch in reader:
                     yield pa.RecordBatch.from_arrays(batch.columns, names=columns)
+
+
+class _JsonLines(Format):
+    """Text with one JSON object a line, whose keys are the columns.
+
+    Values become text, as those of a CSV file are, so that what one block of lines suggests for a
+    column cannot contradict what another does. The columns are the keys of the first megabyte;
+    where others are asked for, the whole file is looked through.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.place = path, str(path)
+        # Columns of text that looks like a time, which must stay as it is.
+        self._texts: dict[str, Any] = {}
+        first = next(self._tables(), None)
+        if first is None:
+            raise DataError(f"{path}: the file is empty")
+        self.names = tuple(first[1].column_names)
+
+    def choose(self, columns: Sequence[str] | None) -> tuple[str, ...]:
+        if columns is not None and not set(columns) <= set(self.names):
+            found = dict.fromkeys(self.names)
+            for _, table in self._tables():
+                found.update(dict.fromkeys(table.column_names))
+            self.names = tuple(found)
+        return self.names
+
+    def read(self, columns: list[str]) -> Iterator[Any]:
+        for line, table in self._tables():
+            late = [name for name in table.column_names if name not in self.names]
+            if late and columns == list(self.names):
+                raise DataError(
+                    f"{self.place}: from line {line + 1}: key {late[0]!r} is not one of the first "
+                    "lines': name the columns to read"
+                )
+            arrays = [self._text(table, name, line) for name in columns]
+            yield pa.RecordBatch.from_arrays(arrays, names=columns)
+
+    def _text(self, table: Any, name: str, line: int) -> Any:
+        if name not in table.column_names:
+            return pa.nulls(table.num_rows, pa.string())
+        column = table.column(name)
+        if pa.types.is_nested(column.type):
+            raise DataError(
+                f"{self.place}: from line {line + 1}: column {name!r} holds nested values: give "
+                "each of them a key of its own, or leave the column out"
+            )
+        column = column.cast(pa.string())
+        return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], pa.string())
+
+    def _tables(self) -> Iterator[tuple[int, Any]]:
+        """(lines before it, table) of each block of lines."""
+        line = 0
+        for block in self._blocks():
+            if block.strip():
+                yield line, self._parsed(block, line)
+            line += block.count(b"\n")
+
+    def _blocks(self) -> Iterator[bytes]:
+        rest, first = b"", True
+        with _unpacked(self.path) as file:
+            while data := file.read(CSV_BLOCK):
+                if first:
+                    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise DataError(f"{self.place}: is UTF-16 text: save it as UTF-8")
+                    data, first = data.removeprefix(codecs.BOM_UTF8), False
+                end = data.rfind(b"\n") + 1
+                if end:
+                    yield rest + data[:end]
+                    rest = data[end:]
+                else:
+                    rest += data
+                if len(rest) > CSV_BLOCK:
+                    raise DataError(
+                        f"{self.place}: a line is longer than {CSV_BLOCK >> 20} MiB: does each "
+                        "line hold one object?"
+                    )
+        if rest:
+            yield rest
+
+    def _parsed(self, block: bytes, line: int) -> Any:
+        import pyarrow.json
+
+        def parse() -> Any:
+            return pyarrow.json.read_json(
+                io.BytesIO(block),
+                read_options=pyarrow.json.ReadOptions(
+                    use_threads=False, block_size=2 * CSV_BLOCK + 1
+                ),
+                parse_options=pyarrow.json.ParseOptions(
+                    explicit_schema=pa.schema(self._texts), unexpected_field_behavior="infer"
+                ),
+            )
+
+        try:
+            table = parse()
+            times = [f.name for f in table.schema if pa.types.is_temporal(f.type)]
+            if times:
+                names = table.column_names
+                self._texts |= dict.fromkeys(times, pa.string())
+                table = parse().select(names)
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise self._bad_line(block, line, error) from None
+        return table
+
+    def _bad_line(self, block: bytes, line: int, error: BaseException) -> DataError:
+        """What is wrong with a block, by its first bad line where it can be told."""
+        lines = enumerate(block.split(b"\n"), line + 1)
+        numbered = [(i, text) for i, text in lines if text.strip()]
+        for i, text in numbered:
+            try:
+                found = json.loads(text)
+            except (ValueError, RecursionError) as wrong:
+                what = "not UTF-8"
+                if isinstance(wrong, json.JSONDecodeError):
+                    what = f"{wrong.msg}, at character {wrong.colno}"
+                return DataError(f"{self.place}: line {i}: not a JSON object: {what}")
+            if not isinstance(found, dict):
+                return DataError(
+                    f"{self.place}: line {i}: not a JSON object: write one object a line"
+                )
+        what = first_line(error).removeprefix("JSON parse error: ")
+        what = re.sub(r"^Column\(/(.*?)\)", r"key '\1'", what)
+        row = re.search(r" in row (\d+)$", what)
+        if row is None or int(row[1]) >= len(numbered):
+            return DataError(f"{self.place}: from line {line + 1}: {what}")
+        return DataError(f"{self.place}: line {numbered[int(row[1])][0]}: {what[: row.start()]}")
 
 
 def _delimiter(path: Path, text: str) -> str:

@@ -83,14 +83,14 @@ class LocalStorage:
     def write(self, key: str, data: bytes) -> None:
         """Put a file, then sync it and its folder; see `Storage.write`."""
         path = self._path(key)
-        with _storing(path):
+        with storing(path):
             self._into_folder(path.parent, lambda: _write_synced(path, data))
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
     def write_if_absent(self, key: str, data: bytes) -> bool:
         """Link a synced temporary file to the key; see `Storage.write_if_absent`."""
         path = self._path(key)
-        with _storing(path):
+        with storing(path):
             temporary = path.parent / f".{uuid.uuid4().hex}"
             try:
                 self._into_folder(path.parent, lambda: _write_synced(temporary, data))
@@ -100,13 +100,13 @@ class LocalStorage:
                     return False
             finally:
                 temporary.unlink(missing_ok=True)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         return True
 
     def hint(self, key: str, data: bytes) -> None:
         """Rename a temporary file over the key; see `Storage.hint`."""
         path = self._path(key)
-        with _storing(path):
+        with storing(path):
             temporary = path.parent / f".{uuid.uuid4().hex}"
             try:
                 self._into_folder(path.parent, lambda: temporary.write_bytes(data))
@@ -136,7 +136,7 @@ class LocalStorage:
     def delete(self, key: str) -> None:
         """Remove a file and the folders that it leaves empty; see `Storage.delete`."""
         path = self._path(key)
-        with _storing(path):
+        with storing(path):
             path.unlink(missing_ok=True)
         for folder in path.parents:
             if folder == self.root:
@@ -156,7 +156,7 @@ class LocalStorage:
         """Write into a folder, which another process may remove as empty in the meantime."""
         for last_try in (False, False, True):
             try:
-                _make_folder(folder)
+                make_folder(folder)
                 write()
                 return
             except FileNotFoundError:
@@ -164,18 +164,20 @@ class LocalStorage:
                     raise
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each synced into its parent."""
     missing = []
     while not folder.is_dir():
         missing.append(folder)
         folder = folder.parent
     for new in reversed(missing):
         new.mkdir(exist_ok=True)
-        _sync_folder(new.parent)
+        sync_folder(new.parent)
 
 
 @contextlib.contextmanager
-def _storing(path: Path) -> Iterator[None]:
+def storing(path: Path) -> Iterator[None]:
+    """What the system refuses while a file is written, as a StorageError that names it."""
     try:
         yield
     except OSError as error:
@@ -195,7 +197,8 @@ def _write_synced(path: Path, data: bytes) -> None:
         raise
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -85,6 +85,31 @@ def fingerprint(path: str | Path) -> str:
             found = file.stat()
             name = file.relative_to(place).as_posix()
             sha.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return sha.hexdigest()
+
+
+def content_digest(path: str | Path) -> str:
+    """SHA-256 of a file, or of the names and bytes of all files below a folder.
+
+    Raises StorageError where it cannot be read.
+    """
+    place = Path(path)
+    try:
+        if place.is_dir():
+            files = [p for p in place.rglob("*") if p.is_file()]
+            return folder_digest({p.relative_to(place): content_digest(p) for p in files})
+        with place.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise _storage_error(path, error) from error
+
+
+def folder_digest(files: Mapping[PurePath, str]) -> str:
+    """What `content_digest` says of a folder with files of these digests, by their paths in it."""
+    sha = hashlib.sha256()
+    for name in sorted(files):
+        sha.update(f"{name.as_posix()}\n".encode())
+        sha.update(bytes.fromhex(files[name]))
     return sha.hexdigest()
 
 
@@ -428,16 +453,17 @@ class Split:
 def row_hash(piece: Piece, seed: int) -> NDArray[np.uint64]:
     """(n,) uniform 64-bit hashes of the rows of a piece: a splitmix64 stream per batch and seed."""
     key, first, n = piece
-    state = _mix(np.array([key], dtype=np.uint64) ^ _mix(_uint64(seed)))
+    state = mix(np.array([key], dtype=np.uint64) ^ mix(_uint64(seed)))
     rows = np.arange(first + 1, first + n + 1, dtype=np.uint64)
-    return _mix(state + rows * np.uint64(0x9E3779B97F4A7C15))
+    return mix(state + rows * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _uint64(number: int) -> NDArray[np.uint64]:
     return np.array([number % 2**64], dtype=np.uint64)
 
 
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64, a bijection of 64 bits, elementwise."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: NDArray[np.uint64] = z ^ (z >> np.uint64(31))

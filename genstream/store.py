@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -44,6 +43,7 @@ from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.segments import DType, Ids, Segment, SegmentWriter, read_record, write_record
 from genstream.sources import Piece as RowPiece
+from genstream.sources import content_digest
 from genstream.story import Story
 
 # Times a file is encoded, where other writers add levels of their own at the same time.
@@ -58,7 +58,8 @@ GRACE = 24 * 3600.0
 class Batch:
     """Rows that arrived together.
 
-    `id` is the SHA-256 of the bytes they came as, `segments` the pieces that hold them.
+    `id` is the SHA-256 of the bytes they came as, `segments` the pieces that hold them, `columns`
+    all that the file had, modelled or not (empty where none was noted).
     """
 
     id: str
@@ -67,6 +68,7 @@ class Batch:
     time: str
     status: str
     segments: tuple[dict[str, Any], ...]
+    columns: tuple[str, ...] = ()
 
     @property
     def key(self) -> int:
@@ -80,7 +82,8 @@ class Batch:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Batch:
         """Inverse of `to_json`."""
-        return cls(**{**value, "segments": tuple(value["segments"])})
+        columns = tuple(value.get("columns", ()))
+        return cls(**{**value, "segments": tuple(value["segments"]), "columns": columns})
 
 
 class Dataset:
@@ -120,13 +123,16 @@ class Dataset:
         """Rows of all batches."""
         return sum(batch.n_rows for batch in self.batches)
 
-    def source(self, manifest: int | None = None) -> DatasetSource:
+    def source(
+        self, manifest: int | None = None, batches: Sequence[str] | None = None
+    ) -> DatasetSource:
         """The rows of this manifest, or of the one given, as chunks.
 
-        Raises DataError where there are none.
+        `batches` are ids of those whose rows are wanted; left out, all are. Raises DataError where
+        there are no rows.
         """
         of = self if manifest is None else Dataset.open(self.storage.name, manifest)
-        return DatasetSource(of)
+        return DatasetSource(of, None if batches is None else tuple(batches))
 
 
 class LevelsError(ConflictError):
@@ -142,6 +148,7 @@ def append_batch(
     dtype: DType = "float64",
     weighted: bool = False,
     batch_id: str | None = None,
+    columns: Sequence[str] = (),
     check: Callable[[], None] | None = None,
 ) -> tuple[Dataset, Batch | None]:
     """Store rows as one batch of a dataset and commit it, or leave no trace of it.
@@ -160,6 +167,8 @@ def append_batch(
         How values are stored, and whether weights are.
     batch_id
         The SHA-256 of the bytes the rows came as; that of the rows themselves if left out.
+    columns
+        All columns that they came with, modelled or not.
     check
         Called just before the commit; what it raises undoes the batch.
 
@@ -197,8 +206,9 @@ def append_batch(
             datetime.now(UTC).isoformat(timespec="milliseconds"),
             "stored",
             tuple(segments),
+            tuple(columns),
         )
-        columns = schema()
+        found = schema()
     except BaseException:
         if writer is not None:
             with contextlib.suppress(StorageError):
@@ -208,7 +218,7 @@ def append_batch(
     manifests = Manifests(storage, "dataset")
     try:
         made = manifests.commit(
-            lambda head: _grown(storage, empty if head is None else head.content, batch, columns)
+            lambda head: _grown(storage, empty if head is None else head.content, batch, found)
         )
     except GenstreamError:
         # An interrupt may strike just when the commit has been made, and then, or where the ledger
@@ -262,18 +272,23 @@ def extends(schema: Schema, known: Schema) -> bool:
 
 
 class DatasetSource:
-    """The rows of a dataset as of one manifest; see `genstream.sources.Source`."""
+    """The rows of a dataset as of one manifest, or of some of its batches.
 
-    def __init__(self, dataset: Dataset) -> None:
+    See `genstream.sources.Source`.
+    """
+
+    def __init__(self, dataset: Dataset, only: tuple[str, ...] | None = None) -> None:
         self.schema = dataset.schema
         self.dtype = np.dtype(dataset.dtype)
-        self._storage, self._manifest = dataset.storage, dataset.manifest
+        self._storage, self._manifest, self._only = dataset.storage, dataset.manifest, only
         self._weighted = dataset.weighted
         self._segments: list[dict[str, Any]] = []
         chunks: list[int] = []
         # (segment, chunk within it, batch key, first row within the batch) of every chunk.
         self._places: list[tuple[int, int, int, int]] = []
         for batch in dataset.batches:
+            if only is not None and batch.id not in only:
+                continue
             first = 0
             for entry in batch.segments:
                 for i, start in enumerate(range(0, entry["n_rows"], entry["chunk_rows"])):
@@ -290,7 +305,7 @@ class DatasetSource:
     def __reduce__(self) -> tuple[Any, ...]:
         # A manifest's number says it all: a ledger of thousands of batches need not travel with
         # every task, and a worker opens each segment's index only once.
-        return _pinned, (self._storage, self._manifest.number, self._manifest.sha256)
+        return _pinned, (self._storage, self._manifest.number, self._manifest.sha256, self._only)
 
     @property
     def chunk_nbytes(self) -> int:
@@ -329,15 +344,17 @@ class DatasetSource:
             "n_rows": sum(self.chunk_rows),
             "n_chunks": len(self.chunk_rows),
             "columns": list(self.schema.names),
-        }
+        } | ({} if self._only is None else {"batches": list(self._only)})
 
 
 @functools.lru_cache(maxsize=8)
-def _pinned(storage: Storage, number: int, sha256: str) -> DatasetSource:
+def _pinned(
+    storage: Storage, number: int, sha256: str, only: tuple[str, ...] | None
+) -> DatasetSource:
     manifest = Manifests(storage, "dataset").read(number)
     if manifest.sha256 != sha256:
         raise CorruptError(f"{storage.name}: manifest {number} is not the one that was pinned")
-    return DatasetSource(Dataset(storage, manifest))
+    return DatasetSource(Dataset(storage, manifest), only)
 
 
 # --- ingest --------------------------------------------------------------------------------------
@@ -377,6 +394,7 @@ def ingest(
     null_values: Sequence[str] | None = None,
     dtype: DType = "float64",
     chunk_rows: int = 65_536,
+    batch: tuple[str, str] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> IngestReport:
     """Bring files into a dataset, each as one batch, by chunks and never whole.
@@ -398,6 +416,9 @@ def ingest(
         Texts that stand for a missing entry.
     dtype
         How a new dataset stores values.
+    batch
+        Id and name of the one batch in `paths`, where it is a copy that nobody writes to; left
+        out, files are known by their bytes and called after themselves.
     on_progress
         Called with the rows brought in so far, over all files.
 
@@ -408,6 +429,8 @@ def ingest(
     StorageError
         Where something cannot be read or written.
     """
+    from genstream.formats import table_columns
+
     if not paths:
         raise ConfigError("there is no file to ingest")
     target, done = Path(dataset), 0
@@ -415,10 +438,10 @@ def ingest(
     manifests = Manifests(LocalStorage(target), "dataset")
     opened = Dataset.open(target) if manifests.latest() is not None else None
     for path in paths:
-        identity = content_digest(path)
-        known = {batch.id: batch for batch in opened.batches} if opened else {}
+        identity, name = batch or (content_digest(path), Path(path).name)
+        known = {b.id: b for b in opened.batches} if opened else {}
         if identity in known:
-            reports.append(Ingested(Path(path).name, identity, known[identity].n_rows, "duplicate"))
+            reports.append(Ingested(name, identity, known[identity].n_rows, "duplicate"))
             continue
         reader = _Reader(path, columns, id_column, weights, missing, null_values, chunk_rows)
         for attempts_left in reversed(range(ATTEMPTS)):
@@ -429,15 +452,16 @@ def ingest(
 
             pieces, schema = reader.start(opened, told)
             try:
-                opened, batch = append_batch(
+                opened, added = append_batch(
                     target,
-                    reader.name,
+                    name,
                     pieces,
                     schema,
                     dtype=opened.dtype if opened else dtype,
                     weighted=opened.weighted if opened else weights is not None,
                     batch_id=identity,
-                    check=functools.partial(_unchanged, path, identity),
+                    columns=table_columns(path),
+                    check=None if batch else functools.partial(_unchanged, path, identity),
                 )
                 break
             except LevelsError:
@@ -446,10 +470,10 @@ def ingest(
                     raise
                 opened = Dataset.open(target)
         assert opened is not None
-        stored = batch or next(b for b in opened.batches if b.id == identity)
+        stored = added or next(b for b in opened.batches if b.id == identity)
         done += stored.n_rows
         reports.append(
-            Ingested(stored.name, identity, stored.n_rows, "stored" if batch else "duplicate")
+            Ingested(stored.name, identity, stored.n_rows, "stored" if added else "duplicate")
         )
     assert opened is not None
     kinds = dict(zip(opened.schema.names, opened.schema.kinds, strict=True))
@@ -467,10 +491,6 @@ class _Reader:
     missing: Literal["allow", "forbid"]
     null_values: Sequence[str] | None
     chunk_rows: int
-
-    @property
-    def name(self) -> str:
-        return Path(self.path).name
 
     def start(
         self, opened: Dataset | None, on_rows: Callable[[int], None]
@@ -509,26 +529,7 @@ def _unchanged(path: str | Path, identity: str) -> None:
         raise DataError(f"{path}: changed while it was read: ingest it again")
 
 
-def content_digest(path: str | Path) -> str:
-    """SHA-256 of a file, or of the names and bytes of all files below a folder.
-
-    Raises StorageError where it cannot be read.
-    """
-    place = Path(path)
-    sha = hashlib.sha256()
-    try:
-        if place.is_dir():
-            for file in sorted(p for p in place.rglob("*") if p.is_file()):
-                sha.update(f"{file.relative_to(place).as_posix()}\n".encode())
-                sha.update(bytes.fromhex(content_digest(file)))
-            return sha.hexdigest()
-        with place.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-# --- states ---------------------------------------------------------------------------
+# --- states --------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path: str | Path, story: Story, state: FitState, *, keep: int = 3) -> int:

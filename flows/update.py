@@ -1,0 +1,64 @@
+"""The flow that learns what has arrived: ``python -m flows.update CONFIG``.
+
+A run in which a batch was refused ends Failed, after all else was learned and committed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flows import orchestration, showing, updating
+from flows.run import Run
+
+orchestration.prepare()
+
+from prefect import flow, task  # noqa: E402 - Prefect reads its settings when imported
+from prefect.artifacts import create_markdown_artifact, create_table_artifact  # noqa: E402
+from prefect.cache_policies import NO_CACHE  # noqa: E402
+
+SHOWN = ("name", "status", "rows", "prequential", "champion", "candidate", "outside", "reason")
+"""Columns of the table of batches."""
+
+
+@task(name="learn", cache_policy=NO_CACHE)
+def learn_batches(run: str) -> dict[str, Any]:
+    """What `updating.carry_out` does, for the run in folder `run`."""
+    return updating.carry_out(Run(Path(run)))
+
+
+@flow(name="learn", flow_run_name="{run}")
+def learn(run: str) -> dict[str, Any]:
+    """Learn what has arrived for the run in folder `run`, and show its batches."""
+    found = learn_batches(run)
+    if found["batches"]:
+        create_table_artifact(
+            table=[{name: line[name] for name in SHOWN} for line in found["batches"][-100:]],
+            key=orchestration.artifact_key(run, "batches"),
+            description=f"batches of {found['model']}, scored before they were learned (nats)",
+        )
+        create_table_artifact(
+            table=found["drift"][-100:],
+            key=orchestration.artifact_key(run, "drift"),
+            description="how each batch differs from the rows fitted",
+        )
+        create_markdown_artifact(
+            markdown=f"```\n{showing.update_text(found)}\n```",
+            key=orchestration.artifact_key(run, "update"),
+            description="what the update did",
+        )
+    return found
+
+
+@flow(name="update", flow_run_name="{config}")
+def update(config: str, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Make a run of a configuration, learn what has arrived, and fail where a batch was refused."""
+    found = learn(str(updating.begin(config, overrides or ()).path))
+    updating.refuse(found)
+    return found
+
+
+if __name__ == "__main__":
+    from flows.command import run_update
+
+    run_update(update)

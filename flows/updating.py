@@ -1,0 +1,421 @@
+"""What an update does: it finds what arrived, and has it learned once and only once.
+
+The bytes of a batch are hashed while they are copied in, and all else reads the copy. With
+`data.dataset` the copy then goes into the dataset, so that a later fit has its rows too; without
+one its rows are kept nowhere. A batch that is refused stays in the model's `quarantine` folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.config import Config, Drawn, load
+from flows.data import columns_of
+from flows.run import Run
+from genstream.errors import ConfigError, CorruptError, DataError, RefusedError
+from genstream.landing import Copy, discard
+from genstream.models import SETTLED
+
+if TYPE_CHECKING:
+    from genstream.models import Event, ModelStore
+    from genstream.updates import Delivery, Learned, Options
+
+log = logging.getLogger("genstream")
+
+REFUSED = ("rejected", "quarantined")
+"""Statuses of batches that a person should look at: an update that has any exits with 1."""
+
+
+def begin(
+    config_path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    retry: str | None = None,
+    batch_id: str | None = None,
+    stdin: bool = False,
+) -> Run:
+    """A new run that will update the model of a configuration.
+
+    `retry` names a batch that was refused or rolled back, to be tried again. Raises ConfigError
+    where there is no model to update, and makes no run.
+    """
+    config = load(config_path, overrides)
+    model_of(config)
+    run = Run.create(config_path, overrides, kind="update")
+    run.update(retry=retry, batch_id=batch_id, stdin=stdin)
+    return run
+
+
+def model_of(config: Config) -> ModelStore:
+    """The model that a configuration updates. Raises ConfigError where there is none."""
+    from genstream.models import ModelStore
+
+    if config.publish is None:
+        raise ConfigError("publish.model is not set: say which model is to be updated")
+    if isinstance(config.data.source, Drawn):
+        raise ConfigError("data.source: drawn data do not arrive: name files to update from")
+    store = ModelStore(config.publish.model)
+    if not (store.path / "manifests").is_dir():
+        raise ConfigError(
+            f"{config.publish.model}: no model there yet: `genstream fit` makes the first version"
+        )
+    return store
+
+
+def update_config(
+    config_path: str | os.PathLike[str], overrides: Sequence[str] = (), **how: Any
+) -> dict[str, Any]:
+    """Make a run and carry it out in this process; see `begin` and `carry_out`."""
+    return carry_out(begin(config_path, overrides, **how))
+
+
+def carry_out(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[str, Any]:
+    """Learn everything new for a run of `begin`, in this process.
+
+    A run that found nothing leaves no folder behind: a schedule would pile them up.
+    """
+    with run.working():
+        found = update(run, on_batch)
+    if not found["batches"]:
+        shutil.rmtree(run.path, ignore_errors=True)
+    return found
+
+
+def refuse(found: dict[str, Any]) -> None:
+    """Raise RefusedError where batches were refused that were not before."""
+    refused = [b for b in found["batches"] if b["status"] in REFUSED]
+    if refused:
+        first = refused[0]
+        others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise RefusedError(
+            f"{first['name']} was {first['status']}{others}: {first['reason']}; the model is as it "
+            f"was without it, and `genstream update CONFIG --retry {first['id'][:12]}` tries again"
+        )
+
+
+def update(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[str, Any]:
+    """Learn all batches that are new, one commit each, and record what became of them.
+
+    Raises as `genstream.updates.update` does; what was committed before stays, and the next update
+    goes on from there.
+    """
+    from genstream.drift import table as drift_table
+    from genstream.updates import Learned, learn_batch
+
+    config, info = run.config, run.info()
+    store, options = model_of(config), options_of(config)
+    landing = Landing(config, store)
+    if info.get("stdin"):
+        arriving = landing.standard_input(info.get("batch_id"))
+    elif info.get("retry"):
+        arriving = landing.again(str(info["retry"]))
+    else:
+        arriving = landing.arrived()
+    found: list[Learned] = []
+    try:
+        for number, one in enumerate(arriving, start=1):
+            if isinstance(one, Learned):
+                done = one
+            else:
+                done = learn_batch(store, one, options, retry=bool(info.get("retry")))
+            landing.close(done)
+            found.append(done)
+            run.append_metrics({"step": number, **done.to_json()})
+            _tell(done)
+            if on_batch is not None:
+                on_batch(done)
+    finally:
+        landing.leave()
+    return run.record(
+        "update",
+        {
+            "model": str(store.path),
+            "version": store.champion,
+            "batches": [_line(done) for done in found],
+            "drift": drift_table([done.drift for done in found if done.drift is not None]),
+            "waiting": landing.waiting,
+            "refused": sum(d.fresh and d.event.status in REFUSED for d in found),
+        },
+    )
+
+
+def options_of(config: Config) -> Options:
+    """How the configuration says to learn."""
+    from genstream.online import OnlineEM
+    from genstream.updates import Options
+
+    fit, guard = config.fit, config.guard
+    return Options(
+        learner=OnlineEM(
+            batch_rows=fit.batch_rows, kappa=fit.kappa, t0=fit.t0, forgetting=fit.forgetting
+        ),
+        holdout=config.data.holdout,
+        seed=fit.seed,
+        window=guard.window,
+        max_drop=guard.max_drop,
+        duplicates=config.data.duplicates,
+        new_levels=config.data.new_levels,
+        birth=guard.birth,
+        retire=guard.retire,
+        keep=config.publish.keep if config.publish else 30,
+    )
+
+
+def _tell(done: Learned) -> None:
+    event = done.event
+    level = logging.WARNING if event.status in REFUSED else logging.INFO
+    log.log(level, "%s: %s%s", event.name, event.status, f": {event.reason}" * bool(event.reason))
+    for flag in event.flags:
+        log.warning("%s: %s", event.name, flag)
+
+
+def _line(done: Learned) -> dict[str, Any]:
+    """A batch in the table of a run."""
+    event, scores = done.event, done.event.scores
+    return {
+        "name": event.name,
+        "id": event.id,
+        "rows": event.n_rows,
+        "status": event.status if done.fresh else f"{event.status} before",
+        "version": event.version,
+        **{key: scores.get(key) for key in ("prequential", "champion", "candidate")},
+        "outside": scores.get("outside"),
+        "flags": list(event.flags),
+        "reason": event.reason,
+    }
+
+
+class Landing:
+    """Where batches come from: copies of what landed, the dataset, standard input.
+
+    Each batch is given as something to learn, or as what became of it where it cannot be read at
+    all. `close` is called when it is settled, `leave` at the end.
+    """
+
+    def __init__(self, config: Config, store: ModelStore) -> None:
+        from genstream.landing import Seen, sweep
+
+        self.config = config
+        self.store = store
+        self.waiting: list[dict[str, str]] = []
+        self.inbox = store.path / "inbox"
+        self.quarantine = store.path / "quarantine"
+        self._seen = Seen(store.path / "seen.json")
+        self._copies: dict[str, Copy] = {}
+        sweep(self.inbox)
+
+    def arrived(self) -> Iterator[Delivery | Learned]:
+        """All that is new: rows of the dataset that the model lacks, then what has landed."""
+        yield from self._stored()
+        from genstream.landing import Changed, copy_in, find_arrivals
+
+        found = find_arrivals(self.config.paths, ready=self.config.data.ready)
+        self.waiting += [{"name": w.name, "why": w.why} for w in found.waiting]
+        settled = {e.id for e in self.store.snapshot().batches.values() if e.status in SETTLED}
+        for arrival in found.ready:
+            if self._seen.get(arrival) in settled:
+                continue
+            copy = copy_in(arrival, self.inbox)
+            if isinstance(copy, Changed):
+                self.waiting.append({"name": arrival.name, "why": copy.why})
+                continue
+            known = self._settled(copy.id)
+            if known is not None:
+                discard(copy)
+            else:
+                yield self._opened(copy, copy.id)
+                known = self._settled(copy.id)
+            if known is not None:
+                self._seen.put(arrival, copy.id)
+
+    def standard_input(self, batch_id: str | None) -> Iterator[Delivery | Learned]:
+        """One batch of all that standard input holds."""
+        from genstream.landing import spool
+
+        copy = spool(sys.stdin.buffer, self.inbox)
+        if batch_id is None:
+            log.warning(
+                "standard input has no --id, so it is known by its bytes: the same bytes count "
+                "once, and rows sent again in other bytes may be learned twice"
+            )
+            identity = copy.id
+        else:
+            identity = caller_id(batch_id)
+        yield self._opened(copy, identity, batch_id or copy.name)
+
+    def again(self, reference: str) -> Iterator[Delivery | Learned]:
+        """A batch that was refused or rolled back, by its name or the beginning of its id.
+
+        Raises ConfigError where there is none, or its bytes are no longer there.
+        """
+        event = find_batch(self.store, reference)
+        stored = self._from_dataset({event.id})
+        kept = self._kept(event.id)
+        if stored:
+            yield from stored
+        elif kept is not None:
+            yield self._opened(kept, event.id, event.name)
+        else:
+            yield self._landed_again(event)
+
+    def close(self, done: Learned) -> None:
+        """Put the bytes of a settled batch where they belong."""
+        identity = done.event.id
+        copy = self._copies.pop(identity, None)
+        if copy is not None and done.event.status in REFUSED:
+            self._keep(copy, identity)
+            return
+        kept = self._kept(identity) if done.event.status == "learned" else None
+        for one in (copy, kept):
+            if one is not None:
+                discard(one)
+
+    def leave(self) -> None:
+        """Let go of copies, and remember what was seen."""
+        for copy in self._copies.values():
+            if copy.path.is_relative_to(self.inbox):
+                discard(copy)
+        self._seen.save()
+
+    def _settled(self, identity: str) -> Event | None:
+        """What became of a batch; None where it is still to be learned."""
+        known = self.store.snapshot().batches.get(identity)
+        return known if known is not None and known.status in SETTLED else None
+
+    def _stored(self) -> list[Delivery]:
+        """Batches of the dataset that the model has neither learned nor refused, in their order."""
+        path = self.config.dataset
+        if path is None or not (Path(path) / "manifests").is_dir():
+            return []
+        from genstream.store import Dataset
+
+        known = self.store.snapshot().batches
+        stored = (batch.id for batch in Dataset.open(path).batches)
+        return self._from_dataset(
+            {i for i in stored if i not in known or known[i].status not in SETTLED}
+        )
+
+    def _from_dataset(self, wanted: set[str]) -> list[Delivery]:
+        path = self.config.dataset
+        if path is None or not wanted or not (Path(path) / "manifests").is_dir():
+            return []
+        from genstream.store import Dataset
+        from genstream.updates import SourceDelivery
+
+        dataset = Dataset.open(path)
+        return [
+            SourceDelivery(
+                dataset.source(batches=[batch.id]), batch.id, batch.name, batch.columns or None
+            )
+            for batch in dataset.batches
+            if batch.id in wanted
+        ]
+
+    def _opened(self, copy: Copy, identity: str, name: str | None = None) -> Delivery | Learned:
+        """What a copy holds, in the dataset where there is one; or that it cannot be read."""
+        from genstream.formats import table_columns
+        from genstream.models import Event
+        from genstream.store import ingest
+        from genstream.updates import TableDelivery, check_columns_alike, settle
+
+        data, dataset = self.config.data, self.config.dataset
+        name = name or copy.name
+        try:
+            delivery = TableDelivery(
+                copy.path,
+                identity,
+                name,
+                data.weights,
+                data.null_values,
+                data.missing,
+                table_columns(copy.path),
+            )
+            check_columns_alike(delivery, self.store.snapshot().content.get("columns"))
+            if dataset is None:
+                self._copies[identity] = copy
+                return delivery
+            ingest(
+                [copy.path],
+                dataset,
+                columns=columns_of(self.config),
+                id_column=data.id,
+                weights=data.weights,
+                missing=data.missing,
+                null_values=data.null_values,
+                dtype=data.dtype,
+                batch=(identity, name),
+            )
+        except (DataError, CorruptError) as error:
+            self._keep(copy, identity)
+            reason = str(error).replace(str(copy.path), name)
+            return settle(self.store, Event(identity, name, "quarantined", reason=reason))
+        discard(copy)
+        (stored,) = self._from_dataset({identity})
+        return stored
+
+    def _keep(self, copy: Copy, identity: str) -> None:
+        """Move a copy into quarantine, where `again` finds it."""
+        folder = self.quarantine / identity[:32]
+        if copy.path.parent == folder:
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.move(copy.path.parent, folder)
+
+    def _kept(self, identity: str) -> Copy | None:
+        folder = self.quarantine / identity[:32]
+        for path in folder.iterdir() if folder.is_dir() else ():
+            return Copy(identity, path, path.name, 0)
+        return None
+
+    def _landed_again(self, event: Event) -> Delivery | Learned:
+        """A batch whose bytes are still where they landed."""
+        from genstream.landing import Changed, copy_in, find_arrivals
+
+        for arrival in find_arrivals(self.config.paths, ready="stable_size", settle=0.0).ready:
+            if self._seen.get(arrival) not in (None, event.id):
+                continue
+            copy = copy_in(arrival, self.inbox)
+            if isinstance(copy, Changed):
+                continue
+            if copy.id == event.id:
+                return self._opened(copy, event.id, event.name)
+            discard(copy)
+        raise ConfigError(
+            f"{event.name} ({event.id[:12]}): its bytes are neither in quarantine nor where they "
+            "landed: bring them back to try again"
+        )
+
+
+def caller_id(name: str) -> str:
+    """The id of a batch that its sender names: equal names are the same batch."""
+    return hashlib.sha256(f"id:{name}".encode()).hexdigest()
+
+
+def find_batch(store: ModelStore, reference: str) -> Event:
+    """A batch of a model's ledger, by its name or the beginning of its id.
+
+    Of several of one name the newest that the model has not learned. Raises ConfigError where there
+    is none.
+    """
+    batches = store.snapshot().batches
+    matches = [
+        event
+        for event in batches.values()
+        if event.name == reference or (len(reference) >= 6 and event.id.startswith(reference))
+    ]
+    open_ones = [event for event in matches if event.status != "learned"] or matches
+    if not open_ones:
+        refused = [e.name for e in batches.values() if e.status not in ("learned", "duplicate")]
+        near = difflib.get_close_matches(reference, refused or [e.name for e in batches.values()])
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"{store.path}: no batch {reference!r}{hint}")
+    return open_ones[-1]
