@@ -7,7 +7,7 @@ import glob
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,7 +59,8 @@ def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]
         ).to_json()
     dataset = Dataset.open(path, found["manifest"])
     now = {batch["id"] for batch in found["batches"]}
-    others = [batch for batch in dataset.batches if batch.id not in now]
+    left_out = refused_batches(config)
+    others = [b for b in dataset.batches if b.id not in now and b.id not in left_out]
     if others:
         log.warning(
             "%s also holds %s rows of batches brought in before (%s): all are fitted; name another "
@@ -71,10 +72,21 @@ def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]
     return {
         **found,
         "path": path,
+        "left_out": left_out,
         "rows_before": sum(batch.n_rows for batch in others),
-        "rows": dataset.n_rows,
+        "rows": dataset.n_rows - sum(b.n_rows for b in dataset.batches if b.id in left_out),
         "seconds": round(time.monotonic() - begin, 3),
     }
+
+
+def refused_batches(config: Config) -> list[str]:
+    """Ids of batches that the configuration's model has refused: a fit leaves them out."""
+    if config.publish is None or not (Path(config.publish.model) / "manifests").is_dir():
+        return []
+    from genstream.models import ModelStore
+
+    batches = ModelStore(config.publish.model).snapshot().batches.values()
+    return [e.id for e in batches if e.status in ("rejected", "quarantined", "duplicate")]
 
 
 def _check_columns(config: Config, schema: Schema) -> None:
@@ -164,10 +176,13 @@ class Data:
     held_out: Source | None
 
 
-def open_data(config: Config, manifest: int | None = None) -> Data:
-    """The rows a configuration means, of the given manifest of its dataset (the newest).
+def open_data(config: Config, pinned: Mapping[str, Any] | None = None) -> Data:
+    """The rows a configuration means.
 
-    Raises DataError where there are none, or where they do not have the columns named.
+    `pinned` is what `ingest_data` found: the manifest of the dataset that is meant, and the batches
+    left out of it. Without it those are the newest manifest's, and all.
+
+    Raises DataError where there are no rows, or where they do not have the columns named.
     """
     from genstream import sources, tables
 
@@ -175,7 +190,12 @@ def open_data(config: Config, manifest: int | None = None) -> Data:
     if config.dataset is not None:
         from genstream.store import Dataset
 
-        whole: Source = Dataset.open(config.dataset, manifest).source()
+        pinned = pinned or {}
+        dataset = Dataset.open(config.dataset, pinned.get("manifest"))
+        left_out = set(pinned.get("left_out", ()))
+        ids = [batch.id for batch in dataset.batches]
+        kept = [i for i in ids if i not in left_out]
+        whole: Source = dataset.source(batches=None if len(kept) == len(ids) else kept)
     else:
         whole = tables.open_source(
             expand(config.paths),

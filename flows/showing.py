@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,11 @@ def update_text(found: dict[str, Any]) -> str:
         columns = ["name", "rows", "status", "prequential", "champion", "candidate", "version"]
         lines.append(table(found["batches"][-MAX_ROWS:], columns))
         for batch in found["batches"][-MAX_ROWS:]:
+            if batch["status"].endswith("before"):
+                continue
             told = [batch["reason"]] if batch["reason"] else []
-            lines += [f"{batch['name']}: {line}" for line in (*told, *batch["flags"])]
+            prefix = f"{batch['name']}: "
+            lines += [prefix + line.removeprefix(prefix) for line in (*told, *batch["flags"])]
     else:
         lines.append("nothing new")
     lines += [f"{one['name']}: waits: {one['why']}" for one in found["waiting"]]
@@ -165,18 +169,19 @@ def _model(reference: str) -> tuple[dict[str, Any], str]:
     from genstream.models import ModelStore
 
     story, params = load_model(reference)
-    store = ModelStore(reference.partition("@")[0])
-    champion = store.champion
+    there = ModelStore(reference.partition("@")[0]).snapshot()
     versions = [
         {
             "version": version.number,
-            "champion": version.number == champion,
+            "champion": version.number == there.champion,
             "time": version.time,
             "held_out": ((version.record.get("held_out") or {}).get("mean_loglik")),
-            "run": version.record.get("run"),
+            "rows": version.record.get("rows"),
+            "learned": (version.record.get("batch") or {}).get("name") or version.record.get("run"),
         }
-        for version in store.versions()
+        for version in there.versions
     ]
+    batches = [event.to_json() for event in there.batches.values()]
     components = component_rows(story, params)
     found = {
         "model": reference,
@@ -184,7 +189,9 @@ def _model(reference: str) -> tuple[dict[str, Any], str]:
         "n_parameters": story.n_parameters,
         "columns": story.schema.to_json(),
         "components": components,
+        "champion": there.champion,
         "versions": versions,
+        "batches": batches,
         "warnings": story.warnings(params),
     }
     head = (
@@ -197,9 +204,20 @@ def _model(reference: str) -> tuple[dict[str, Any], str]:
         f"... {len(components) - MAX_ROWS} more components" if len(components) > MAX_ROWS else "",
         f"... {len(components[0]) - 10} more columns" if len(components[0]) > 10 else "",
     ]
-    listed = table(versions[-MAX_ROWS:], ["version", "champion", "time", "held_out", "run"])
-    parts = [head, "\n".join(filter(None, [shown, *left_out])), listed, *story.warnings(params)]
-    return found, "\n\n".join(parts)
+    for version in versions:
+        version["in use"] = "*" if version["champion"] else ""
+    names = ["version", "in use", "time", "held_out", "rows", "learned"]
+    listed = table(versions[-MAX_ROWS:], names)
+    parts = [head, "\n".join(filter(None, [shown, *left_out])), listed]
+    if batches:
+        counts = Counter(batch["status"].replace("_", " ") for batch in batches)
+        told = ", ".join(f"{n} {status}" for status, n in counts.items())
+        lines = [{**b, "reason": b["reason"][:70]} for b in batches[-MAX_ROWS:]]
+        rows = table(lines, ["name", "n_rows", "status", "version", "time", "reason"])
+        parts.append(f"{len(batches)} batches: {told}\n{rows}")
+    for version in versions:
+        del version["in use"]
+    return found, "\n\n".join([*parts, *story.warnings(params)])
 
 
 def component_rows(story: Story, params: Params) -> list[dict[str, Any]]:

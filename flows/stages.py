@@ -131,7 +131,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
     from genstream.story import mixture
 
     config = run.config
-    data = open_data(config, run.stage("ingest").get("manifest"))
+    data = open_data(config, run.stage("ingest"))
     record = _reproducibility(config, data)
     _check_unchanged(run, record)
     run.write_json("repro.json", record)
@@ -290,7 +290,7 @@ def evaluate(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     from genstream.evaluate import criteria, held_out, predictive_check
 
     config = run.config
-    data = open_data(config, run.stage("ingest").get("manifest"))
+    data = open_data(config, run.stage("ingest"))
     story, state = _fitted(run)
     params = state.params
     with cluster(config.compute), bars(quiet) as progress:
@@ -322,9 +322,23 @@ def publish(run: Run) -> dict[str, Any]:
     target = run.config.publish
     if target is None:
         return {}
-    from genstream.models import ModelStore
+    import numpy as np
 
+    from flows.updating import fitted_batches
+    from genstream.evaluate import sample_rows
+    from genstream.models import ModelStore
+    from genstream.updates import most_held
+
+    config = run.config
     story, state = _fitted(run)
+    data = open_data(config, run.stage("ingest"))
+    before = run.read_json("repro.json").get("data") or {}
+    n_fitted = before.get("source", before).get("n_rows")
+    batches, columns = fitted_batches(config, run.stage("ingest"), n_fitted)
+    held = None
+    if data.held_out is not None and config.data.test is None and any(data.held_out.chunk_rows):
+        rng = np.random.default_rng([config.fit.seed, 5])
+        held = sample_rows(data.held_out, most_held(data.train.schema.n_features), rng)
     scores = run.stage("evaluate")
     record = {
         "run": run.id,
@@ -333,7 +347,9 @@ def publish(run: Run) -> dict[str, Any]:
         "digest": state.params.digest(),
         **{key: scores.get(key) for key in ("train", "held_out", "criteria")},
     }
-    version = ModelStore(target.model).publish(story, state, record, keep=target.keep)
+    version = ModelStore(target.model).publish(
+        story, state, record, keep=target.keep, batches=batches, held=held, columns=columns
+    )
     return run.record("publish", {"model": target.model, "version": version})
 
 
@@ -348,7 +364,7 @@ def report(run: Run) -> dict[str, Any]:
     if not found:
         raise ConfigError(f"run {run.id} was not evaluated yet: `genstream resume {run.id}`")
     config, info = run.config, run.info()
-    data = open_data(config, run.stage("ingest").get("manifest"))
+    data = open_data(config, run.stage("ingest"))
     story, state = _fitted(run)
     rng = np.random.default_rng([config.fit.seed, 4])
     fitted = run.stage("fit")

@@ -7,25 +7,28 @@ one its rows are kept nowhere. A batch that is refused stays in the model's `qua
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import hashlib
+import glob
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import Config, Drawn, load
-from flows.data import columns_of
+from flows.data import columns_of, expand
 from flows.run import Run
 from genstream.errors import ConfigError, CorruptError, DataError, RefusedError
 from genstream.landing import Copy, discard
 from genstream.models import SETTLED
 
 if TYPE_CHECKING:
+    from genstream.growing import Range
     from genstream.models import Event, ModelStore
+    from genstream.sources import Source
     from genstream.updates import Delivery, Learned, Options
 
 log = logging.getLogger("genstream")
@@ -94,9 +97,10 @@ def refuse(found: dict[str, Any]) -> None:
     refused = [b for b in found["batches"] if b["status"] in REFUSED]
     if refused:
         first = refused[0]
+        reason = first["reason"].removeprefix(f"{first['name']}: ")
         others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise RefusedError(
-            f"{first['name']} was {first['status']}{others}: {first['reason']}; the model is as it "
+            f"{first['name']} was {first['status']}{others}: {reason}; the model is as it "
             f"was without it, and `genstream update CONFIG --retry {first['id'][:12]}` tries again"
         )
 
@@ -193,6 +197,64 @@ def _line(done: Learned) -> dict[str, Any]:
     }
 
 
+def grows(config: Config) -> bool:
+    """Whether the source is one array or table that is fitted where it lies, and may get rows."""
+    paths = config.paths
+    return config.dataset is None and len(paths) == 1 and not glob.has_magic(paths[0])
+
+
+def _source(config: Config) -> Source:
+    """The rows that lie where they are."""
+    from genstream import tables
+
+    data = config.data
+    return tables.open_source(
+        expand(config.paths),
+        columns_of(config),
+        data.weights,
+        null_values=data.null_values,
+        missing=data.missing,
+    )
+
+
+def fitted_batches(
+    config: Config, pinned: Mapping[str, Any], n_fitted: int | None = None
+) -> tuple[list[Event], tuple[str, ...]]:
+    """The batches that a fit of a configuration has learned, and the columns that they came with.
+
+    `pinned` is what the ingest found. Without a dataset each file is a batch, known by its bytes;
+    one source alone, which may get further rows, is the range of its first `n_fitted`.
+    """
+    from genstream.models import Event
+    from genstream.sources import content_digest
+
+    if config.dataset is not None:
+        from genstream.store import Dataset
+
+        left_out = set(pinned.get("left_out", ()))
+        dataset = Dataset.open(config.dataset, pinned.get("manifest"))
+        kept = [batch for batch in dataset.batches if batch.id not in left_out]
+        columns = next((batch.columns for batch in kept if batch.columns), ())
+        return [
+            Event(b.id, b.name, "learned", n_rows=b.n_rows, digest=b.digest) for b in kept
+        ], columns
+    if grows(config):
+        from genstream.growing import Range, digest
+
+        source = _source(config)
+        n = n_fitted or sum(source.chunk_rows)
+        rows = Range(0, n, digest(source, 0, n))
+        name = str(source.identity()["name"])
+        extent = dataclasses.asdict(rows)
+        return [
+            Event(rows.batch_id(name), f"{name}[0:{n}]", "learned", n_rows=n, extent=extent)
+        ], ()
+    files = expand(config.paths)
+    local = [path for path in files if "://" not in path]
+    events = [Event(content_digest(path), Path(path).name, "learned") for path in local]
+    return events, ()
+
+
 class Landing:
     """Where batches come from: copies of what landed, the dataset, standard input.
 
@@ -206,6 +268,7 @@ class Landing:
         self.config = config
         self.store = store
         self.waiting: list[dict[str, str]] = []
+        self.retrying = False
         self.inbox = store.path / "inbox"
         self.quarantine = store.path / "quarantine"
         self._seen = Seen(store.path / "seen.json")
@@ -215,6 +278,9 @@ class Landing:
     def arrived(self) -> Iterator[Delivery | Learned]:
         """All that is new: rows of the dataset that the model lacks, then what has landed."""
         yield from self._stored()
+        if grows(self.config):
+            yield from self._grown()
+            return
         from genstream.landing import Changed, copy_in, find_arrivals
 
         found = find_arrivals(self.config.paths, ready=self.config.data.ready)
@@ -239,6 +305,7 @@ class Landing:
     def standard_input(self, batch_id: str | None) -> Iterator[Delivery | Learned]:
         """One batch of all that standard input holds."""
         from genstream.landing import spool
+        from genstream.updates import caller_id
 
         copy = spool(sys.stdin.buffer, self.inbox)
         if batch_id is None:
@@ -257,6 +324,10 @@ class Landing:
         Raises ConfigError where there is none, or its bytes are no longer there.
         """
         event = find_batch(self.store, reference)
+        self.retrying = True
+        if event.extent is not None:
+            yield self._range_again(event)
+            return
         stored = self._from_dataset({event.id})
         kept = self._kept(event.id)
         if stored:
@@ -319,6 +390,42 @@ class Landing:
             if batch.id in wanted
         ]
 
+    def _grown(self) -> Iterator[Delivery]:
+        """The rows that the source got, as one batch."""
+        from genstream.growing import Growth
+        from genstream.landing import Waiting
+
+        source = _source(self.config)
+        rows = Growth(self.store.path / "verified.json").new_rows(source, self._ranges())
+        if isinstance(rows, Waiting):
+            self.waiting.append({"name": rows.name, "why": rows.why})
+        elif rows is not None:
+            yield _range_delivery(source, rows)
+
+    def _ranges(self) -> list[Range]:
+        """The ranges of rows that were looked at, one after another from row 0."""
+        from genstream.growing import Range
+
+        found: list[Range] = []
+        for event in self.store.snapshot().events:
+            if event.extent is None:
+                continue
+            rows = Range(**event.extent)
+            if rows.first == 0:
+                found = [rows]
+            elif found and rows.first == found[-1].last:
+                found.append(rows)
+        return found
+
+    def _range_again(self, event: Event) -> Delivery:
+        from genstream.growing import Growth, Range
+
+        assert event.extent is not None
+        source, rows = _source(self.config), Range(**event.extent)
+        if not Growth().is_unchanged(source, rows):
+            raise DataError(f"{event.name}: its rows are not what they were: fit anew")
+        return _range_delivery(source, rows)
+
     def _opened(self, copy: Copy, identity: str, name: str | None = None) -> Delivery | Learned:
         """What a copy holds, in the dataset where there is one; or that it cannot be read."""
         from genstream.formats import table_columns
@@ -356,7 +463,11 @@ class Landing:
         except (DataError, CorruptError) as error:
             self._keep(copy, identity)
             reason = str(error).replace(str(copy.path), name)
-            return settle(self.store, Event(identity, name, "quarantined", reason=reason))
+            return settle(
+                self.store,
+                Event(identity, name, "quarantined", reason=reason),
+                retry=self.retrying,
+            )
         discard(copy)
         (stored,) = self._from_dataset({identity})
         return stored
@@ -395,9 +506,18 @@ class Landing:
         )
 
 
-def caller_id(name: str) -> str:
-    """The id of a batch that its sender names: equal names are the same batch."""
-    return hashlib.sha256(f"id:{name}".encode()).hexdigest()
+def _range_delivery(source: Source, rows: Range) -> Delivery:
+    from genstream.growing import RangeSource
+    from genstream.updates import SourceDelivery
+
+    name = str(source.identity()["name"])
+    identity = rows.batch_id(name)
+    return SourceDelivery(
+        RangeSource(source, rows.first, rows.last, batch=identity),
+        identity,
+        f"{name}[{rows.first}:{rows.last}]",
+        extent=dataclasses.asdict(rows),
+    )
 
 
 def find_batch(store: ModelStore, reference: str) -> Event:

@@ -27,6 +27,8 @@ _HOME = {
     "GaussianMixture": "estimators",
     "Mixture": "estimators",
     "load": "models",
+    "stream": "landing",
+    "update": "updates",
 }
 
 __all__ = sorted(_HOME)

@@ -62,8 +62,8 @@ def read_tables(
     ----------
     data
         The path of a file: CSV (comma, semicolon or tab separated, with a header) or JSON lines
-        (one object a line), each also packed as .gz, .bz2, .xz or .zip; parquet, Arrow IPC, npy,
-        zarr or NetCDF. Or a table in memory: pyarrow, pandas or xarray.
+        (one object a line), each also packed as .gz, .bz2, .xz or .zip; parquet (also a folder of
+        it), Arrow IPC, npy, zarr or NetCDF. Or a table in memory: pyarrow, pandas or xarray.
     columns
         Those to read, in this order; all of them if left out. The columns of an array without
         names are `x0`, `x1`, ..., or go by the names given where there are as many.
@@ -229,7 +229,7 @@ def open_table(data: Any) -> Format:
     with damage(place):
         kind = _kind_of(path)
         if kind == "parquet":
-            return _Parquet(path)
+            return _ParquetFolder(path) if path.is_dir() else _Parquet(path)
         if kind == "arrow":
             return _arrow(path)
         if kind == "npy":
@@ -251,7 +251,7 @@ def _kind_of(path: Path) -> str:
     if path.is_dir():
         if (path / "manifests").is_dir():
             raise DataError(f"{path}: is a dataset already, not a file to read")
-        return "zarr"
+        return "parquet" if kind == "parquet" or any(path.glob("*.parquet")) else "zarr"
     with path.open("rb") as file:
         start = file.read(4096)
     if not start:
@@ -604,6 +604,50 @@ class _Parquet(Chunked):
         with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
             for batch in file.iter_batches(columns=columns, use_threads=False):
                 yield batch.select(columns)
+
+
+class _ParquetFolder(Chunked):
+    """The parquet files below a folder, one after another by name; a piece is a row group.
+
+    Hidden ones, and those whose names begin with `_`, as metadata do, are left out.
+    """
+
+    kind = "parquet"
+
+    def __init__(self, path: Path) -> None:
+        self.place = str(path)
+        files = []
+        for file in sorted(path.rglob("*.parquet")):
+            below = file.relative_to(path).parts
+            keyed = next((part for part in below[:-1] if "=" in part), None)
+            if keyed is not None:
+                raise DataError(
+                    f"{path}: folder {keyed!r} holds a column in its name, which is not read: "
+                    "write the column into the files"
+                )
+            if file.is_file() and not any(part.startswith((".", "_")) for part in below):
+                files.append(_Parquet(file))
+        if not files:
+            raise DataError(f"{path}: no parquet file in this folder")
+        self.names = files[0].names
+        for one in files:
+            if set(one.names) != set(self.names):
+                raise DataError(
+                    f"{one.place}: its columns ({listed(one.names)}) are not those of "
+                    f"{files[0].place} ({listed(self.names)})"
+                )
+        self._files = tuple(files)
+        self._pieces = [(file, i) for file in files for i in range(len(file.chunk_rows))]
+        self.chunk_rows = tuple(n for file in files for n in file.chunk_rows)
+
+    def piece(self, i: int, columns: list[str]) -> Any:
+        file, j = self._pieces[i]
+        return file.piece(j, columns)
+
+    def read(self, columns: list[str]) -> Iterator[Any]:
+        for file in self._files:
+            with damage(file.place):
+                yield from file.read(columns)
 
 
 class _ArrowFile(Chunked):

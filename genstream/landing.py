@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -24,14 +25,17 @@ from typing import Any, BinaryIO, Literal
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from genstream.errors import ConfigError, DataError, StorageError
-from genstream.formats import ending_of_bytes
+from genstream.formats import ending_of_bytes, read_tables
 from genstream.manifests import LocalStorage, make_folder, storing, sync_folder, to_json_bytes
 from genstream.rows import Rows
+from genstream.schema import Schema
 from genstream.sources import fingerprint, folder_digest, mix
+from genstream.tables import Encoder
 
 Ready = Literal["done_marker", "stable_size"]
 
@@ -629,10 +633,9 @@ class Seen:
         self.path = Path(path)
         self._entries: dict[str, tuple[int, str, str]] = {}
         self._changed = False
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-            loaded = json.loads(self.path.read_bytes())
-            for place, (size, token, identity) in dict(loaded["seen"]).items():
-                if isinstance(size, int) and isinstance(token, str) and _is_digest(identity):
+        for place, entry in read_hint(self.path).items():
+            match entry:
+                case [int(size), str(token), str(identity)] if _is_digest(identity):
                     self._entries[place] = size, token, identity
 
     def get(self, arrival: Arrival) -> str | None:
@@ -652,14 +655,130 @@ class Seen:
         """Write the file, if anything was put; that it cannot be written does no harm."""
         if not self._changed:
             return
-        newest = dict(list(self._entries.items())[-_SEEN:])
-        with contextlib.suppress(StorageError):
-            LocalStorage(self.path.parent).hint(self.path.name, to_json_bytes({"seen": newest}))
-            self._changed = False
+        write_hint(self.path, dict(list(self._entries.items())[-_SEEN:]))
+        self._changed = False
 
 
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+def read_hint(path: Path) -> dict[str, Any]:
+    """What a hint cache remembers; nothing where it is not there or damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_hint(path: Path, entries: Mapping[str, Any]) -> None:
+    """Replace a hint cache as a whole; that it cannot be written does no harm."""
+    with contextlib.suppress(StorageError):
+        LocalStorage(path.parent).hint(path.name, to_json_bytes(entries))
+
+
+def _is_digest(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{64}", text) is not None
+
+
+# --- batches from Python --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Arrived:
+    """A batch that a program handed over.
+
+    `id` is the caller's own name for it; None where there is none, and then nobody can tell after a
+    restart whether it was learned before. `rows` are numbers as `Rows`, or a `pyarrow.Table` that
+    is still to be encoded.
+    """
+
+    id: str | None
+    name: str
+    rows: Rows | Any
+
+    @property
+    def identified(self) -> bool:
+        """Whether this batch can be learned exactly once across restarts."""
+        return self.id is not None
+
+
+def stream(iterable: Iterable[Any], *, schema: Schema | None = None) -> Iterator[Arrived]:
+    """Batches of any iterable, one at a time: each is let go before the next is asked for.
+
+    Parameters
+    ----------
+    iterable
+        (n, d) arrays in which NaN is missing, `Rows`, data frames, Arrow tables or record batches;
+        or pairs `(id, batch)` with an id of text or a whole number, which identifies the batch
+        across restarts.
+    schema
+        The columns. Rows are then checked against it and tables encoded by it; left out, a table
+        stays one.
+
+    Raises
+    ------
+    DataError
+        Naming the item's number, from 0, where it is no batch of rows, has no rows, or other
+        columns than the schema or the first one of its kind.
+    ConfigError
+        Where nothing can be iterated over.
+    """
+    try:
+        items = iter(iterable)
+    except TypeError:
+        raise ConfigError(
+            f"cannot take batches from {type(iterable).__name__}: give an iterable of batches"
+        ) from None
+    return _arrivals(items, schema)
+
+
+def _arrivals(items: Iterator[Any], schema: Schema | None) -> Iterator[Arrived]:
+    encoder = None if schema is None else Encoder(schema)
+    width: int | None = None if schema is None else schema.n_features
+    numbers = itertools.count()
+    for item in items:
+        name = f"item {next(numbers)}"
+        identity = None
+        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str | int):
+            identity, item = str(item[0]), item[1]
+        try:
+            if identity == "":
+                raise DataError("its id is empty: give each batch an id of its own, or none")
+            rows = _batch(item, schema, encoder)
+            if isinstance(rows, Rows):
+                if not rows.n_rows:
+                    raise DataError("has no rows")
+                width = rows.n_features if width is None else width
+                if rows.n_features != width:
+                    raise DataError(f"has {rows.n_features} columns, not {width} as those before")
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+        # The caller must be the only one to hold the batch, so that one is in memory at a time.
+        del item
+        arrived = Arrived(identity, identity or name, rows)
+        del rows
+        yield arrived
+        del arrived
+
+
+def _batch(item: Any, schema: Schema | None, encoder: Encoder | None) -> Rows | Any:
+    """Rows of an array, or a table; encoded where the columns are known."""
+    names = None if schema is None else schema.names
+    if isinstance(item, Rows):
+        return item if schema is None else item.check(schema)
+    if isinstance(item, str | bytes | Path | Mapping) or item is None:
+        raise DataError(
+            f"is a {type(item).__name__}, not a batch of rows: give arrays, data frames or tables"
+        )
+    if isinstance(item, np.ma.MaskedArray):
+        item = np.ma.filled(item.astype(np.float64), np.nan)
+    if isinstance(item, np.ndarray | list | tuple):
+        try:
+            rows = Rows.of(item, names=names)
+        except ValueError as error:
+            raise DataError(str(error).splitlines()[0]) from None
+        return rows if schema is None else rows.check(schema)
+    tables = list(read_tables(item))
+    table = pa.concat_tables(tables)
+    return table if encoder is None else encoder.encode(table)
 
 
 # --- rows told apart ------------------------------------------------------------------------------
@@ -725,21 +844,23 @@ def canonical(rows: Rows) -> NDArray[np.float64]:
     return values
 
 
-def by_label(rows: Rows, schema: Schema) -> Rows:
+def by_label(rows: Rows, levels: Mapping[int, Sequence[str]]) -> Rows:
     """The rows with numbers that follow from the labels themselves in place of codes.
 
-    Whatever codes the labels had, the same labels then give the same digest.
+    `levels` has the labels of each categorical column, by its position. Whatever codes they had,
+    the same labels then give the same digest.
     """
-    values = rows.values
-    for j in schema.of_kind("categorical"):
-        if values is rows.values:
-            values = rows.values.astype(np.float64)
-        labels = schema.columns[j].levels
+    if not levels:
+        return rows
+    values = rows.values.astype(np.float64)
+    for j, labels in levels.items():
+        if not labels:
+            continue  # nothing but gaps so far
         # 52 bits of a digest are a float64 to the bit.
         digests = [hashlib.sha256(label.encode()).digest() for label in labels]
         table = np.array([int.from_bytes(digest[:8], "big") >> 12 for digest in digests])
         values[:, j] = table[rows.values[:, j].astype(np.intp)]
-    return rows if values is rows.values else Rows(values, rows.observed, rows.weights)
+    return Rows(values, rows.observed, rows.weights)
 
 
 def _column_constants(width: int) -> NDArray[np.uint64]:

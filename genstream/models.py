@@ -12,6 +12,7 @@ batch counts follows from the version that learned it and from the champion.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -134,7 +135,7 @@ class Snapshot:
 
     def load(self, number: int | Literal["champion"] = "champion") -> tuple[Story, FitState]:
         """Story and state of a version. Raises as `version` does, and CorruptError on damage."""
-        return read_state(self.storage, self.version(number).state)
+        return _state(self.storage, PieceRef.from_json(self.version(number).state))
 
     def live(self, version: int | None) -> bool:
         """Whether the champion stands on a version, or is it."""
@@ -204,14 +205,17 @@ class ModelStore:
         keep: int = 30,
         batches: Sequence[Event] = (),
         held: Rows | None = None,
+        columns: Sequence[str] = (),
     ) -> int:
         """Add the version of a fit and make it the champion; the oldest beyond `keep` are dropped.
 
         `record` is what a user wants to know of it (scores, rows, the run), as JSON. A `run` in it
         that a version already has makes this a repetition, which changes nothing. `batches` are
         those that were fitted: others that the model had learned are to be learned again. `held`
-        are rows that were held out. Returns the version's number. Raises ConflictError where other
-        writers always committed first.
+        are rows that were held out, `columns` those that the files had.
+
+        Returns the version's number. Raises ConflictError where other writers always committed
+        first.
         """
         run = record.get("run")
         known = self._manifests.latest()
@@ -229,11 +233,15 @@ class ModelStore:
             without = [[1, number - 1]] if number > 1 else []
             entry = Version(number, now, ref.to_json(), dict(record), ())
             fitted = {event.id for event in batches}
+            whole = any(event.extent is not None for event in batches)
             before = {} if head is None else Snapshot(self.storage, head).batches
             left = [
                 replace(event, status="pending", time=now, version=None)
                 for event in before.values()
-                if event.status == "learned" and event.id not in fitted
+                if event.status == "learned"
+                and event.id not in fitted
+                # A fit of a growing source has all of its ranges.
+                and not (whole and event.extent is not None)
             ]
             events = [*(replace(b, time=now, version=number) for b in batches), *left]
             return {
@@ -242,6 +250,7 @@ class ModelStore:
                 "champion": number,
                 "without": without,
                 "reference": None,
+                "columns": list(columns),
                 "held": []
                 if rows is None
                 else [{"id": "", "version": number, "rows": rows.to_json()}],
@@ -441,6 +450,12 @@ def _same_champion(one: Snapshot, other: Snapshot) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=2)
+def _state(storage: Storage, ref: PieceRef) -> tuple[Story, FitState]:
+    """Story and state of a piece, which never changes: one update stands on that before it."""
+    return read_state(storage, ref.to_json())
+
+
 def _write_rows(storage: Storage, rows: Rows) -> PieceRef:
     """Rows as a piece of their own."""
     import xarray
@@ -451,6 +466,7 @@ def _write_rows(storage: Storage, rows: Rows) -> PieceRef:
     return write_record(storage, "held", xarray.Dataset(variables), {})
 
 
+@functools.lru_cache(maxsize=8)
 def _read_rows(storage: Storage, ref: PieceRef) -> Rows:
     found, _ = read_record(storage, ref)
     weights = found["weights"].values if "weights" in found else None

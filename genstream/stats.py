@@ -47,6 +47,23 @@ class Record:
             elif value is not None:
                 yield prefix + field.name, field.metadata.get("axes", ()), value
 
+    def take(self, index: Sequence[int], axis: str = "component", fill: float = 0.0) -> Self:
+        """Some entries along an axis, in the order of `index`, of every array that has it.
+
+        Position -1 stands for a new entry, which holds `fill`.
+        """
+        chosen = np.asarray(index, dtype=np.intp)
+
+        def taken(value: Any, names: tuple[str, ...]) -> Any:
+            if axis not in names:
+                return value
+            along = names.index(axis)
+            out = np.take(value, np.maximum(chosen, 0), axis=along)
+            out[(slice(None),) * along + (chosen < 0,)] = fill
+            return out
+
+        return _map(self, taken)
+
     def digest(self) -> str:
         """Sha256 of the names, shapes and bytes of all leaves: equal where every bit is."""
         sha = hashlib.sha256()

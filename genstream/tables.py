@@ -200,6 +200,15 @@ class Encoder:
         """
         return Schema(tuple(self._column(spec) for spec in self.specs))
 
+    @property
+    def levels(self) -> dict[int, tuple[str, ...]]:
+        """Levels seen so far of each categorical column, by its position."""
+        return {
+            j: tuple(self._codes[spec.name])
+            for j, spec in enumerate(self.specs)
+            if spec.kind == "categorical"
+        }
+
     def _column(self, spec: ColumnSpec) -> Column:
         levels = tuple(self._codes.get(spec.name, spec.levels or ()))
         if spec.kind == "categorical" and not levels:

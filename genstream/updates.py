@@ -10,7 +10,10 @@ together with the batch that made it, or the batch's status and reason with the 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,22 +24,26 @@ from numpy.typing import NDArray
 
 from genstream import growth
 from genstream.drift import Drift, Reference, Thresholds, Watch
-from genstream.errors import ConfigError, ConflictError, DataError
-from genstream.landing import RowMultiset, by_label
+from genstream.errors import ConfigError, ConflictError, CorruptError, DataError
+from genstream.formats import listed
+from genstream.landing import Arrived, RowMultiset, by_label
 from genstream.learn import FitState
 from genstream.models import SETTLED, Event, ModelStore, MovedError, Snapshot
 from genstream.online import OnlineEM
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import Source, row_hash
+from genstream.start import RESCUE_ROWS
 from genstream.story import Params, Story
 from genstream.tables import Encoder, read_tables
 from genstream.threads import one_blas_thread
 
 log = logging.getLogger("genstream")
 
-# Rows of one batch that are put aside at most; more would cost the guard time and add little.
+# Rows of one batch that are put aside at most, and their bytes; more would cost the guard time and
+# memory, and add little.
 MAX_HELD = 20_000
+HELD_NBYTES = 8 << 20
 # Badly explained rows of a batch from which a component may be born.
 MAX_SURPRISING = 2_048
 # Other writers may overtake this often before an update gives up.
@@ -107,13 +114,17 @@ class TableDelivery:
             carried=() if self.weights is None else (self.weights,),
         )
         first = 0
-        for table in read_tables(self.data, columns=encoder.wanted, chunk_rows=self.chunk_rows):
-            rows = encoder.encode(table, first_row=first, place=self.name)
-            if self.weights is not None:
-                found = encoder.weights(table, self.weights, first_row=first, place=self.name)
-                rows = replace(rows, weights=found)
-            yield rows, encoder.schema
-            first += rows.n_rows
+        try:
+            for table in read_tables(self.data, columns=encoder.wanted, chunk_rows=self.chunk_rows):
+                rows = encoder.encode(table, first_row=first, place=self.name)
+                if self.weights is not None:
+                    found = encoder.weights(table, self.weights, first_row=first, place=self.name)
+                    rows = replace(rows, weights=found)
+                yield rows, encoder.schema
+                first += rows.n_rows
+        except (DataError, CorruptError) as error:
+            # What is damaged here came damaged; the file is a copy whose place says nothing.
+            raise DataError(str(error).replace(str(self.data), self.name)) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +150,44 @@ class SourceDelivery:
                 values[:, j] = table[rows.values[:, j].astype(np.intp)]
                 rows = replace(rows, values=values)
             yield rows, schema
+
+
+@dataclass(frozen=True, eq=False)
+class RowsDelivery:
+    """A batch of rows in memory, with the columns and codes of the model."""
+
+    rows: Rows
+    id: str
+    name: str
+    columns: tuple[str, ...] | None = None
+    extent: dict[str, Any] | None = None
+
+    def read(self, known: Schema) -> Iterator[tuple[Rows, Schema]]:
+        """See `Delivery.read`."""
+        if self.rows.n_features != known.n_features:
+            raise DataError(
+                f"{self.name}: has {self.rows.n_features} columns, the model {known.n_features}: "
+                f"{', '.join(known.names[:8])}"
+            )
+        yield self.rows.check(known), known
+
+
+def caller_id(name: str) -> str:
+    """The id of a batch that its sender names: equal names are the same batch."""
+    return hashlib.sha256(f"id:{name}".encode()).hexdigest()
+
+
+def delivery(arrived: Arrived) -> Delivery:
+    """What a program handed over, as a batch to learn.
+
+    Without an id from the caller it gets one of its own, so that after a restart only `duplicates`
+    tells whether its rows were learned before.
+    """
+    identity = uuid.uuid4().hex if arrived.id is None else caller_id(arrived.id)
+    if isinstance(arrived.rows, Rows):
+        return RowsDelivery(arrived.rows, identity, arrived.name)
+    columns = tuple(arrived.rows.column_names)
+    return TableDelivery(arrived.rows, identity, arrived.name, columns=columns)
 
 
 def _translation(
@@ -237,7 +286,7 @@ class Learned:
 
 def update(
     model: str | Path,
-    deliveries: Iterable[Delivery],
+    deliveries: Iterable[Delivery | Arrived],
     options: Options | None = None,
     *,
     on_batch: Callable[[Learned], None] | None = None,
@@ -269,8 +318,9 @@ def update(
         Where there is no model, or it cannot be written; batches committed before stay.
     """
     store, found = ModelStore(model), []
-    for delivery in deliveries:
-        done = learn_batch(store, delivery, options or Options())
+    for one in deliveries:
+        batch = delivery(one) if isinstance(one, Arrived) else one
+        done = learn_batch(store, batch, options or Options())
         found.append(done)
         if on_batch is not None:
             on_batch(done)
@@ -304,20 +354,18 @@ def learn_batch(
     )
 
 
-def settle(store: ModelStore, event: Event) -> Learned:
+def settle(store: ModelStore, event: Event, *, retry: bool = False) -> Learned:
     """Commit a status that does not depend on what the model has learned.
 
-    Where the batch's status is settled already that one is returned.
+    Where the batch's status is settled already that one is returned, unless it is tried again.
     """
     for _ in range(ATTEMPTS):
         base = store.snapshot()
         known = base.batches.get(event.id)
-        if known is not None and known.status in SETTLED and known.status == event.status:
+        if known is not None and known.status in SETTLED and not retry:
             return Learned(known, fresh=False)
-        try:
+        with contextlib.suppress(MovedError):
             return Learned(_committed(store.commit(base, event)))
-        except MovedError:
-            continue
     raise ConflictError(f"{store.path}: other writers were faster {ATTEMPTS} times: run this again")
 
 
@@ -334,7 +382,7 @@ class _Reading:
     share: float
     seed: int
     key: int
-    unseen: dict[str, list[str]] = field(default_factory=dict)
+    unseen: dict[int, set[str]] = field(default_factory=dict)
     n_rows: int = 0
     digest: RowMultiset = field(default_factory=RowMultiset)
     hashes: list[NDArray[np.uint64]] = field(default_factory=list)
@@ -342,47 +390,74 @@ class _Reading:
 
     def __post_init__(self) -> None:
         self.below = np.uint64(min(int(self.share * 2.0**64), 2**64 - 1))
+        self.most = most_held(self.schema.n_features)
 
     def add(self, rows: Rows, schema: Schema) -> None:
         """Take a piece in, its codes under `schema`, which extends the model's."""
-        self.digest.add(by_label(rows, schema))
-        self.watch.add(within(rows, self.schema))
+        levels = {j: schema.columns[j].levels for j in schema.of_kind("categorical")}
+        self.digest.add(by_label(rows, levels))
+        self.watch.add(recoded(rows, schema, self.schema))
+        for j in schema.of_kind("categorical"):
+            column = rows.values[:, j]
+            seen = column[rows.is_observed[:, j] & (column >= self.schema.columns[j].n_levels)]
+            for code in np.unique(seen).astype(int):
+                self.unseen.setdefault(j, set()).add(schema.columns[j].levels[code])
         hashes = row_hash((self.key, self.n_rows, rows.n_rows), self.seed)
         mine = hashes < self.below
         self.held.append(rows[mine])
         self.hashes.append(hashes[mine])
         self.n_rows += rows.n_rows
-        self.extended = schema
-        if sum(map(len, self.hashes)) > 2 * MAX_HELD:
+        self.came = schema
+        if sum(map(len, self.hashes)) > 2 * self.most:
             self._trim()
 
     def _trim(self) -> None:
         """Keep the rows with the lowest hashes: those beyond are learned instead."""
         hashes = np.concatenate(self.hashes)
-        if len(hashes) > MAX_HELD:
-            self.below = np.partition(hashes, MAX_HELD)[MAX_HELD]
+        if len(hashes) > self.most:
+            self.below = np.partition(hashes, self.most)[self.most]
         mine = hashes < self.below
         self.held = [Rows.concatenate(self.held)[mine]]
         self.hashes = [hashes[mine]]
 
     def close(self) -> Rows:
-        """The rows put aside."""
+        """The rows put aside, with the codes they came with."""
         self._trim()
         return self.held[0]
 
+    @property
+    def extended(self) -> Schema:
+        """The model's schema with the further levels that the batch has, in alphabetical order.
 
-def within(rows: Rows, schema: Schema) -> Rows:
-    """The rows as far as `schema` knows them: codes beyond its levels become gaps."""
-    beyond = np.zeros(rows.values.shape, dtype=bool)
-    for j in schema.of_kind("categorical"):
-        beyond[:, j] = rows.values[:, j] >= schema.columns[j].n_levels
-    if not beyond.any():
-        return rows
-    return Rows(
-        np.where(beyond, rows.values.dtype.type(0), rows.values),
-        rows.is_observed & ~beyond,
-        rows.weights,
-    )
+        So it depends on the batch alone, whatever else a dataset may hold.
+        """
+        columns = list(self.schema.columns)
+        for j, labels in self.unseen.items():
+            columns[j] = replace(columns[j], levels=(*columns[j].levels, *sorted(labels)))
+        return Schema(tuple(columns))
+
+
+def most_held(n_features: int) -> int:
+    """Rows of one batch that are put aside at most."""
+    return min(MAX_HELD, max(500, HELD_NBYTES // (8 * n_features)))
+
+
+def recoded(rows: Rows, have: Schema, want: Schema) -> Rows:
+    """The rows, whose codes are of `have`, with those of `want`: other labels become gaps."""
+    values, observed = rows.values, rows.observed
+    for j in want.of_kind("categorical"):
+        mine, theirs = have.columns[j].levels, want.columns[j].levels
+        if mine == theirs[: len(mine)]:
+            continue
+        codes = {label: float(code) for code, label in enumerate(theirs)}
+        table = np.array([codes.get(label, np.nan) for label in mine])
+        found = table[rows.values[:, j].astype(np.intp)]
+        if values is rows.values:
+            values, observed = values.copy(), rows.is_observed.copy()
+        assert observed is not None
+        values[:, j] = np.nan_to_num(found)
+        observed[:, j] &= ~np.isnan(found)
+    return rows if values is rows.values else Rows(values, observed, rows.weights)
 
 
 def _attempt(
@@ -393,8 +468,12 @@ def _attempt(
     if compared is not None:
         reference = Reference.from_json(compared)
     else:
-        assert state.sample is not None
-        reference = Reference.of(story, state.params, state.sample)
+        sample = state.sample
+        if sample is None:
+            # Published without the rows it began with: the model itself says what is usual.
+            rng = np.random.default_rng(options.seed)
+            sample = Rows.of(story.draw(state.params, RESCUE_ROWS, rng).values)
+        reference = Reference.of(story, state.params, sample)
         compared = reference.to_json()
     event = Event(delivery.id, delivery.name, "learned", extent=delivery.extent)
 
@@ -406,7 +485,7 @@ def _attempt(
                 window=options.window,
                 keep=options.keep,
                 reference=compared,
-                columns=delivery.columns,
+                columns=delivery.columns if event.status == "learned" else None,
                 **parts,
             )
         )
@@ -424,12 +503,17 @@ def _attempt(
             reading.add(rows, schema)
         if not reading.n_rows:
             raise DataError(f"{delivery.name}: has no rows")
-        unseen = _unseen(story.schema, reading.extended)
+        unseen = [
+            f"column {story.schema.names[j]!r}: unseen levels {listed(sorted(labels))}"
+            for j, labels in reading.unseen.items()
+        ]
         if unseen and options.new_levels == "reject":
             raise DataError(f"{delivery.name}: {'; '.join(unseen)}: and new_levels is 'reject'")
     except DataError as error:
         return Learned(commit(replace(event, status="quarantined", reason=str(error))))
     held = reading.close()
+    known = reading.extended if options.new_levels == "add" else story.schema
+    held = recoded(held, reading.came, known)
     history = [
         (float(e.scores["prequential"]), e.n_rows)
         for e in base.batches.values()
@@ -455,13 +539,10 @@ def _attempt(
         else:
             event = replace(event, status="duplicate", reason=reason)
         return Learned(commit(event), drift)
-    candidate, learned, events = _learned(story, state, delivery, reading, options)
+    candidate, learned, events = _learned(story, state, delivery, reading, known, options)
     flags += events
-    rows = (
-        Rows.concatenate([*(rows for _, rows in base.held()[1 - options.window :]), held])
-        if options.window > 1
-        else held
-    )
+    before = base.held()[1 - options.window :] if options.window > 1 else []
+    rows = Rows.concatenate([*(rows for _, rows in before), held])
     verdict, scores = _judged(story, state.params, candidate, learned.params, rows, options)
     event = replace(event, scores={**event.scores, **scores}, flags=tuple(flags))
     if verdict:
@@ -492,15 +573,6 @@ def check_columns_alike(delivery: Delivery, columns: Sequence[str] | None) -> No
         raise DataError(f"{delivery.name}: {' and '.join(told)}, unlike the files before{hint}")
 
 
-def _unseen(known: Schema, extended: Schema) -> list[str]:
-    """In words, the levels that `known` does not have."""
-    return [
-        f"column {old.name!r}: unseen levels {', '.join(map(repr, new.levels[old.n_levels :]))}"
-        for old, new in zip(known.columns, extended.columns, strict=True)
-        if new.n_levels > old.n_levels
-    ]
-
-
 def _twin(base: Snapshot, event: Event) -> Event | None:
     """A batch that the model has learned and that has the same rows."""
     for other in base.batches.values():
@@ -519,27 +591,37 @@ def _scores(drift: Drift) -> dict[str, Any]:
 
 
 def _learned(
-    story: Story, state: FitState, delivery: Delivery, reading: _Reading, options: Options
+    story: Story,
+    state: FitState,
+    delivery: Delivery,
+    reading: _Reading,
+    known: Schema,
+    options: Options,
 ) -> tuple[Story, FitState, list[str]]:
     """Story and state once the rows that were not put aside are learned, and what happened."""
     events: list[str] = []
-    if options.new_levels == "add" and reading.extended != story.schema:
-        story, state = growth.with_levels(story, state, reading.extended)
+    if known != story.schema:
+        story, state = growth.with_levels(story, state, known)
+        events += [
+            f"column {old.name!r} has further levels {', '.join(new.levels[len(old.levels) :])}"
+            for old, new in zip(reading.schema.columns, known.columns, strict=True)
+            if old != new
+        ]
     n_held = reading.held[0].n_rows
     surprising: list[Rows] = []
 
     def pieces() -> Iterator[Rows]:
         first = 0
-        for rows, _ in delivery.read(reading.schema):
+        for rows, schema in delivery.read(reading.schema):
             hashes = row_hash((reading.key, first, rows.n_rows), reading.seed)
             first += rows.n_rows
-            mine = within(rows[hashes >= reading.below], story.schema)
+            mine = recoded(rows[hashes >= reading.below], schema, known)
             if options.birth and sum(r.n_rows for r in surprising) < MAX_SURPRISING:
-                log_p = story.log_prob(before, mine)
+                log_p = start.log_prob(before, mine)
                 surprising.append(mine[log_p < reading.watch.reference.quantile_001])
             yield mine
 
-    before = state.params
+    before, start = state.params, story
     state, _ = options.learner.learn(story, state, pieces(), n_rows=reading.n_rows - n_held)
     if options.birth and surprising:
         odd = Rows.concatenate(surprising)[slice(0, MAX_SURPRISING)]
@@ -565,7 +647,7 @@ def _judged(
     if not all(np.isfinite(array).all() for array in arrays):
         return "the candidate's parameters are not finite", _pair(None, None, 0)
     # Both are asked about the same entries: levels that only the candidate knows would be dear.
-    rows = within(rows, story.schema)
+    rows = recoded(rows, candidate.schema, story.schema)
     weights = np.where(rows.is_observed.any(axis=1), rows.row_weights, 0.0)
     if not weights.sum() > 0:
         return "", _pair(None, None, 0)

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from genstream.drift import Drift, Reference, Thresholds, Watch, table
 from genstream.errors import ConfigError, CorruptError, DataError
+from genstream.growth import birth
 from genstream.learn import BatchEM, FitState, fit
+from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
@@ -445,3 +447,53 @@ def test_flights_by_day(flights: tuple[Schema, np.ndarray, np.ndarray]) -> None:
     for number in range(1, 29):
         assert "another unit" in flag(day(2, number, hours), "dep_delay")
         assert flag(day(2, number, emptied), "air_time") == "air_time: every value is missing"
+
+
+def test_flights_of_a_new_kind_give_birth(
+    flights: tuple[Schema, np.ndarray, np.ndarray],
+) -> None:
+    """Long flights that leave early appear in February: 80 a day, of one carrier."""
+    schema, values, dates = flights
+    story, state = fitted(values[dates[:, 0] == 1], schema, 8)
+    learner = OnlineEM(batch_rows=1000)
+    carrier = schema["carrier"].levels.index("UA")
+
+    def day(number: int) -> Rows:
+        rng = np.random.default_rng(number)
+        planted = np.column_stack(
+            [
+                rng.normal(-25, 3, 80),
+                rng.normal(-70, 5, 80),
+                rng.normal(840, 8, 80),
+                rng.normal(7500, 20, 80),
+                np.full(80, carrier),
+                rng.integers(0, 3, 80),
+            ]
+        )
+        real = values[(dates == (2, number)).all(axis=1)]
+        return Rows.of(np.concatenate([real, planted]))
+
+    assert state.sample is not None
+    limit = Reference.of(story, state.params, state.sample).quantile_01
+    first = day(1)
+    odd = first[story.log_prob(state.params, first) < limit]
+    wide, grown, events = birth(story, state, odd)
+    assert events == ("component 8 was born from 80 badly explained rows",)
+    assert grown.params.family.mean[8] == pytest.approx([-25, -70, 840, 7500], rel=0.05)
+    later = Rows.concatenate([day(number) for number in range(15, 29)])
+
+    def gain() -> float:
+        after = wide.log_prob(grown.params, later)
+        return float((after - story.log_prob(state.params, later)).mean())
+
+    assert gain() > 2
+    for number in range(1, 15):
+        rows = day(number)
+        odd = rows[wide.log_prob(grown.params, rows) < limit]
+        # What the weather does to flights is no new kind of them.
+        assert birth(wide, grown, odd, min_rows=20)[2] == ()
+        state, _ = learner.learn(story, state, rows)
+        grown, _ = learner.learn(wide, grown, rows)
+    # The model without it has had to widen another component meanwhile.
+    assert gain() > 0.5
+    assert grown.params.weights[8] > 0.03

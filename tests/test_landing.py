@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import pairwise
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
@@ -38,9 +40,11 @@ from genstream.landing import (
     discard,
     find_arrivals,
     spool,
+    stream,
     sweep,
 )
 from genstream.rows import Rows
+from genstream.schema import Column, Schema
 from genstream.sources import content_digest
 from genstream.tables import read_tables
 
@@ -425,8 +429,8 @@ class TestSeen:
     @pytest.mark.parametrize(
         "damage",
         [
-            b"", b"{", b"[]", b"null", b'{"seen":3}', b"\xff\xfe", b'{"seen":{"p":1}}',
-            b'{"seen":{"p":[1,2]}}', b'{"seen":{"p":[12,"t","short"]}}', b"[" * 100_000,
+            b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"p":1}', b'{"p":[1,2]}',
+            b'{"p":[12,"t","short"]}', b'{"p":["12","t",3]}', b"[" * 100_000,
         ],
     )  # fmt: skip
     def test_damage_does_no_harm(self, tmp_path: Path, damage: bytes) -> None:
@@ -691,3 +695,89 @@ class TestRowMultiset:
         rows = Rows.of([[1.0, np.nan], [2.0, -3.0]], [1.0, 2.0])
         assert _digest(rows) == "000000000000000295f354f27ad83b7c5c9af425bc443d41"
         assert len(_digest(rows)) == 48
+
+
+class TestStream:
+    def test_batches_of_every_kind(self) -> None:
+        values = np.array([[1.0, np.nan], [2.0, 3.0]])
+        frame = pd.DataFrame(values, columns=["a", "b"])
+        batch = pa.record_batch({"a": [1.0, 2.0], "b": [None, 3.0]})
+        masked = np.ma.masked_invalid(values)
+        items = [values, values.tolist(), masked, Rows.of(values), frame, batch, ("day1", frame)]
+        found = list(stream(items))
+        assert [one.id for one in found] == [None] * 6 + ["day1"]
+        assert [one.identified for one in found] == [False] * 6 + [True]
+        assert [one.name for one in found] == [f"item {i}" for i in range(6)] + ["day1"]
+        for one in found[:4]:
+            np.testing.assert_array_equal(one.rows.filled(), values)
+        for one in found[4:]:
+            assert one.rows["a"].to_pylist() == [1.0, 2.0]
+        schema = Schema.real(["a", "b"])
+        for one in stream(iter(items), schema=schema):
+            np.testing.assert_array_equal(one.rows.filled(), values)
+
+    def test_tables_are_encoded_by_name_and_known_levels(self) -> None:
+        schema = Schema((Column("a", "categorical", ("x", "y")), Column("b")))
+        table = pa.table({"b": [1.0, 2.0], "c": [0, 0], "a": ["y", "x"]})
+        (one,) = stream([(7, table)], schema=schema)
+        assert one.id == "7"
+        assert one.rows.values.tolist() == [[1.0, 1.0], [0.0, 2.0]]
+        with pytest.raises(DataError, match="item 0: table: row 1, column 'a': 'z' is not one"):
+            next(stream([pa.table({"b": [1.0, 2.0], "a": ["y", "z"]})], schema=schema))
+
+    def test_one_batch_is_in_memory_at_a_time(self) -> None:
+        alive: list[weakref.ref[Any]] = []
+
+        def batches() -> Iterator[Any]:
+            for i in range(5):
+                assert all(ref() is None for ref in alive)
+                batch = np.full((3, 2), float(i))
+                alive.append(weakref.ref(batch))
+                yield (str(i), batch) if i % 2 else batch
+                del batch
+
+        taken = 0
+        for one in stream(batches()):
+            taken += one.rows.n_rows
+            assert len(alive) == taken // 3
+            del one
+        assert taken == 15
+
+    @pytest.mark.parametrize(
+        ("bad", "what"),
+        [
+            ("x.csv", "is a str, not a batch of rows"),
+            (None, "is a NoneType, not a batch"),
+            ({"a": [1]}, "is a dict, not a batch"),
+            (3, "cannot read rows from int"),
+            (np.zeros(3), "expected a 2D array"),
+            ([[1.0], [1.0, 2.0]], "array"),
+            (np.zeros((0, 2)), "has no rows"),
+            (pa.table({"a": pa.array([], pa.float64())}), "has no rows"),
+            (np.array([["a", "b"]]), "are not numbers"),
+            (np.array([[np.inf, 1.0]]), "row 0, column 0 is infinite"),
+            (np.zeros((2, 3)), "has 3 columns, not 2 as those before"),
+            (("", np.zeros((1, 2))), "its id is empty"),
+        ],
+    )
+    def test_a_bad_item_is_named_by_its_number(self, bad: Any, what: str) -> None:
+        found = stream([np.zeros((1, 2)), bad])
+        next(found)
+        with pytest.raises(DataError, match=f"^item 1: .*{what}"):
+            next(found)
+
+    def test_the_schema_holds_for_every_kind_of_batch(self) -> None:
+        schema = Schema((Column("n", "count"), Column("a")))
+        for bad in (
+            np.array([[0.5, 1.0]]),
+            Rows.of([[0.5, 1.0]]),
+            pa.table({"n": [0.5], "a": [1]}),
+        ):
+            with pytest.raises(DataError, match=r"item 0: .*column 'n'"):
+                next(stream([bad], schema=schema))
+        with pytest.raises(DataError, match=r"item 0: .*1 columns"):
+            next(stream([np.zeros((2, 1))], schema=schema))
+
+    def test_what_cannot_be_iterated_over_is_refused_at_once(self) -> None:
+        with pytest.raises(ConfigError, match="cannot take batches from int"):
+            stream(3)  # type: ignore[arg-type]

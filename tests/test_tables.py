@@ -381,6 +381,44 @@ def codes(values: Any, spec: Any, kind: Any = None, **options: Any) -> list[floa
     return [None if np.isnan(x) else float(x) for x in found]  # type: ignore[misc]
 
 
+class TestParquetFolders:
+    def write(self, path: Path, **columns: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), path, row_group_size=2)
+
+    @pytest.mark.parametrize("name", ["x.parquet", "folder"])
+    def test_its_files_follow_each_other_by_name(self, tmp_path: Path, name: str) -> None:
+        folder = tmp_path / name
+        self.write(folder / "b.parquet", b=["x"], a=[4])
+        self.write(folder / "a.parquet", a=[1, 2, 3], b=["x", "y", "x"])
+        self.write(folder / "_metadata.parquet", c=[1])
+        self.write(folder / ".a.parquet", c=[1])
+        (folder / "_SUCCESS").touch()
+        assert table_columns(folder) == ("a", "b")
+        table = pa.concat_tables(read_tables(folder, columns=["b", "a"]))
+        assert table.to_pydict() == {"b": ["x", "y", "x", "x"], "a": [1, 2, 3, 4]}
+        source = open_source(folder)
+        assert source.chunk_rows == (2, 1, 1)
+        assert [source.read(i).values.tolist() for i in range(3)] == [
+            [[1, 0], [2, 1]], [[3, 0]], [[4, 0]],
+        ]  # fmt: skip
+
+    def test_what_would_be_misread_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "x.parquet").mkdir()
+        with pytest.raises(DataError, match=r"x\.parquet: no parquet file in this folder"):
+            open_source(tmp_path / "x.parquet")
+        self.write(tmp_path / "x.parquet" / "a.parquet", a=[1])
+        self.write(tmp_path / "x.parquet" / "b.parquet", b=[1])
+        with pytest.raises(DataError, match=r"b\.parquet: its columns \(b\) are not those of .*a"):
+            open_source(tmp_path / "x.parquet")
+        self.write(tmp_path / "y.parquet" / "k=1" / "a.parquet", a=[1])
+        with pytest.raises(DataError, match="folder 'k=1' holds a column in its name"):
+            open_source(tmp_path / "y.parquet")
+        (tmp_path / "x.parquet" / "b.parquet").write_bytes(b"PAR1 cut short")
+        with pytest.raises(DataError, match=r"b\.parquet: not a whole parquet file"):
+            open_source(tmp_path / "x.parquet")
+
+
 class TestEncoder:
     def test_numbers_of_every_type(self) -> None:
         assert codes([" 1", "+2", "3e2", "NaN", "", "-0.5 "], "real") == [

@@ -8,7 +8,7 @@ so that features are built and normalised along contiguous lanes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -80,6 +80,9 @@ class Family(Protocol):
         """MAP parameters (maximum likelihood without a prior), and (K,) whether each component
         was singular or empty, and so could not be estimated from its statistics alone.
         """
+
+    def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
+        """Statistics of some of the components, as if the rows of all others had not been."""
 
     def log_prior(self, params: Any) -> float:
         """Log prior density up to a constant; 0 without a prior."""

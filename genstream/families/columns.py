@@ -16,7 +16,7 @@ columns only; `spherical` shares one variance among a component's real columns.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -335,6 +335,10 @@ class IndependentColumns:
         )
         faulty = weight <= tiny if prior is None else np.zeros(len(weight), dtype=bool)
         return params, faulty
+
+    def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
+        kept: Monoid = stats.take(components)
+        return kept
 
     def log_prior(self, params: Any) -> float:
         prior = self.prior

@@ -14,6 +14,7 @@ conditional moments (Ghahramani & Jordan 1994)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -220,6 +221,18 @@ class Gaussian:
         # All components share a tied covariance: moving one of them would not make it regular.
         return self._params(mean, covariance), faulty if self.tied else faulty | thin
 
+    def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
+        """Tied components share one sum of `y y'`, which gives back what the others are worth in
+        it, `n_k covariance + sum_wx_k sum_wx_k' / n_k`, so that the covariance stays.
+        """
+        kept: FullStats | TiedStats = stats.take(components)
+        if not self.tied:
+            return kept
+        total, left = float(stats.sum_w.sum()), float(kept.sum_w.sum())
+        scatter = stats.sum_wxx - _outer(stats.sum_w, stats.sum_wx)
+        share = left / total if total > 0 else 1.0
+        return replace(kept, sum_wxx=scatter * share + _outer(kept.sum_w, kept.sum_wx))
+
     def log_prior(self, params: Any) -> float:
         prior = self.prior
         if prior is None:
@@ -284,6 +297,12 @@ class Gaussian:
         floor = np.maximum(FLOOR, self.ridge / self._pivot.scale**2) * 1.5 * self.n_features
         variance = 1.0 / np.diagonal(np.linalg.inv(covariance), axis1=1, axis2=2)
         return [(int(k), int(j)) for k, j in np.argwhere(variance <= floor)]
+
+
+def _outer(sum_w: Array, sum_wx: Array) -> Array:
+    """(d, d) `sum_k sum_wx_k sum_wx_k' / sum_w_k` over components that have any weight."""
+    safe = np.where(sum_w > 0, sum_w, 1.0)
+    return np.asarray((sum_wx / safe[:, None]).T @ sum_wx)
 
 
 def _lift(covariance: Array, floor: Array) -> NDArray[np.bool_]:
