@@ -343,23 +343,23 @@ class _Service:
         raise next(_explained(each) for each in found if isinstance(each, Exception))
 
     async def _deploy(self, client: PrefectClient, runner: Runner) -> None:
+        """Register all, which takes its time, then let all begin, just before the runner does."""
         for update in self._updates:
-            await self._deploy_one(client, runner, update)
+            self._names[await self._register(client, runner, update)] = update.name
+        for deployment, update in zip(self._names, self._updates, strict=True):
+            self._tell(await self._begin(client, deployment, update))
 
-    async def _deploy_one(self, client: PrefectClient, runner: Runner, update: Update) -> None:
+    async def _register(self, client: PrefectClient, runner: Runner, update: Update) -> UUID:
         from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
         from prefect.exceptions import ObjectNotFound
         from prefect.types.entrypoint import EntrypointType
 
-        full_name = f"{self._flow.name}/{update.name}"
-        missed, now = False, datetime.now(UTC)
         with contextlib.suppress(ObjectNotFound):
-            before = await client.read_deployment_by_name(full_name)
+            before = await client.read_deployment_by_name(self._full_name(update))
             self._refuse_if_served_elsewhere(before)
-            await _recover(client, before)
-            missed = await _missed(client, before, update.schedule, now)
+            await _free_slots(client, before)
         skip = update.schedule.overlap == "skip"
-        deployment = await runner.aadd_flow(
+        return await runner.aadd_flow(
             self._flow,
             name=update.name,
             schedule=prefect_schedule(update.schedule),
@@ -375,26 +375,37 @@ class _Service:
             tags=["genstream"],
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
-        self._names[deployment] = update.name
-        makes_up = missed and update.schedule.catch_up
+
+    async def _begin(self, client: PrefectClient, deployment: UUID, update: Update) -> Event:
+        from prefect.states import Scheduled
+
+        now = datetime.now(UTC)
+        await _drop_due(client, deployment, now)
+        makes_up = update.schedule.catch_up and await _missed(
+            client, deployment, update.schedule, now
+        )
         if makes_up:
-            await client.create_flow_run_from_deployment(deployment, tags=[CATCH_UP])
+            # Due before all that is scheduled from here on, so that it gets the slot.
+            await client.create_flow_run_from_deployment(
+                deployment, state=Scheduled(scheduled_time=now), tags=[CATCH_UP]
+            )
         # The server's scheduler comes by in a few seconds and looks ahead only: what is due until
         # then would be lost.
         await client._client.post(
             f"/deployments/{deployment}/schedule", json={"start_time": now.isoformat()}
         )
         following = await next_firing(update.schedule, now)
-        self._tell(
-            {
-                "deployment": full_name,
-                "config": update.path,
-                "schedule": update.when,
-                "overlap": update.schedule.overlap,
-                "next": following.isoformat(timespec="seconds"),
-                "catch_up": makes_up,
-            }
-        )
+        return {
+            "deployment": self._full_name(update),
+            "config": update.path,
+            "schedule": update.when,
+            "overlap": update.schedule.overlap,
+            "next": following.isoformat(timespec="seconds"),
+            "catch_up": makes_up,
+        }
+
+    def _full_name(self, update: Update) -> str:
+        return f"{self._flow.name}/{update.name}"
 
     def _refuse_if_served_elsewhere(self, deployment: DeploymentResponse) -> None:
         polled = deployment.last_polled
@@ -471,11 +482,10 @@ async def _runs(
     )
 
 
-async def _recover(client: PrefectClient, deployment: DeploymentResponse) -> None:
-    """Clear what a `serve` that is no more has left on the server.
+async def _free_slots(client: PrefectClient, deployment: DeploymentResponse) -> None:
+    """Mark runs of a `serve` that is no more as Crashed, and free what they held.
 
-    Nothing of the deployment runs when this is called: runs that are said to are marked Crashed,
-    which frees their slot; runs that are due or queued are dropped, and made up for by one.
+    Nothing of the deployment runs when this is called, whatever the server says.
     """
     from prefect.client.schemas.objects import StateType
     from prefect.states import Crashed
@@ -487,26 +497,30 @@ async def _recover(client: PrefectClient, deployment: DeploymentResponse) -> Non
     if limit := deployment.global_concurrency_limit:
         # Leases live in the server's memory: one that was restarted cannot free their slots.
         await client._client.patch(f"/v2/concurrency_limits/{limit.id}", json={"active_slots": 0})
+
+
+async def _drop_due(client: PrefectClient, deployment: UUID, now: datetime) -> None:
+    """Delete runs that were due or queued before `now`: one is to make up for them all."""
+    overdue = {"state": {"type": {"any_": ["SCHEDULED"]}}, "expected_start_time": {"before_": now}}
     while due := [
         run
-        for run in await _runs(client, [deployment.id], state={"type": {"any_": ["SCHEDULED"]}})
+        for run in await _runs(client, [deployment], **overdue)
         if run.auto_scheduled or CATCH_UP in run.tags
     ]:
-        for run in due:
-            await client.delete_flow_run(run.id)
+        await asyncio.gather(*(client.delete_flow_run(run.id) for run in due))
 
 
 async def _missed(
-    client: PrefectClient, deployment: DeploymentResponse, schedule: Schedule, now: datetime
+    client: PrefectClient, deployment: UUID, schedule: Schedule, now: datetime
 ) -> bool:
     """Whether a firing came before `now` while nothing served, or the last run was cut short."""
     from prefect.client.schemas.objects import StateType
 
     ended = {"type": {"not_any_": [StateType.SCHEDULED]}}
-    known = await _runs(client, [deployment.id], state=ended)
+    known = await _runs(client, [deployment], state=ended)
     never = datetime.min.replace(tzinfo=UTC)
     finished, cut_short = never, never
-    last = deployment.created or now
+    last = (await client.read_deployment(deployment)).created or now
     for run in known:
         due = run.expected_start_time or never
         last = max(last, due)

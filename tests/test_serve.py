@@ -198,7 +198,6 @@ def test_a_schedule_fires_skips_recovers_and_catches_up_on_a_server_of_its_own(
         "config": "skipping.yaml",
         "schedule": "every 5s UTC",
         "overlap": "skip",
-        "catch_up": False,
     }
     serving.wait_for(ended("skipping", "Completed"))
     assert lines(done)[0] == "model.n_components=3"
@@ -246,7 +245,7 @@ def test_a_schedule_fires_skips_recovers_and_catches_up_on_a_server_of_its_own(
     until(lambda: not any("flows.server" in line for line in descendants(folder).values()))
     assert orphan.is_running()
     left = set(descendants(folder))
-    again = Serving(folder, skip)
+    again = Serving(folder, write_config(folder, "skipping", every="10s"))
     deployed = again.wait_for(lambda event: "deployment" in event)
     assert deployed["catch_up"]
     assert not left & set(descendants(folder))
