@@ -4,12 +4,12 @@ A batch is walked twice. First it is read, compared with what the model knows (`
 and scored, before anything is learned of it (Dawid 1984, "prequential"); a share of its rows,
 chosen by a hash of batch, row and seed, is put aside and never learned. Then the other rows are
 learned by `OnlineEM`, and the guard compares candidate and champion on the rows put aside of the
-last batches, this one included: the candidate must not be worse on most of them. What a batch of
-nonsense gains on its own rows, which may be hundreds of nats, so pays for nothing that the others
-lose; and since the rows of rejected batches judge as well, a stream that has changed for good is
-learned again once most of the last batches are of the new kind. What follows is one commit
-(`genstream.models`): the new version together with the batch that made it, or the batch's status
-and reason with the state unchanged.
+last batches, this one included: the candidate must be worse neither on the mean of their rows nor
+on most of the batches. What a batch of nonsense gains on its own rows, which may be hundreds of
+nats, so pays for nothing that the others lose; and since the rows of rejected batches judge as
+well, a stream that has changed for good is learned again once most of the last batches are of the
+new kind. What follows is one commit (`genstream.models`): the new version together with the batch
+that made it, or the batch's status and reason with the state unchanged.
 """
 
 from __future__ import annotations
@@ -232,8 +232,8 @@ class Options:
     window
         Batches, the candidate's included, whose rows put aside the guard looks at.
     max_drop
-        Nats a row by which the candidate may be worse than the champion on most of these batches;
-        None publishes whatever is finite.
+        Nats a row by which the candidate may be worse than the champion, on the mean of these rows
+        and on most of these batches; None publishes whatever is finite.
     duplicates
         Rows that were learned before from other bytes: `skip` them, `learn` them once more, or
         `error`, which puts the batch into quarantine.
@@ -697,8 +697,8 @@ def _judged(
 ) -> tuple[str, dict[str, Any]]:
     """Why the candidate is refused (empty where it is not), and the scores of both.
 
-    Scores are means over the rows of all `batches`; what is judged is the median over the batches
-    of the mean difference, of an even number the lower one.
+    Scores are means over the rows of all `batches`. What is judged is their difference, and the
+    median over the batches of the mean difference, of an even number the lower one.
     """
     arrays = (np.asarray(value) for _, _, value in params.leaves())
     if not all(np.isfinite(array).all() for array in arrays):
@@ -718,16 +718,24 @@ def _judged(
     scores = _pair(float(old), float(new), sum(rows.n_rows for rows in batches))
     if not np.isfinite(new):
         return "the candidate's log-likelihood of the rows put aside is not finite", scores
+    if options.max_drop is None:
+        return "", scores
     # Where the champion has no finite score, any finite one is a gain.
     gains = sorted(after - before if np.isfinite(before) else np.inf for before, after in means)
     middle = gains[(len(gains) - 1) // 2]
-    if options.max_drop is not None and middle < -options.max_drop:
+    if np.isfinite(old) and new < old - options.max_drop:
+        verdict = (
+            f"held out, the candidate has {new:.4f} nats a row and the champion {old:.4f}: "
+            f"{old - new:.4f} less, and max_drop is {options.max_drop:g}"
+        )
+    elif middle < -options.max_drop:
         verdict = (
             f"on rows put aside of most of the last {len(gains)} batches the candidate is worse, "
             f"by {-middle:.4f} nats a row in the middle one, and max_drop is {options.max_drop:g}"
         )
-        return verdict, scores
-    return "", scores
+    else:
+        verdict = ""
+    return verdict, scores
 
 
 def _pair(champion: float | None, candidate: float | None, n_rows: int) -> dict[str, Any]:
