@@ -161,6 +161,36 @@ def update(
 
 
 @app.command()
+def serve(
+    configs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="CONFIG... [KEY=VALUE]...",
+            help="Configurations with a schedule; settings over those of every file.",
+        ),
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what happens as JSON, one line each.")
+    ] = False,
+) -> None:
+    """Update models on the schedules of their configurations, until interrupted."""
+    import contextlib
+    import sys
+
+    from flows.serve import serve as serve_updates
+    from flows.serve import told
+
+    out = sys.stdout
+
+    def tell(event: dict[str, object]) -> None:
+        print(json.dumps(event) if as_json else told(event), file=out, flush=True)
+
+    overrides = [each for each in configs if "=" in each and not Path(each).exists()]
+    with contextlib.redirect_stdout(sys.stderr):  # what Prefect prints of a lost server
+        serve_updates([each for each in configs if each not in overrides], overrides, tell=tell)
+
+
+@app.command()
 def rollback(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model's folder.")],
     version: Annotated[

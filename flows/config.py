@@ -7,6 +7,7 @@ line a problem: ``file:line:column: key.path: what is wrong, what is allowed, di
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import io
@@ -15,9 +16,12 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from zoneinfo import available_timezones
 
+from cronsim import CronSim, CronSimError
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -55,6 +59,9 @@ _SIZE_UNITS = (
 _TIME_UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 _PASSES = re.compile(r"\s*(\d+)\s*pass(?:es)?\s*")
 _TIME = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|d)\s*")
+
+_CRON_PARTS = ("minute", "hour", "day-of-month", "month", "day-of-week")
+_CRON_FIELDS = f"five fields, {' '.join(_CRON_PARTS)}, as in '15 2 * * *' for 02:15 every day"
 
 IN_PLACE = (
     *(".npy", ".zarr", ".parquet", ".pq", ".arrow", ".arrows", ".feather", ".ipc"),
@@ -126,6 +133,40 @@ def _scheduler(value: object) -> object:
     raise ValueError(
         f"expected one of {', '.join(plain)}, or an address tcp://host:port{given}{hint}"
     )
+
+
+def _pause(value: object) -> Interval:
+    with contextlib.suppress(ValueError):
+        interval = Interval.parse(value)
+        if interval.seconds is not None and interval.seconds >= 1:
+            return interval
+    raise ValueError("expected a time of a second or more, such as 30s, 15min or 1d")
+
+
+def _cron(value: object) -> object:
+    if not isinstance(value, str):
+        raise ValueError(f"expected {_CRON_FIELDS}; quote it")
+    if len(value.split()) != len(_CRON_PARTS):
+        raise ValueError(f"expected {_CRON_FIELDS}")
+    if not re.fullmatch(r"(\d+|[A-Za-z]{3}|[*/,\- ])+", value):
+        raise ValueError(
+            f"expected digits, names such as MON, and the signs * / , - in {_CRON_FIELDS}"
+        )
+    try:
+        CronSim(value, datetime(2024, 1, 1, tzinfo=UTC))
+    except CronSimError as error:
+        part = str(error).removeprefix("Bad ")
+        raise ValueError(
+            f"the {part} is out of range, or names a day that never comes: expected {_CRON_FIELDS}"
+        ) from None
+    return value
+
+
+def _timezone(value: object) -> object:
+    if isinstance(value, str) and value in available_timezones():
+        return value
+    hint = _suggest(str(value), sorted(available_timezones())) or "; such as UTC or Europe/Paris"
+    raise ValueError(f"expected the name of a time zone, got {_short(value)}{hint}")
 
 
 def _finite(value: float) -> float:
@@ -323,6 +364,32 @@ class Publish(Section):
     keep: int = Field(30, ge=1)
 
 
+class Schedule(Section):
+    """When `serve` runs the update: at the times of `cron`, or `every` so often."""
+
+    cron: Annotated[str, BeforeValidator(_cron)] | None = Field(
+        None, description="Minute, hour, day of month, month, day of week.", examples=["15 2 * * *"]
+    )
+    every: (
+        Annotated[
+            Interval,
+            BeforeValidator(_pause),
+            PlainSerializer(str),
+            WithJsonSchema({"type": "string", "examples": ["30s", "15min", "1d"]}),
+        ]
+        | None
+    ) = Field(None, description="A time, counted from midnight of 1 January 2020.")
+    timezone: Annotated[str, BeforeValidator(_timezone)] = Field(
+        "UTC", description="Where the clock hangs that cron and days go by."
+    )
+    overlap: Literal["skip", "queue"] = Field(
+        "skip", description="What becomes of a firing while an update still runs."
+    )
+    catch_up: bool = Field(
+        True, description="Run once at the start of `serve` where firings were missed."
+    )
+
+
 class Config(Section):
     """A whole configuration."""
 
@@ -337,6 +404,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
     publish: Publish | None = None
+    schedule: Schedule | None = None
     report: bool = True
     orchestrate: Literal["auto", "prefect", "none"] = "auto"
 
@@ -691,6 +759,11 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
         found.append(
             (("fit", "sample_rows"), f"fewer rows than the {model.n_components} components")
         )
+    schedule = config.schedule
+    if schedule is not None and (schedule.cron is None) == (schedule.every is None):
+        message = "say when, with either cron: '15 2 * * *' or every: 1h"
+        message += ", not with both" if schedule.cron else ""
+        found.append((("schedule",), message))
     if isinstance(data.source, Drawn):
         found += [
             (("data", key), "has no meaning for drawn data: leave it out")

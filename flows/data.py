@@ -59,7 +59,16 @@ def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]
         ).to_json()
     dataset = Dataset.open(path, found["manifest"])
     now = {batch["id"] for batch in found["batches"]}
-    left_out = refused_batches(config)
+    refused = refused_batches(config)
+    left_out = [batch.id for batch in dataset.batches if batch.id in refused]
+    if left_out:
+        log.warning(
+            "%d batch(es) that %s refused, or that were rolled back, are left out: `genstream show "
+            "%s` lists them, `genstream update --retry` tries one again",
+            len(left_out),
+            config.publish and config.publish.model,
+            config.publish and config.publish.model,
+        )
     others = [b for b in dataset.batches if b.id not in now and b.id not in left_out]
     if others:
         log.warning(
@@ -80,13 +89,17 @@ def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]
 
 
 def refused_batches(config: Config) -> list[str]:
-    """Ids of batches that the configuration's model has refused: a fit leaves them out."""
+    """Ids of batches that the configuration's model has refused, or that were rolled back.
+
+    A fit leaves them out, until `update --retry` has them learned.
+    """
     if config.publish is None or not (Path(config.publish.model) / "manifests").is_dir():
         return []
     from genstream.models import ModelStore
 
     batches = ModelStore(config.publish.model).snapshot().batches.values()
-    return [e.id for e in batches if e.status in ("rejected", "quarantined", "duplicate")]
+    left = ("rejected", "quarantined", "duplicate", "rolled_back")
+    return [event.id for event in batches if event.status in left]
 
 
 def _check_columns(config: Config, schema: Schema) -> None:

@@ -25,6 +25,7 @@ from flows.data import columns_of, expand
 from flows.run import Run
 from genstream.errors import ConfigError, CorruptError, DataError, RefusedError
 from genstream.landing import Copy, discard
+from genstream.manifests import storing
 from genstream.models import SETTLED
 
 if TYPE_CHECKING:
@@ -302,7 +303,9 @@ def fitted_batches(
         dataset = Dataset.open(config.dataset, pinned.get("manifest"))
         kept = [batch for batch in dataset.batches if batch.id not in left_out]
         columns = next((batch.columns for batch in kept if batch.columns), ())
-        return [Event(b.id, b.name, "learned", n_rows=b.n_rows) for b in kept], columns
+        return [
+            Event(b.id, b.name, "learned", n_rows=b.n_rows, digest=b.digest) for b in kept
+        ], columns
     if grows(config):
         from genstream.growing import Range, digest
 
@@ -358,9 +361,10 @@ class Landing:
             if isinstance(copy, Changed):
                 self.waiting.append({"name": arrival.name, "why": copy.why})
                 continue
+            self._copies[copy.id] = copy
             known = self._settled(copy.id)
             if known is not None:
-                discard(copy)
+                self._put_away(known)
             else:
                 yield self._opened(copy, copy.id)
                 known = self._settled(copy.id)
@@ -404,15 +408,22 @@ class Landing:
 
     def close(self, done: Learned) -> None:
         """Put the bytes of a settled batch where they belong."""
-        identity = done.event.id
-        copy = self._copies.pop(identity, None)
-        if copy is not None and done.event.status in REFUSED:
-            self._keep(copy, identity)
-            return
-        kept = self._kept(identity) if done.event.status == "learned" else None
-        for one in (copy, kept):
-            if one is not None:
-                discard(one)
+        self._put_away(done.event)
+
+    def _put_away(self, event: Event) -> None:
+        """Keep or let go of the copy of a settled batch, and let go of what quarantine has of it.
+
+        Whoever settled it may have died, or be just about to do the same.
+        """
+        copy = self._copies.pop(event.id, None)
+        stored = self.config.dataset is not None and event.status != "quarantined"
+        kept = self._kept(event.id) if event.status == "learned" else None
+        if copy is not None and event.status in REFUSED and not stored:
+            self._keep(copy, event.id)
+        elif copy is not None:
+            discard(copy)
+        if kept is not None:
+            discard(kept)
 
     def leave(self) -> None:
         """Let go of copies, and remember what was seen."""
@@ -500,6 +511,7 @@ class Landing:
 
         data, dataset = self.config.data, self.config.dataset
         name = name or copy.name
+        self._copies[identity] = copy
         try:
             delivery = TableDelivery(
                 copy.path,
@@ -512,7 +524,6 @@ class Landing:
             )
             check_columns_alike(delivery, self.store.snapshot().content.get("columns"))
             if dataset is None:
-                self._copies[identity] = copy
                 return delivery
             ingest(
                 [copy.path],
@@ -526,25 +537,38 @@ class Landing:
                 batch=(identity, name),
             )
         except (DataError, CorruptError) as error:
-            self._keep(copy, identity)
+            if isinstance(error, CorruptError) and str(copy.path) not in str(error):
+                raise  # what is damaged is the dataset, which is no fault of the batch
+            self._keep(self._copies.pop(identity), identity)
             reason = str(error).replace(str(copy.path), name)
             return settle(
                 self.store,
                 Event(identity, name, "quarantined", reason=reason),
                 retry=self.retrying,
             )
-        discard(copy)
+        discard(self._copies.pop(identity))
         (stored,) = self._from_dataset({identity})
         return stored
 
     def _keep(self, copy: Copy, identity: str) -> None:
-        """Move a copy into quarantine, where `again` finds it."""
+        """Move a copy into quarantine, where `again` finds it.
+
+        Another process may do so with the same bytes: the first one's stay. A name that a sender
+        gave says nothing of the bytes, of which then the newest are kept.
+        """
         folder = self.quarantine / identity[:32]
         if copy.path.parent == folder:
             return
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.move(copy.path.parent, folder)
+        with storing(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if identity != copy.id:
+                shutil.rmtree(folder, ignore_errors=True)
+            try:
+                copy.path.parent.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+                discard(copy)
 
     def _kept(self, identity: str) -> Copy | None:
         folder = self.quarantine / identity[:32]

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import chdtri
+from scipy.special import chdtri, pdtrc
 
 from genstream.errors import ConfigError, CorruptError, DataError
 from genstream.rows import Rows
@@ -49,7 +49,8 @@ class Thresholds:
         Population stability index of a column, after its correction for chance.
     chance
         Probability that a batch of independent rows from the reference's own distribution has any
-        column called moderate or strong; shared evenly among the columns.
+        column called moderate or strong, shared evenly among the columns; or that it is flagged
+        for its surprising rows.
     z
         Half-width of the band of the mean log-likelihood, in standard deviations.
     min_history
@@ -60,7 +61,8 @@ class Thresholds:
     surprise
         Share of the reference's rows that count as surprising: 0.01 or 0.001.
     max_surprising
-        Share of surprising rows above which a batch is flagged.
+        Share of surprising rows above which a batch is flagged, unless it is so small that this
+        comes about by `chance`.
     missing
         Rise of the share of missing values above which a column is flagged.
 
@@ -477,8 +479,9 @@ class Watch:
             flags.append(
                 f"the mean log-likelihood {mean:.3f} is {side} {end:.3f}, the end of its band"
             )
-        noise = math.sqrt(limits.surprise / n) if n > 0 else 0.0
-        if share > max(limits.max_surprising, limits.surprise + limits.z * noise):
+        # So many surprising rows, or more, by chance: a Poisson tail.
+        chance = float(pdtrc(math.ceil(share * n) - 1, limits.surprise * n)) if share > 0 else 1.0
+        if share > limits.max_surprising and chance < limits.chance:
             flags.append(
                 f"{share:.1%} of the rows surprise the model; {limits.surprise:.1%} are expected"
             )

@@ -128,6 +128,11 @@ class Chunked(Format):
         """Some columns of piece `i`, as a table."""
         raise NotImplementedError
 
+    def file(self, i: int) -> str:
+        """The file that holds piece `i`."""
+        del i
+        return self.place
+
     def read(self, columns: list[str]) -> Iterator[Any]:
         for i in range(len(self.chunk_rows)):
             yield from self.piece(i, columns).to_batches()
@@ -643,6 +648,9 @@ class _ParquetFolder(Chunked):
     def piece(self, i: int, columns: list[str]) -> Any:
         file, j = self._pieces[i]
         return file.piece(j, columns)
+
+    def file(self, i: int) -> str:
+        return self._pieces[i][0].place
 
     def read(self, columns: list[str]) -> Iterator[Any]:
         for file in self._files:

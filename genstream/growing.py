@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from genstream.errors import ConfigError, CorruptError, DataError
 from genstream.landing import Waiting, canonical, read_hint, write_hint
 from genstream.rows import Rows
 from genstream.schema import Schema
-from genstream.sources import Piece, Source, n_rows
+from genstream.sources import Piece, Source, fingerprint, n_rows
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,10 @@ class Growth:
     Parameters
     ----------
     hints
-        A file that remembers what was verified and how the files looked then, so that nothing is
-        read where nothing changed. It may be lost or damaged; None: everything is read each time.
+        A file that remembers what was verified and how the files that hold it looked then (sizes
+        and times of change), so that nothing is read where nothing changed: of a zarr array or a
+        folder of parquet only ranges whose own files changed are read again. It may be lost or
+        damaged; None: everything is read each time.
     settle
         Files that changed less than so many seconds ago are looked at twice.
     """
@@ -83,20 +89,23 @@ class Growth:
         if self._in_motion(source, looks):
             return Waiting(name, name, f"it was written to within {self.settle:g} s")
         total = n_rows(source)
-        verified = self._verified(name, looks)
+        remembered = self._remembered(name)
         try:
             for one in known:
-                if one not in verified:
-                    _verify(source, name, one, total)
+                _verify(source, name, one, total, remembered.get(one))
             found = None if total <= done else Range(done, total, digest(source, done, total))
         except (DataError, CorruptError):
             # Rows that are half-written look like changed or damaged ones.
             if _looks(source) != looks:
                 return Waiting(name, name, "it was written to while it was read")
             raise
+        ranges = [*known, *([] if found is None else [found])]
+        seen = {one: _looks_of(source, one) for one in ranges}
         if _looks(source) != looks:
             return Waiting(name, name, "it was written to while it was read")
-        self._remember(name, looks, [*known, *([] if found is None else [found])])
+        if self.hints is not None and all(seen.values()) and seen != remembered:
+            entries = [[r.first, r.last, r.digest, looked] for r, looked in seen.items()]
+            write_hint(self.hints, read_hint(self.hints) | {name: entries})
         return found
 
     def is_unchanged(self, source: Source, rows: Range) -> bool:
@@ -105,14 +114,11 @@ class Growth:
         Read again where the files look different, or nothing is remembered of how they looked.
         """
         name = str(source.identity()["name"])
-        if rows in self._verified(name, _looks(source)):
-            return True
-        if n_rows(source) < rows.last:
-            return False
         try:
-            return digest(source, rows.first, rows.last) == rows.digest
+            _verify(source, name, rows, n_rows(source), self._remembered(name).get(rows))
         except (DataError, CorruptError):
             return False
+        return True
 
     def _in_motion(self, source: Source, looks: str) -> bool:
         """Whether files that changed just now go on changing."""
@@ -123,26 +129,17 @@ class Growth:
         time.sleep(self.settle)
         return _looks(source) != looks
 
-    def _verified(self, name: str, looks: str) -> frozenset[Range]:
-        """Ranges that were verified when the files looked as they do now."""
-        if self.hints is None or not looks:
-            return frozenset()
-        match read_hint(self.hints).get(name):
-            case [str(before), list(ranges)] if before == looks:
-                return frozenset(
-                    Range(*one)
-                    for one in ranges
-                    if isinstance(one, list) and [type(x) for x in one] == [int, int, str]
-                )
-        return frozenset()
-
-    def _remember(self, name: str, looks: str, ranges: Sequence[Range]) -> None:
-        if self.hints is None or not looks:
-            return
-        entry = [looks, [[one.first, one.last, one.digest] for one in ranges]]
-        entries = read_hint(self.hints)
-        if entries.get(name) != entry:
-            write_hint(self.hints, entries | {name: entry})
+    def _remembered(self, name: str) -> dict[Range, str]:
+        """How the files of each range looked when it was verified."""
+        found: dict[Range, str] = {}
+        if self.hints is None:
+            return found
+        entries = read_hint(self.hints).get(name)
+        for entry in entries if isinstance(entries, list) else []:
+            match entry:
+                case [int(first), int(last), str(digested), str(looks)]:
+                    found[Range(first, last, digested)] = looks
+        return found
 
 
 def digest(source: Source, first: int, last: int) -> str:
@@ -155,12 +152,14 @@ def digest(source: Source, first: int, last: int) -> str:
 
 def _overlaps(source: Source, first: int, last: int) -> Iterator[tuple[int, int, int]]:
     """(chunk, from, to) of every chunk with rows in a range, counted within the chunk."""
-    before = 0
-    for i, n in enumerate(source.chunk_rows):
+    ends = np.cumsum(source.chunk_rows)
+    low, high = np.searchsorted(ends, [first, last - 1], side="right").tolist()
+    for i in range(low, high + 1):
+        n = source.chunk_rows[i]
+        before = int(ends[i]) - n
         start, stop = max(first - before, 0), min(last - before, n)
         if start < stop:
             yield i, start, stop
-        before += n
 
 
 def _checked(known: Sequence[Range]) -> int:
@@ -175,17 +174,35 @@ def _checked(known: Sequence[Range]) -> int:
     return done
 
 
-def _verify(source: Source, name: str, one: Range, total: int) -> None:
+def _verify(source: Source, name: str, one: Range, total: int, looked: str | None) -> None:
+    """Raise DataError unless a range looks as it did when it was verified, or still is the same."""
     what = f"{name}: rows {one.first} to {one.last - 1}, which were learned from,"
     advice = "restore them, or begin a new model"
     if one.last > total:
         raise DataError(f"{what} are no longer there ({total} rows are): {advice}")
+    if looked and looked == _looks_of(source, one):
+        return
     if digest(source, one.first, one.last) != one.digest:
         raise DataError(f"{what} have changed: {advice}")
 
 
+def _looks_of(source: Source, rows: Range) -> str:
+    """Digest of columns and of how the files that hold a range look; nothing if not known."""
+    known = getattr(source, "files", None)
+    if known is None:
+        return ""
+    held = [known(i) for i, _, _ in _overlaps(source, rows.first, rows.last)]
+    if not all(held):
+        return ""
+    sha = hashlib.sha256(json.dumps(source.schema.to_json()).encode())
+    for file in dict.fromkeys(file for files in held for file in files):
+        # The name of a single file is not in its own fingerprint.
+        sha.update(f"{file} {fingerprint(file)}\n".encode())
+    return sha.hexdigest()
+
+
 def _looks(source: Source) -> str:
-    """Digest of how the files of a source look; nothing where it has no local files."""
+    """Digest of how all files of a source look; nothing where it has no local files."""
     try:
         prints = list(_fingerprints(source.identity()))
     except FileNotFoundError:
@@ -235,7 +252,7 @@ class RangeSource:
         self.first, self.last, self.batch = first, last, batch
         self._parts = tuple(_overlaps(source, first, last))
         self.chunk_rows = tuple(stop - start for _, start, stop in self._parts)
-        self._starts = [sum(self.chunk_rows[:i]) for i in range(len(self.chunk_rows))]
+        self._starts = tuple(accumulate(self.chunk_rows, initial=0))
 
     @property
     def schema(self) -> Schema:
@@ -251,6 +268,11 @@ class RangeSource:
         """Chunk `i` of the range."""
         chunk, start, stop = self._parts[i]
         return self.source.read(chunk)[start:stop]
+
+    def files(self, i: int) -> tuple[str, ...]:
+        """Those of the source's chunk, where it knows them."""
+        known = getattr(self.source, "files", None)
+        return () if known is None else tuple(known(self._parts[i][0]))
 
     def origin(self, i: int) -> tuple[Piece, ...]:
         """The batch of chunk `i`, and where in it the chunk begins."""

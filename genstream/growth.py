@@ -27,6 +27,8 @@ _BIRTH = 21
 # Steps of a newborn component among the others, and the change of its weight that ends them.
 MAX_STEPS = 50
 SETTLED = 1e-4
+# Nats below the worst row of the sample at which a row is as badly explained as counts.
+HOPELESS = 100.0
 
 
 def with_levels(story: Story, state: FitState, schema: Schema) -> tuple[Story, FitState]:
@@ -167,6 +169,8 @@ def _worth(state: FitState) -> float:
     return float(state.sample.n_rows) if state.sample is not None else 0.0
 
 
+# Starts that lead beyond the arithmetic are seen by their parameters and gain, and left.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def birth(
     story: Story,
     state: FitState,
@@ -189,7 +193,8 @@ def birth(
 
     rises by more than half the number of the new component's parameters times `log(out_of)`
     (Schwarz 1978). The sample is the state's own, so that rows which are merely the tail of what
-    the model already is are no reason for a birth.
+    the model already is are no reason for a birth; and no row counts as worse than 100 nats below
+    the sample's worst, so that one absurd value is none either.
 
     Parameters
     ----------
@@ -280,13 +285,14 @@ class Nursery:
             stats = story.e_step(state.params, self.sample)
         self.base = stats
         self.worth = _worth(state)
+        self.floor = float(story.log_prob(state.params, self.sample).min()) - HOPELESS
         self.before = self._value(story, state.params)
 
     def _value(self, story: Story, params: Params) -> float:
         """Log-likelihood of the rows the model stands for, `total` in all."""
-        inside = self.rows.row_weights @ story.log_prob(params, self.rows)
-        weights = self.sample.row_weights
-        outside = weights @ story.log_prob(params, self.sample) / weights.sum()
+        worst, weights = self.floor, self.sample.row_weights
+        inside = self.rows.row_weights @ np.maximum(story.log_prob(params, self.rows), worst)
+        outside = weights @ np.maximum(story.log_prob(params, self.sample), worst) / weights.sum()
         return float(inside + (self.total - self.weight) * outside)
 
     def starts(
@@ -323,9 +329,11 @@ class Nursery:
             before, weight = weight, float(w @ took)
             if not weight >= min_rows:
                 return None
-            given = np.zeros((self.rows.n_rows, k + 1))
-            given[:, k] = took
-            stats = replace(story.e_step(params, self.rows, given), weight=weight)
+            # Rows left out are left out of the sums: nought times a value beyond them is NaN.
+            taken = took > 0
+            given = np.zeros((int(taken.sum()), k + 1))
+            given[:, k] = took[taken]
+            stats = replace(story.e_step(params, self.rows[taken], given), weight=weight)
             stats = stats.scale(1 / weight)
             joined = self._join(self.base, stats, weight)
             params, faulty = story.maximise(joined.scale(self._n_eff(weight)), params)
@@ -333,7 +341,10 @@ class Nursery:
                 return None
             if abs(weight - before) <= SETTLED * weight:
                 break
-            took = story.infer(params, self.rows).responsibilities[:, k]
+            posterior = story.infer(params, self.rows)
+            # A row that nobody explains is nobody's: it would pull the component away from others.
+            explained = posterior.log_prob >= self.floor
+            took = np.where(explained, posterior.responsibilities[:, k], 0.0)
         gain = self._value(story, params) - self.before
         return Newborn(stats, weight, params, gain) if np.isfinite(gain) else None
 

@@ -17,6 +17,7 @@ import shutil
 import struct
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -287,9 +288,9 @@ def _names(found: list[_Found]) -> dict[str, str]:
     """The shortest name of each place that none of the others has."""
     names: dict[str, str] = {}
     for choices in zip(*((f.base, f.below, f.place) for f in found), strict=True):
-        pairs = list(zip(found, choices, strict=True))
-        for one, name in pairs:
-            if one.place not in names and choices.count(name) == 1:
+        times = Counter(choices)
+        for one, name in zip(found, choices, strict=True):
+            if one.place not in names and times[name] == 1:
                 names[one.place] = name
     return names
 
@@ -577,7 +578,7 @@ def _write(blocks: Iterable[bytes], target: Path) -> _Copied:
     nbytes = 0
     with storing(target):
         file = target.open("xb")
-    with contextlib.closing(file):
+    try:
         for block in blocks:
             sha.update(block)
             nbytes += len(block)
@@ -586,6 +587,10 @@ def _write(blocks: Iterable[bytes], target: Path) -> _Copied:
         with storing(target):
             file.flush()
             os.fsync(file.fileno())
+    finally:
+        # What a full disk refused is refused again here, and has been told.
+        with contextlib.suppress(OSError):
+            file.close()
     return _Copied(sha.hexdigest(), nbytes)
 
 
@@ -844,21 +849,23 @@ def canonical(rows: Rows) -> NDArray[np.float64]:
     return values
 
 
-def by_label(rows: Rows, schema: Schema) -> Rows:
+def by_label(rows: Rows, levels: Mapping[int, Sequence[str]]) -> Rows:
     """The rows with numbers that follow from the labels themselves in place of codes.
 
-    Whatever codes the labels had, the same labels then give the same digest.
+    `levels` has the labels of each categorical column, by its position. Whatever codes they had,
+    the same labels then give the same digest.
     """
-    values = rows.values
-    for j in schema.of_kind("categorical"):
-        if values is rows.values:
-            values = rows.values.astype(np.float64)
-        labels = schema.columns[j].levels
+    if not levels:
+        return rows
+    values = rows.values.astype(np.float64)
+    for j, labels in levels.items():
+        if not labels:
+            continue  # nothing but gaps so far
         # 52 bits of a digest are a float64 to the bit.
         digests = [hashlib.sha256(label.encode()).digest() for label in labels]
         table = np.array([int.from_bytes(digest[:8], "big") >> 12 for digest in digests])
         values[:, j] = table[rows.values[:, j].astype(np.intp)]
-    return rows if values is rows.values else Rows(values, rows.observed, rows.weights)
+    return Rows(values, rows.observed, rows.weights)
 
 
 def _column_constants(width: int) -> NDArray[np.uint64]:

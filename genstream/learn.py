@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 EMPTY = 1e-7
 # How often one component is re-seeded before it is left as it is.
 MAX_RESCUES = 3
+# How far accelerated EM may leap at first, in EM steps, and what its reach is changed by.
+REACH = 4.0
+STRETCH = 4.0
 # The numbers of a trace, as they are stored.
 TRACE = ("step", "loglik", "log_prior", "weight", "n_rows", "n_unobserved", "seconds")
 # What the mean objective may fall by before it counts as a fall, relative to 1 + its size.
@@ -105,12 +108,74 @@ class Memory(Record):
 
 
 @dataclass(frozen=True, eq=False)
+class Stride(Record):
+    """How accelerated EM leaps: `leapt` is 1 where the state's parameters are extrapolated, and
+    `reach` is the longest step length it may try, in units of an EM step.
+    """
+
+    leapt: int
+    reach: float
+
+
+@dataclass(frozen=True, eq=False)
+class Memo:
+    """The statistics of each task of chunks, and the nodes of the fixed tree that merges them.
+
+    `levels[0]` are the tasks in their order; each level above merges pairs of the one below, an odd
+    one out going up as it is; the last one holds the total.
+    """
+
+    levels: tuple[tuple[StoryStats, ...], ...]
+
+    @classmethod
+    def of(cls, tasks: Sequence[StoryStats]) -> Memo:
+        """The tree over some tasks."""
+        levels = [tuple(tasks)]
+        while len(levels[-1]) > 1:
+            below = levels[-1]
+            levels.append(tuple(_joined(below, i) for i in range(-(-len(below) // 2))))
+        return cls(tuple(levels))
+
+    @property
+    def n_tasks(self) -> int:
+        """How many tasks there are."""
+        return len(self.levels[0])
+
+    @property
+    def total(self) -> StoryStats:
+        """The statistics of all tasks together."""
+        return self.levels[-1][0]
+
+    def renewed(self, tasks: Mapping[int, StoryStats]) -> Memo:
+        """The tree with some tasks replaced; only the nodes above them are merged again."""
+        levels: list[tuple[StoryStats, ...]] = []
+        changed: Mapping[int, StoryStats] = tasks
+        for n, level in enumerate(self.levels):
+            nodes = list(level)
+            if n:
+                changed = {i: _joined(levels[-1], i) for i in sorted({i // 2 for i in changed})}
+            for i, stats in changed.items():
+                nodes[i] = stats
+            levels.append(tuple(nodes))
+        return Memo(tuple(levels))
+
+
+def _joined(below: Sequence[StoryStats], i: int) -> StoryStats:
+    """Node i of the level above."""
+    left, *right = below[2 * i : 2 * i + 2]
+    return left.merge(right[0]) if right else left
+
+
+@dataclass(frozen=True, eq=False)
 class FitState:
     """All that a fit carries from step to step.
 
     `sample` are the rows from which an empty component is re-seeded; `rescues` (K,) counts how
     often each one was. `cursor` counts the buffers of chunks that online learning has gone
-    through, `memory` and `average` (of statistics) belong to it too.
+    through, or the groups of tasks that incremental learning has; `memory` and `average` (of
+    statistics) belong to the one, `memo` to the other. `past` are the statistics
+    before `stats` and `stride` the step lengths of accelerated EM. `stage` counts the learners of
+    a `Relay` that are done, and `origin` the steps they took.
     """
 
     params: Params
@@ -124,6 +189,11 @@ class FitState:
     cursor: int = 0
     memory: Memory | None = None
     average: StoryStats | None = None
+    past: StoryStats | None = None
+    stride: Stride | None = None
+    memo: Memo | None = None
+    stage: int = 0
+    origin: int = 0
 
     def after(self, info: StepInfo) -> FitState:
         """The state with one more line in its trace."""
@@ -144,9 +214,16 @@ class FitState:
             ("stats", self.stats),
             ("average", self.average),
             ("memory", self.memory),
+            ("past", self.past),
+            ("stride", self.stride),
         ):
             if item is not None:
                 parts |= {f"{prefix}.{n}": v for n, v in item.to_dataset().data_vars.items()}
+        if self.memo is not None:
+            tasks = xarray.concat(
+                [task.to_dataset() for task in self.memo.levels[0]], dim="task", join="exact"
+            )
+            parts |= {f"memo.{n}": v for n, v in tasks.data_vars.items()}
         for name in TRACE:
             kind = np.int64 if name in ("step", "n_rows", "n_unobserved") else np.float64
             column = np.array([getattr(info, name) for info in self.trace], dtype=kind)
@@ -165,6 +242,8 @@ class FitState:
             "outcome": self.outcome.value,
             "rescues": list(self.rescues),
             "cursor": self.cursor,
+            "stage": self.stage,
+            "origin": self.origin,
         }
         return xarray.Dataset(parts, attrs=attributes)
 
@@ -203,9 +282,22 @@ class FitState:
                 cursor=int(attributes["cursor"]),
                 memory=Memory.from_dataset(dataset, "memory.") if "memory" in held else None,
                 average=story.stats_from(dataset, "average.") if "average" in held else None,
+                past=story.stats_from(dataset, "past.") if "past" in held else None,
+                stride=Stride.from_dataset(dataset, "stride.") if "stride" in held else None,
+                memo=_memo_from(dataset, story) if "memo" in held else None,
+                # States of before there were relays have neither.
+                stage=int(attributes.get("stage", 0)),
+                origin=int(attributes.get("origin", 0)),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise CorruptError(f"a stored state cannot be read: {error!r}") from error
+
+
+def _memo_from(dataset: xarray.Dataset, story: Story) -> Memo:
+    parts = dataset[[name for name in dataset.data_vars if str(name).startswith("memo.")]]
+    return Memo.of(
+        [story.stats_from(parts.isel(task=i), "memo.") for i in range(parts.sizes["task"])]
+    )
 
 
 def story_of(dataset: xarray.Dataset) -> Story:
@@ -229,6 +321,11 @@ class Passes(Protocol):
     def fold(self, work: Callable[[int, Rows], Any]) -> Any:
         """`work(chunk, rows)` of every chunk, merged in a fixed tree."""
 
+    def fold_tasks(
+        self, work: Callable[[int, Rows], Any], ranges: Sequence[tuple[int, int]], /
+    ) -> list[Any]:
+        """`work(chunk, rows)` of the chunks of each range (first, last + 1), merged in the tree."""
+
 
 @dataclass(frozen=True, eq=False)
 class Resident:
@@ -243,6 +340,11 @@ class Resident:
 
     def fold(self, work: Callable[[int, Rows], Any]) -> Any:
         return work(0, self.rows)
+
+    def fold_tasks(
+        self, work: Callable[[int, Rows], Any], ranges: Sequence[tuple[int, int]]
+    ) -> list[Any]:
+        return [work(0, self.rows) for _ in ranges]
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,20 +370,34 @@ class Learner(Protocol):
 class BatchEM:
     """EM on all rows: every step is one pass and one M-step (Dempster, Laird & Rubin 1977).
 
+    Accelerated, it is SQUAREM (Varadhan & Roland 2008, scheme 3) on statistics: of three that
+    follow one another by EM, `s0`, `s1`, `s2`, with `r = s1 - s0` and `v = s2 - s1 - r`, the next
+    parameters maximise
+
+        s0 + 2 a r + a^2 v,   a = |r| / |v|,
+
+    which is EM itself at `a = 1`. Statistics that no rows could have are seen before a pass is
+    spent on them, and shorten `a`. A leap that lands below the objective it began from is taken
+    back: its line of the trace repeats the value kept, so that the trace climbs all the same.
+
     Parameters
     ----------
     max_steps
-        Steps after which the fit ends.
+        Steps after which the fit ends, of which each takes one pass.
     tolerance
-        The fit has converged when a step changes the mean objective (log-likelihood plus
+        The fit has converged when an EM step changes the mean objective (log-likelihood plus
         log-prior) by less than this many nats a row.
     responsibility
         `soft`, or `hard` for classification EM.
+    accelerate
+        Whether to extrapolate. It moves nearly all of many small steps, and finds the same kind of
+        optimum, not always the same one.
     """
 
     max_steps: int = 200
     tolerance: float = 1e-4
     responsibility: Responsibility = soft
+    accelerate: bool = False
 
     def step(self, story: Story, state: FitState, passes: Passes) -> tuple[FitState, StepInfo]:
         begin = time.perf_counter()
@@ -296,17 +412,21 @@ class BatchEM:
             stats.n_unobserved,
             0.0,
         )
-        outcome = Outcome.RUNNING
-        params, rescues = state.params, state.rescues
-        events: tuple[str, ...] = ()
-        if not (np.isfinite(info.mean_objective) and np.isfinite(stats.sum_r).all()):
-            outcome = Outcome.NONFINITE
+        # A rescue moves a component away from its optimum, and another learner's trace is of
+        # other parameters: the next value starts anew.
+        last = state.trace[-1] if state.trace and state.step > state.origin else None
+        last = None if last is not None and last.events else last
+        leapt = state.stride is not None and bool(state.stride.leapt)
+        finite = bool(np.isfinite(info.mean_objective) and np.isfinite(stats.sum_r).all())
+        slack = ROUNDING[story.dtype] * (1 + abs(info.mean_objective))
+        gain = np.inf if last is None else info.mean_objective - last.mean_objective
+        if leapt and last is not None and not (finite and gain >= -slack):
+            state, info = _landed_back(story, state, info, last)
+        elif not finite:
+            state = replace(state, outcome=Outcome.NONFINITE)
         else:
-            last = state.trace[-1] if state.trace else None
-            # A rescue moves a component away from its optimum: the next value starts anew.
-            if last is not None and not last.events:
-                gain = info.mean_objective - last.mean_objective
-                slack = ROUNDING[story.dtype] * (1 + abs(info.mean_objective))
+            outcome = Outcome.RUNNING
+            if last is not None and not leapt:
                 fell = story.monotone and gain < -slack
                 if fell and gain < -slack - 2 * story.rounding(state.params):
                     outcome = Outcome.DECREASED
@@ -314,13 +434,121 @@ class BatchEM:
                     outcome = Outcome.CONVERGED
             params, faulty = story.maximise(stats, state.params)
             params, rescues, events = rescue(story, state, stats, params, faulty)
+            info = replace(info, events=events)
             if events and outcome is Outcome.CONVERGED:
                 outcome = Outcome.RUNNING
-            if outcome is Outcome.RUNNING and info.step >= self.max_steps:
-                outcome = Outcome.MAX_STEPS
-        info = replace(info, seconds=time.perf_counter() - begin, events=events)
-        state = replace(state, params=params, stats=stats, outcome=outcome, rescues=rescues)
-        return state.after(info), info
+            before = state if last is not None and not leapt and not events else None
+            state = replace(state, params=params, outcome=outcome, rescues=rescues)
+            state = self._advance(story, state, before, stats)
+        if state.outcome is Outcome.RUNNING and info.step - state.origin >= self.max_steps:
+            # Nobody will see whether a leap was one too far.
+            params = state.params
+            if state.stride is not None and state.stride.leapt and state.stats is not None:
+                params = story.m_step(state.stats, params)
+            state = replace(state, params=params, outcome=Outcome.MAX_STEPS)
+        info = replace(info, seconds=time.perf_counter() - begin)
+        # What an online learner remembers is of statistics that are no longer here.
+        return replace(state, memory=None, average=None, memo=None).after(info), info
+
+    def _advance(
+        self, story: Story, state: FitState, before: FitState | None, stats: StoryStats
+    ) -> FitState:
+        """The state with its new statistics, from which it leaps where there are three by EM."""
+        if not self.accelerate:
+            return replace(state, stats=stats, past=None, stride=None)
+        reach = REACH if state.stride is None else state.stride.reach
+        if before is None or before.stats is None or state.outcome is not Outcome.RUNNING:
+            return replace(state, stats=stats, past=None, stride=Stride(0, reach))
+        if before.past is None:
+            return replace(state, stats=stats, past=before.stats, stride=Stride(0, reach))
+        params, reach = leap(story, before.past, before.stats, stats, state.params, reach)
+        leapt = int(params is not state.params)
+        past = None if leapt else before.stats
+        return replace(state, params=params, stats=stats, past=past, stride=Stride(leapt, reach))
+
+
+def _landed_back(
+    story: Story, state: FitState, info: StepInfo, last: StepInfo
+) -> tuple[FitState, StepInfo]:
+    """The state before a leap that fell, one EM step on; its line repeats the value kept."""
+    assert state.stats is not None
+    assert state.stride is not None
+    params = story.m_step(state.stats, state.params)
+    stride = Stride(0, max(1.0, state.stride.reach / STRETCH))
+    kept = replace(info, loglik=last.loglik, log_prior=last.log_prior, weight=last.weight)
+    return replace(state, params=params, past=None, stride=stride), kept
+
+
+def leap(
+    story: Story,
+    first: StoryStats,
+    second: StoryStats,
+    third: StoryStats,
+    params: Params,
+    reach: float,
+) -> tuple[Params, float]:
+    """Parameters extrapolated from statistics that follow one another by EM, and the new reach.
+
+    `params` are those of `third`, returned where no step longer than EM's own is possible.
+    """
+    r = _numbers(second) - _numbers(first)
+    v = _numbers(third) - _numbers(second) - r
+    bend = float(np.linalg.norm(v))
+    if not bend > 0:
+        return params, reach
+    length = float(np.linalg.norm(r)) / bend
+    if length >= reach:
+        length, reach = reach, reach * STRETCH
+    while length > 1.01:
+        a = length
+        far = (
+            first.scale((1 - a) ** 2).merge(second.scale(2 * a * (1 - a))).merge(third.scale(a * a))
+        )
+        possible = story.possible(far, third)
+        if possible is not None:
+            found = story.m_step(possible, params)
+            if all(np.isfinite(value).all() for _, _, value in found.leaves()):
+                return found, reach
+        length = 1 + (length - 1) / 2
+    return params, reach
+
+
+def _numbers(stats: StoryStats) -> Array:
+    """All numbers of some statistics that parameters depend on, as one vector."""
+    skipped = ("n_rows", "n_unobserved", "weight", "objective")
+    return np.concatenate(
+        [np.ravel(value) for name, _, value in stats.leaves() if name not in skipped]
+    )
+
+
+@dataclass(frozen=True)
+class Relay:
+    """Learners one after another: each goes on from where the one before it ended.
+
+    The next one takes over when a learner has converged or its steps ran out. The state says which
+    learner is at work (`stage`) and after which step it began (`origin`), so that a fit resumes in
+    any stage, and no objective is compared with that of another learner.
+    """
+
+    learners: tuple[Learner, ...]
+
+    def step(self, story: Story, state: FitState, passes: Passes) -> tuple[FitState, StepInfo]:
+        state, info = self.learners[state.stage].step(story, state, passes)
+        ended = state.outcome in (Outcome.CONVERGED, Outcome.MAX_STEPS)
+        if ended and state.stage + 1 < len(self.learners):
+            state = replace(
+                state,
+                stage=state.stage + 1,
+                origin=state.step,
+                outcome=Outcome.RUNNING,
+                cursor=0,
+                memory=None,
+                average=None,
+                past=None,
+                stride=None,
+                memo=None,
+            )
+        return state, info
 
 
 def rescue(

@@ -31,6 +31,8 @@ from genstream.errors import ConflictError, CorruptError, StorageError
 
 FORMAT = 1
 RETRIES = 8
+# Seconds that a writer who lost a race waits at most before it tries again.
+MAX_PAUSE = 1.0
 # Ledger entries that a manifest itself holds; older ones move to pages of their own, so that a
 # commit does not grow with history.
 PAGE = 256
@@ -415,7 +417,7 @@ class Manifests:
                     self.storage.hint("HEAD", f"{number}\n".encode())
                 stored = json.loads(data)["manifest"]["content"]
                 return Manifest(number, self.kind, stored, writer, now, sha256(data))
-            time.sleep(random.uniform(0, 0.01 * 2**attempt))
+            time.sleep(random.uniform(0, min(0.01 * 2**attempt, MAX_PAUSE)))
         raise ConflictError(
             f"{self.storage.name}: other writers committed first {retries + 1} times: "
             "run this again when they are done"

@@ -38,7 +38,7 @@ from genstream.manifests import (
 )
 from genstream.rows import Rows
 from genstream.segments import read_record, write_record
-from genstream.store import GRACE, MODEL_FOLDERS, read_state
+from genstream.store import GRACE, MODEL_FOLDERS, pieces_of, read_state
 from genstream.story import Story
 
 Status = Literal["learned", "rejected", "quarantined", "duplicate", "pending", "rolled_back"]
@@ -223,6 +223,8 @@ class ModelStore:
             for entry in known.content["versions"]:
                 if entry["record"].get("run") == run:
                     return int(entry["number"])
+        # What only the fit's own way of learning goes on from is of no use to a model.
+        state = replace(state, past=None, stride=None, memo=None, average=None)
         ref = write_record(self.storage, "states", state.to_dataset(story), {})
         rows = None if held is None else _write_rows(self.storage, held)
         now = _now()
@@ -280,8 +282,9 @@ class ModelStore:
         Parameters
         ----------
         base
-            The model as it was looked at. Where another writer has changed the champion or the
-            batch's status since, nothing is committed and MovedError is raised.
+            The model as it was looked at. Where another writer has since changed the batch's
+            status, or the champion by which its rows were judged, nothing is committed and
+            MovedError is raised.
         event
             Its `time` and `version` are filled in here.
         model, record
@@ -314,6 +317,9 @@ class ModelStore:
                 pieces.append(compared)
             now = _now()
             status = base.batches.get(event.id)
+            # Rows that were read, which their digest shows, were compared with what the champion
+            # knows: another one may find them good, or new, where this one did not.
+            judged = model is not None or bool(event.digest)
 
             def build(head: Manifest | None) -> dict[str, Any]:
                 if head is None:
@@ -322,7 +328,7 @@ class ModelStore:
                 content = there.content
                 if there.manifest.number != base.manifest.number and (
                     there.batches.get(event.id) != status
-                    or (model is not None and not _same_champion(there, base))
+                    or (judged and not _same_champion(there, base))
                 ):
                     raise MovedError(f"{self.path}: another writer changed it meanwhile")
                 changed = dict(content)
@@ -350,7 +356,12 @@ class ModelStore:
 
             made = self._manifests.commit(build, retries=COMMIT_RETRIES)
         except GenstreamError:
-            self._forget(pieces)
+            # Where the reply was lost the commit may stand nevertheless: what nobody can be sure of
+            # stays, and `gc` finds out whether anything names it.
+            with contextlib.suppress(GenstreamError):
+                head = self._manifests.latest()
+                named = {ref.key for ref in pieces_of(self.storage, head)} if head else set()
+                self._forget([ref for ref in pieces if ref.key not in named])
             raise
         assert made is not None
         if state is not None and made.number % 16 == 0:
@@ -358,17 +369,13 @@ class ModelStore:
         return Snapshot(self.storage, made)
 
     def _forget(self, pieces: Sequence[PieceRef]) -> None:
-        """Delete pieces of a commit that was not made; `gc` finds those left behind."""
-        with contextlib.suppress(GenstreamError):
-            for ref in pieces:
-                names = Piece(self.storage, ref).names
-                for name in names:
-                    self.storage.delete(f"{ref.key}.{name}")
-                self.storage.delete(f"{ref.key}.json")
+        """Delete pieces of a commit that was not made."""
+        for ref in pieces:
+            for name in Piece(self.storage, ref).names:
+                self.storage.delete(f"{ref.key}.{name}")
+            self.storage.delete(f"{ref.key}.json")
 
     def _collect(self, made: Manifest) -> None:
-        from genstream.store import pieces_of
-
         named = {ref.key for ref in pieces_of(self.storage, made)}
         for folder in MODEL_FOLDERS:
             collect(self.storage, named, folder, older_than=GRACE)

@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -100,14 +100,37 @@ class Passes:
             for first in range(0, n_chunks, self.task_chunks)
         ]
         if self.scheduler == "distributed" or "://" in self.scheduler:
-            return self._fold_cluster(work, ranges)
-        report = self._reporter()
+            value = self._on_cluster(self._graph(work, ranges, _fold_shared))
+            if self.on_progress is not None:
+                self.on_progress(self.n_rows, self.n_rows)
+            return value
+        report = self._reporter(ranges)
         if _in_memory(self.source):
             return self._fold_pool(work, ranges, report)
         return self._fold_dask(work, ranges, report)
 
-    def _reporter(self) -> Callable[[tuple[int, int]], None]:
+    def fold_tasks(self, work: Work, ranges: Sequence[tuple[int, int]]) -> list[Any]:
+        """`work(chunk, rows)` of the chunks of each range, folded apart from one another.
+
+        A range (first, last + 1) begins at a multiple of a power of two and is at most that long,
+        so that what comes of it is a node of the tree of `fold`. Raises as `fold` does.
+        """
+        spans = list(ranges)
+        if self.scheduler == "distributed" or "://" in self.scheduler:
+            from dask.delayed import delayed
+
+            shared = delayed((self.source, work), traverse=False)
+            task = delayed(_fold_shared, pure=False)
+            found = self._on_cluster(delayed([task(shared, *span) for span in spans]))
+            return list(found)
+        report = self._reporter(spans)
+        with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
+            values = _windowed(pool, self.workers, self._tasks(work, spans))
+            return list(_reported(values, spans, report))
+
+    def _reporter(self, spans: Sequence[tuple[int, int]]) -> Callable[[tuple[int, int]], None]:
         done = 0
+        total = sum(sum(self.source.chunk_rows[first:last]) for first, last in spans)
         # Tasks end on several threads: rows are counted, and told, one at a time.
         lock = threading.Lock()
 
@@ -116,7 +139,7 @@ class Passes:
             with lock:
                 done += sum(self.source.chunk_rows[span[0] : span[1]])
                 if self.on_progress is not None:
-                    self.on_progress(done, self.n_rows)
+                    self.on_progress(done, total)
 
         return report
 
@@ -161,7 +184,8 @@ class Passes:
             with ThreadPoolExecutor(self.workers) as pool:
                 return graph.compute(scheduler="threads", pool=pool)
 
-    def _fold_cluster(self, work: Work, ranges: list[tuple[int, int]]) -> Any:
+    def _on_cluster(self, graph: Any) -> Any:
+        """A delayed value, computed by the Dask cluster."""
         import distributed
 
         address = None if self.scheduler == "distributed" else self.scheduler
@@ -172,9 +196,7 @@ class Passes:
                 "no Dask client is connected: make one, or give the scheduler's address"
             ) from None
         try:
-            value = client.compute(
-                self._graph(work, ranges, _fold_shared), optimize_graph=False
-            ).result()
+            return client.compute(graph, optimize_graph=False).result()
         except GenstreamError:
             raise
         except (
@@ -185,9 +207,6 @@ class Passes:
             TimeoutError,
         ) as error:
             raise ComputeError(f"the Dask cluster lost a pass: {error}") from error
-        if self.on_progress is not None:
-            self.on_progress(self.n_rows, self.n_rows)
-        return value
 
     def map(self, work: Callable[[int, Rows], T]) -> Iterator[T]:
         """`work(chunk, rows)` of every chunk, in the order of chunks, a few of them ahead."""

@@ -182,6 +182,11 @@ class ArraySource:
         """One piece: the whole array is one batch, so its split does not depend on its home."""
         return ((0, self._starts[i], self.chunk_rows[i]),)
 
+    def files(self, i: int) -> tuple[str, ...]:
+        """Local files, or folders of such, that chunk `i` is decoded from; none if not known."""
+        del i
+        return ()
+
     def identity(self) -> dict[str, Any]:
         """Kind, name, rows, chunks and type; see `Source.identity`."""
         return {
@@ -263,6 +268,11 @@ class NpySource(ArraySource):
     def _take(self, first: int, last: int) -> Array:
         return np.array(open_npy(self.path)[first:last], dtype=self.dtype, order="C")
 
+    def files(self, i: int) -> tuple[str, ...]:
+        """The file."""
+        del i
+        return (str(self.path),)
+
 
 def open_npy(path: Path) -> Array:
     """The array of a `.npy` file, mapped. Raises as `NpySource` does."""
@@ -322,6 +332,18 @@ class ZarrSource(ArraySource):
             raise CorruptError(
                 f"{self.name}: rows {first} to {last - 1} cannot be decoded: {error}"
             ) from error
+
+    def files(self, i: int) -> tuple[str, ...]:
+        """The stored chunks or shards of the row range, whether they are there or left out."""
+        from zarr.storage import LocalStore
+
+        store = self.array.store
+        if not isinstance(store, LocalStore):
+            return ()
+        width = (self.array.shards or self.array.chunks)[1]
+        across = range(-(-self.array.shape[1] // width))
+        keys = [self.array.metadata.encode_chunk_key((i, j)) for j in across]
+        return tuple(str(store.root / self.array.path / key) for key in keys)
 
     def identity(self) -> dict[str, Any]:
         """As for every array, with its zarr format and chunk shape."""

@@ -59,7 +59,8 @@ class Batch:
     """Rows that arrived together.
 
     `id` is the SHA-256 of the bytes they came as, `segments` the pieces that hold them, `columns`
-    all that the file had, modelled or not (empty where none was noted).
+    all that the file had, modelled or not, and `digest` that of its rows as a multiset (both empty
+    where none was noted).
     """
 
     id: str
@@ -69,6 +70,7 @@ class Batch:
     status: str
     segments: tuple[dict[str, Any], ...]
     columns: tuple[str, ...] = ()
+    digest: str = ""
 
     @property
     def key(self) -> int:
@@ -149,6 +151,7 @@ def append_batch(
     weighted: bool = False,
     batch_id: str | None = None,
     columns: Sequence[str] = (),
+    digest: Callable[[], str] = str,
     check: Callable[[], None] | None = None,
 ) -> tuple[Dataset, Batch | None]:
     """Store rows as one batch of a dataset and commit it, or leave no trace of it.
@@ -169,6 +172,8 @@ def append_batch(
         The SHA-256 of the bytes the rows came as; that of the rows themselves if left out.
     columns
         All columns that they came with, modelled or not.
+    digest
+        Called when all rows are written: their digest as a multiset.
     check
         Called just before the commit; what it raises undoes the batch.
 
@@ -207,6 +212,7 @@ def append_batch(
             "stored",
             tuple(segments),
             tuple(columns),
+            digest(),
         )
         found = schema()
     except BaseException:
@@ -450,17 +456,19 @@ def ingest(
                 if on_progress is not None:
                     on_progress(before + n_rows)
 
-            pieces, schema = reader.start(opened, told)
+            stored_as = opened.dtype if opened else dtype
+            pieces, schema, digest = reader.start(opened, stored_as, told)
             try:
                 opened, added = append_batch(
                     target,
                     name,
                     pieces,
                     schema,
-                    dtype=opened.dtype if opened else dtype,
+                    dtype=stored_as,
                     weighted=opened.weighted if opened else weights is not None,
                     batch_id=identity,
                     columns=table_columns(path),
+                    digest=digest,
                     check=None if batch else functools.partial(_unchanged, path, identity),
                 )
                 break
@@ -493,12 +501,13 @@ class _Reader:
     chunk_rows: int
 
     def start(
-        self, opened: Dataset | None, on_rows: Callable[[int], None]
-    ) -> tuple[Iterator[Rows | tuple[Rows, Ids]], Callable[[], Schema]]:
-        """The rows, to be read once, and what gives their columns when all are read."""
+        self, opened: Dataset | None, dtype: DType, on_rows: Callable[[int], None]
+    ) -> tuple[Iterator[Rows | tuple[Rows, Ids]], Callable[[], Schema], Callable[[], str]]:
+        """The rows, to be read once, and what gives columns and digest when all are read."""
+        from genstream.landing import RowMultiset, by_label
         from genstream.tables import Encoder, read_tables
 
-        place = str(self.path)
+        place, digest = str(self.path), RowMultiset()
         encoder = Encoder(
             self.columns,
             null_values=self.null_values,
@@ -514,6 +523,9 @@ class _Reader:
                 if self.weights is not None:
                     found = encoder.weights(table, self.weights, first_row=first, place=place)
                     rows = replace(rows, weights=found)
+                # As they are stored: float32 rounds.
+                stored = replace(rows, values=rows.values.astype(dtype, copy=False))
+                digest.add(by_label(stored, encoder.levels))
                 if self.id_column is None:
                     yield rows
                 else:
@@ -521,7 +533,7 @@ class _Reader:
                 first += rows.n_rows
                 on_rows(first)
 
-        return pieces(), lambda: encoder.schema
+        return pieces(), lambda: encoder.schema, digest.hexdigest
 
 
 def _unchanged(path: str | Path, identity: str) -> None:

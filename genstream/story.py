@@ -235,6 +235,27 @@ class Story:
         """
         return self.maximise(stats, previous)[0]
 
+    def possible(self, stats: StoryStats, known: StoryStats) -> StoryStats | None:
+        """Extrapolated statistics, mended into some that rows could have; None where they cannot.
+
+        `known` are statistics of rows nearby: no sum that cannot be negative falls below a tenth
+        of theirs.
+        """
+        if not (stats.sum_r > 0.1 * known.sum_r).all():
+            return None
+        family = self.family.possible(stats.family, known.family)
+        return None if family is None else replace(stats, family=family)
+
+    def expected_log_joint(self, params: Params, stats: StoryStats) -> float:
+        """`E[log p(x, z | params)]` in nats, over the rows and responsibilities behind `stats`.
+
+        It leaves out what no parameter changes (`log x!` of counts).
+        """
+        weights = np.log(np.maximum(params.weights, 1e-300))
+        return float(stats.sum_r @ weights) + self.family.expected_log_prob(
+            params.family, stats.family
+        )
+
     def log_prior(self, params: Params) -> float:
         """Log prior density of the parameters up to a constant; 0 without a prior."""
         weights = np.log(np.maximum(params.weights, 1e-300))

@@ -200,6 +200,15 @@ class Encoder:
         """
         return Schema(tuple(self._column(spec) for spec in self.specs))
 
+    @property
+    def levels(self) -> dict[int, tuple[str, ...]]:
+        """Levels seen so far of each categorical column, by its position."""
+        return {
+            j: tuple(self._codes[spec.name])
+            for j, spec in enumerate(self.specs)
+            if spec.kind == "categorical"
+        }
+
     def _column(self, spec: ColumnSpec) -> Column:
         levels = tuple(self._codes.get(spec.name, spec.levels or ()))
         if spec.kind == "categorical" and not levels:
@@ -656,6 +665,12 @@ class TableSource(ArraySource):
             return replace(rows, weights=weights)
         return rows if self.weights is None else self._rows(i, rows.filled())
 
+    def files(self, i: int) -> tuple[str, ...]:
+        """The file of the chunk, where the table is not in memory."""
+        table, piece = self._places[i]
+        place = table.file(piece)
+        return (place,) if Path(place).exists() else ()
+
     def identity(self) -> dict[str, Any]:
         """As for every array, with the files."""
         files = [table.place for table in self._tables]
@@ -692,6 +707,12 @@ class Concatenated:
         """Chunk `i`; see `Source.read`."""
         s, j = self._places[i]
         return self._sources[s].read(j)
+
+    def files(self, i: int) -> tuple[str, ...]:
+        """Those of the chunk's own source, where it knows them."""
+        s, j = self._places[i]
+        known = getattr(self._sources[s], "files", None)
+        return () if known is None else tuple(known(j))
 
     def origin(self, i: int) -> tuple[Piece, ...]:
         """Rows are counted over all sources, as if they were one."""

@@ -4,12 +4,12 @@ A batch is walked twice. First it is read, compared with what the model knows (`
 and scored, before anything is learned of it (Dawid 1984, "prequential"); a share of its rows,
 chosen by a hash of batch, row and seed, is put aside and never learned. Then the other rows are
 learned by `OnlineEM`, and the guard compares candidate and champion on the rows put aside of the
-last batches, this one included: the candidate must not be worse on most of them. What a batch of
-nonsense gains on its own rows, which may be hundreds of nats, so pays for nothing that the others
-lose; and since the rows of rejected batches judge as well, a stream that has changed for good is
-learned again once most of the last batches are of the new kind. What follows is one commit
-(`genstream.models`): the new version together with the batch that made it, or the batch's status
-and reason with the state unchanged.
+last batches, this one included: the candidate must be worse neither on the mean of their rows nor
+on most of the batches. What a batch of nonsense gains on its own rows, which may be hundreds of
+nats, so pays for nothing that the others lose; and since the rows of rejected batches judge as
+well, a stream that has changed for good is learned again once most of the last batches are of the
+new kind. What follows is one commit (`genstream.models`): the new version together with the batch
+that made it, or the batch's status and reason with the state unchanged.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from genstream import growth
 from genstream.drift import Drift, Reference, Thresholds, Watch
-from genstream.errors import ConfigError, ConflictError, DataError
+from genstream.errors import ConfigError, ConflictError, CorruptError, DataError
 from genstream.formats import listed
 from genstream.landing import Arrived, RowMultiset, by_label
 from genstream.learn import FitState
@@ -36,7 +36,8 @@ from genstream.models import SETTLED, Event, ModelStore, MovedError, Snapshot
 from genstream.online import OnlineEM
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
-from genstream.sources import Source, row_hash
+from genstream.sources import CHUNK_ROWS, Source, row_hash
+from genstream.start import RESCUE_ROWS
 from genstream.story import Params, Story
 from genstream.tables import Encoder, read_tables
 from genstream.threads import one_blas_thread
@@ -47,6 +48,8 @@ log = logging.getLogger("genstream")
 # memory, and add little.
 MAX_HELD = 20_000
 HELD_NBYTES = 8 << 20
+# Bytes of the rows of a file that are in memory at once.
+PIECE_NBYTES = 8 << 20
 # Badly explained rows of a batch from which a component may be born.
 MAX_SURPRISING = 2_048
 # Other writers may overtake this often before an update gives up.
@@ -106,7 +109,6 @@ class TableDelivery:
     missing: Literal["allow", "forbid"] = "allow"
     columns: tuple[str, ...] | None = None
     extent: dict[str, Any] | None = None
-    chunk_rows: int = 65_536
 
     def read(self, known: Schema) -> Iterator[tuple[Rows, Schema]]:
         """See `Delivery.read`."""
@@ -117,13 +119,19 @@ class TableDelivery:
             carried=() if self.weights is None else (self.weights,),
         )
         first = 0
-        for table in read_tables(self.data, columns=encoder.wanted, chunk_rows=self.chunk_rows):
-            rows = encoder.encode(table, first_row=first, place=self.name)
-            if self.weights is not None:
-                found = encoder.weights(table, self.weights, first_row=first, place=self.name)
-                rows = replace(rows, weights=found)
-            yield rows, encoder.schema
-            first += rows.n_rows
+        chunk_rows = min(CHUNK_ROWS, max(256, PIECE_NBYTES // (8 * known.n_features)))
+        try:
+            for table in read_tables(self.data, columns=encoder.wanted, chunk_rows=chunk_rows):
+                rows = encoder.encode(table, first_row=first, place=self.name)
+                if self.weights is not None:
+                    found = encoder.weights(table, self.weights, first_row=first, place=self.name)
+                    rows = replace(rows, weights=found)
+                yield rows, encoder.schema
+                first += rows.n_rows
+        except (DataError, CorruptError) as error:
+            # What is damaged here came damaged; the file is a copy whose place says nothing.
+            place = str(self.data) if isinstance(self.data, str | Path) else "table"
+            raise DataError(str(error).replace(place, self.name, 1)) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,8 +232,8 @@ class Options:
     window
         Batches, the candidate's included, whose rows put aside the guard looks at.
     max_drop
-        Nats a row by which the candidate may be worse than the champion on most of these batches;
-        None publishes whatever is finite.
+        Nats a row by which the candidate may be worse than the champion, on the mean of these rows
+        and on most of these batches; None publishes whatever is finite.
     duplicates
         Rows that were learned before from other bytes: `skip` them, `learn` them once more, or
         `error`, which puts the batch into quarantine.
@@ -371,7 +379,11 @@ def settle(store: ModelStore, event: Event, *, retry: bool = False) -> Learned:
     for _ in range(ATTEMPTS):
         base = store.snapshot()
         known = base.batches.get(event.id)
-        if known is not None and known.status in SETTLED and not retry:
+        if (
+            known is not None
+            and known.status in SETTLED
+            and not (retry and known.status != "learned")
+        ):
             return Learned(known, fresh=False)
         with contextlib.suppress(MovedError):
             return Learned(_committed(store.commit(base, event)))
@@ -403,7 +415,8 @@ class _Reading:
 
     def add(self, rows: Rows, schema: Schema) -> None:
         """Take a piece in, its codes under `schema`, which extends the model's."""
-        self.digest.add(by_label(rows, schema))
+        levels = {j: schema.columns[j].levels for j in schema.of_kind("categorical")}
+        self.digest.add(by_label(rows, levels))
         self.watch.add(recoded(rows, schema, self.schema))
         for j in schema.of_kind("categorical"):
             column = rows.values[:, j]
@@ -476,8 +489,12 @@ def _attempt(
     if compared is not None:
         reference = Reference.from_json(compared)
     else:
-        assert state.sample is not None
-        reference = Reference.of(story, state.params, state.sample)
+        sample = state.sample
+        if sample is None:
+            # Published without the rows it began with: the model itself says what is usual.
+            rng = np.random.default_rng(options.seed)
+            sample = Rows.of(story.draw(state.params, RESCUE_ROWS, rng).values)
+        reference = Reference.of(story, state.params, sample)
         compared = reference.to_json()
     event = Event(delivery.id, delivery.name, "learned", extent=delivery.extent)
 
@@ -489,7 +506,7 @@ def _attempt(
                 window=options.window,
                 keep=options.keep,
                 reference=compared,
-                columns=delivery.columns,
+                columns=delivery.columns if event.status == "learned" else None,
                 **parts,
             )
         )
@@ -616,31 +633,61 @@ def _learned(
             for old, new in zip(reading.schema.columns, known.columns, strict=True)
             if old != new
         ]
-    n_held = reading.held[0].n_rows
-    surprising: list[Rows] = []
+    n_rows = reading.n_rows - reading.held[0].n_rows
+    start, before = story, state.params
 
     def pieces() -> Iterator[Rows]:
         first = 0
         for rows, schema in delivery.read(reading.schema):
             hashes = row_hash((reading.key, first, rows.n_rows), reading.seed)
             first += rows.n_rows
-            mine = recoded(rows[hashes >= reading.below], schema, known)
-            if options.birth and sum(r.n_rows for r in surprising) < MAX_SURPRISING:
-                log_p = start.log_prob(before, mine)
-                surprising.append(mine[log_p < reading.watch.reference.quantile_001])
-            yield mine
+            yield recoded(rows[hashes >= reading.below], schema, known)
 
-    before, start = state.params, story
-    state, _ = options.learner.learn(story, state, pieces(), n_rows=reading.n_rows - n_held)
-    if options.birth and surprising:
-        odd = Rows.concatenate(surprising)[slice(0, MAX_SURPRISING)]
-        seed = (options.seed ^ reading.key) % 2**63
-        story, state, born = growth.birth(story, state, odd, seed=seed)
-        events += born
+    def surprising(rows: Rows) -> NDArray[np.bool_]:
+        return start.log_prob(before, rows) < reading.watch.reference.quantile_001
+
+    learned = pieces()
+    if options.birth:
+        # Before they are learned: a component that has widened to reach them would hide them.
+        odd = _first(MAX_SURPRISING, (rows[surprising(rows)] for rows in pieces()))
+        if odd is not None:
+            seed = (options.seed ^ reading.key) % 2**63
+            story, state, born = growth.birth(story, state, odd, seed=seed)
+            events += born
+            if born:
+                # What is born of rows has learned them.
+                learned, n_rows = _but(odd.n_rows, pieces(), surprising), n_rows - odd.n_rows
+    state, _ = options.learner.learn(story, state, learned, n_rows=n_rows)
     if options.retire is not None:
         story, state, gone = growth.retire(story, state, options.retire)
         events += gone
+    if events:
+        last = replace(state.trace[-1], events=(*state.trace[-1].events, *events))
+        state = replace(state, trace=(*state.trace[:-1], last))
     return story, state, events
+
+
+def _first(most: int, pieces: Iterable[Rows]) -> Rows | None:
+    """The first rows of some pieces; None where there are none."""
+    found: list[Rows] = []
+    for rows in pieces:
+        left = most - sum(piece.n_rows for piece in found)
+        if left <= 0:
+            break
+        if rows.n_rows:
+            found.append(rows[slice(0, left)])
+    return Rows.concatenate(found) if found else None
+
+
+def _but(
+    most: int, pieces: Iterable[Rows], chosen: Callable[[Rows], NDArray[np.bool_]]
+) -> Iterator[Rows]:
+    """The pieces without the first rows that are chosen."""
+    for rows in pieces:
+        mine = chosen(rows)
+        mine &= np.cumsum(mine) <= most
+        most -= int(mine.sum())
+        yield rows[~mine]
 
 
 def _judged(
@@ -653,8 +700,9 @@ def _judged(
 ) -> tuple[str, dict[str, Any]]:
     """Why the candidate is refused (empty where it is not), and the scores of both.
 
-    Scores are means over the rows of all `batches`; what is judged is the median over the batches,
-    each counted as often as stands beside it, of the mean difference: of an even number the lower.
+    Scores are means over the rows of all `batches`. What is judged is their difference, and the
+    median over the batches, each counted as often as stands beside it, of the mean difference: of
+    an even number the lower one.
     """
     arrays = (np.asarray(value) for _, _, value in params.leaves())
     if not all(np.isfinite(array).all() for array in arrays):
@@ -677,14 +725,22 @@ def _judged(
     scores = _pair(float(old), float(new), sum(rows.n_rows for rows, _ in batches))
     if not np.isfinite(new):
         return "the candidate's log-likelihood of the rows put aside is not finite", scores
+    if options.max_drop is None:
+        return "", scores
     middle = sorted(gains)[(len(gains) - 1) // 2]
-    if options.max_drop is not None and middle < -options.max_drop:
+    if np.isfinite(old) and new < old - options.max_drop:
+        verdict = (
+            f"held out, the candidate has {new:.4f} nats a row and the champion {old:.4f}: "
+            f"{old - new:.4f} less, and max_drop is {options.max_drop:g}"
+        )
+    elif middle < -options.max_drop:
         verdict = (
             f"on rows put aside of most of the last {len(means)} batches the candidate is worse, "
             f"by {-middle:.4f} nats a row in the middle one, and max_drop is {options.max_drop:g}"
         )
-        return verdict, scores
-    return "", scores
+    else:
+        verdict = ""
+    return verdict, scores
 
 
 def _pair(champion: float | None, candidate: float | None, n_rows: int) -> dict[str, Any]:

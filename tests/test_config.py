@@ -27,6 +27,7 @@ fit: {tolerance: 1e-4, dtype: float32}
 compute: {scheduler: threads, workers: 2, memory_limit: 2GiB}
 checkpoint: {every: 5min, keep: 2}
 publish: {model: models/nightly}
+schedule: {cron: "15 2 * * *", timezone: Europe/Berlin, overlap: queue, catch_up: false}
 """
 
 
@@ -53,6 +54,8 @@ def test_a_file_becomes_a_configuration(write: Any) -> None:
     assert config.paths == ["landing/*.parquet"]
     assert config.compute.memory_limit == 2 * 2**30
     assert config.checkpoint.every == Interval(seconds=300.0)
+    assert config.schedule is not None
+    assert config.schedule.cron == "15 2 * * *"
     assert config.fit.tolerance == 1e-4
     assert config.holdout == 0.2
     specs = config.column_specs()
@@ -81,7 +84,7 @@ def test_every_mistake_is_reported_at_once_where_it_stands(write: Any) -> None:
         "compute: {memory_limit: 2 GiBB, scheduler: thread}\n"
         "checkpoint: {every: fortnightly}\n"
         "publish: models/x\n"
-        "schedule: {cron: x}\n"
+        "schedul: {cron: x}\n"
     )
     lines = problems(path)
     expected = [
@@ -99,7 +102,7 @@ def test_every_mistake_is_reported_at_once_where_it_stands(write: Any) -> None:
         ("9:44", "compute.scheduler", "did you mean 'threads'?"),
         ("10:21", "checkpoint.every", "5min"),
         ("11:10", "publish", "keys"),
-        ("12:1", "schedule", "unknown key; allowed are version"),
+        ("12:1", "schedul", "did you mean 'schedule'?"),
     ]
     assert len(lines) == len(expected)
     for place, key, words in expected:
@@ -297,3 +300,37 @@ def test_the_schema_for_editors_knows_every_key() -> None:
     assert set(schema["properties"]) == set(Config.model_fields)
     assert schema["additionalProperties"] is False
     assert "full" in json.dumps(schema)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "key", "message"),
+    [
+        ("{}", "schedule", "say when, with either cron"),
+        ("{timezone: UTC}", "schedule", "say when, with either cron"),
+        ("{cron: '* * * * *', every: 1h}", "schedule", "not with both"),
+        ("{cron: 15}", "schedule.cron", "quote it"),
+        ("{cron: '15 2 * *'}", "schedule.cron", "expected five fields"),
+        ("{cron: '@daily'}", "schedule.cron", "expected five fields"),
+        ("{cron: '0 0 0 1 1 *'}", "schedule.cron", "expected five fields"),
+        ("{cron: '61 * * * *'}", "schedule.cron", "the minute is out of range"),
+        ("{cron: '0 25 * * *'}", "schedule.cron", "the hour is out of range"),
+        ("{cron: '0 0 31 2 *'}", "schedule.cron", "a day that never comes"),
+        ("{cron: '0 0 LW * *'}", "schedule.cron", "expected digits"),
+        ("{cron: 'H 0 * * *'}", "schedule.cron", "expected digits"),
+        ("{every: 30}", "schedule.every", "such as 30s, 15min or 1d"),
+        ("{every: 3 passes}", "schedule.every", "such as 30s, 15min or 1d"),
+        ("{every: 0.5s}", "schedule.every", "a second or more"),
+        ("{every: 1h, timezone: Europe/Berln}", "schedule.timezone", "mean 'Europe/Berlin'?"),
+        ("{every: 1h, timezone: 2}", "schedule.timezone", "such as UTC"),
+        ("{every: 1h, overlap: skp}", "schedule.overlap", "did you mean 'skip'?"),
+        ("{every: 1h, catchup: yes}", "schedule.catchup", "did you mean 'catch_up'?"),
+    ],
+)
+def test_a_schedule_says_when_and_is_right_or_refused(
+    write: Any, schedule: str, key: str, message: str
+) -> None:
+    path = write(f"data: {{source: a.npy}}\nmodel: {{n_components: 2}}\nschedule: {schedule}\n")
+    (problem,) = problems(path)
+    assert problem.startswith("3:")
+    assert f" {key}: " in problem
+    assert message in problem

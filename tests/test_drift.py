@@ -13,6 +13,7 @@ import pyarrow.csv
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from genstream.drift import Drift, Reference, Thresholds, Watch, table
 from genstream.errors import ConfigError, CorruptError, DataError
@@ -284,6 +285,25 @@ def test_equal_means_leave_what_follows_from_the_batch_size(
     past = [(reference.mean_loglik, 400)] * 10
     low, high = seen(model, drawn(400, 8), history=past).band
     assert (high - low) / 2 == pytest.approx(4 * reference.sd_loglik / np.sqrt(400))
+
+
+def test_noise_of_small_batches_does_not_widen_the_band_of_a_large_one(
+    model: tuple[Story, FitState, Reference],
+) -> None:
+    reference = model[2]
+    noise = reference.sd_loglik / np.sqrt(20)
+    past = [(reference.mean_loglik + noise * z, 20) for z in norm.ppf((np.arange(40) + 0.5) / 40)]
+    low, high = seen(model, drawn(5000, 8), history=past).band
+    assert (high - low) / 2 < 4 * 0.4 * noise
+
+
+def test_values_newly_missing_are_not_taken_for_rare_ones(
+    model: tuple[Story, FitState, Reference],
+) -> None:
+    values = drawn(600, 15)
+    values[:30, 6] = np.nan
+    # 5% of the rows against half a row of 2,048: 0.05 log(0.05 / 0.00024), less the correction.
+    assert seen(model, values).columns[6].psi > 0.2
 
 
 def test_a_batch_of_other_rows_surprises(model: tuple[Story, FitState, Reference]) -> None:

@@ -112,7 +112,7 @@ class TestGrowth:
             assert Growth(hints).new_rows(source, known) is None
             assert Growth(hints).is_unchanged(source, known[0])
         assert reads == [(0, 21)]
-        hints.write_bytes(b'{"' + str(place).encode() + b'": [1, 2]}')
+        hints.write_bytes(b'{"' + str(place).encode() + b'": [1, [2], [0, 21, "x", 3]]}')
         assert Growth(hints).new_rows(source, known) is None
         assert reads == [(0, 21)] * 2
         # More rows than are known: those of a commit that was lost are found again.
@@ -120,17 +120,45 @@ class TestGrowth:
         assert Growth(None).new_rows(source, known) is None
         assert reads == [(0, 21)] * 4
 
-    def test_what_was_appended_makes_the_old_be_verified(
+    def test_only_ranges_whose_files_changed_are_read_again(
         self, tmp_path: Path, reads: list[tuple[int, int]]
     ) -> None:
-        place, hints = tmp_path / "x.zarr", tmp_path / "hints.json"
-        save_zarr(place, VALUES[:21])
-        known = [new_rows(place, [], hints)]
-        append_zarr(place, VALUES[21:40])
-        known.append(new_rows(place, known, hints))
-        assert reads == [(0, 21), (0, 21), (21, 40)]
-        assert Growth(hints).new_rows(open_source(place), known) is None
-        assert len(reads) == 3
+        place, growing = tmp_path / "x.zarr", Growth(tmp_path / "hints.json", settle=0.0)
+        save_zarr(place, VALUES[:14])
+        known = [growing.new_rows(open_source(place), [])]
+        for n in (25, 40, 45):
+            # Chunks hold 7 rows: 0 to 13 fill two, rows 14 to 24 end within another.
+            append_zarr(place, VALUES[known[-1].last : n])
+            known.append(growing.new_rows(open_source(place), known))
+        assert reads == [(0, 14), (14, 25), (14, 25), (25, 40), (25, 40), (40, 45)]
+        reads.clear()
+        (place / "c" / "0" / "0").touch()
+        assert growing.new_rows(open_source(place), known) is None
+        assert reads == [(0, 14)]
+
+    def test_files_of_a_folder_are_watched_one_by_one(
+        self, tmp_path: Path, reads: list[tuple[int, int]]
+    ) -> None:
+        place, growing = tmp_path / "x.parquet", Growth(tmp_path / "hints.json", settle=0.0)
+        known: list[Range] = []
+        for i, n in enumerate((20, 30, 50)):
+            place.mkdir(exist_ok=True)
+            first = known[-1].last if known else 0
+            save_parquet(place / f"{i}.parquet", VALUES[first:n])
+            known.append(growing.new_rows(open_source(place), known))
+        assert reads == [(0, 20), (20, 30), (30, 50)]
+        save_parquet(place / "1.parquet", VALUES[:10])
+        with pytest.raises(DataError, match=r"rows 20 to 29, .* have changed"):
+            growing.new_rows(open_source(place), known)
+
+    def test_other_columns_make_it_read_again(
+        self, tmp_path: Path, reads: list[tuple[int, int]]
+    ) -> None:
+        place, growing = tmp_path / "x.parquet", Growth(tmp_path / "hints.json", settle=0.0)
+        save_parquet(place, VALUES)
+        known = [growing.new_rows(open_source(place, ["a", "b"]), [])]
+        with pytest.raises(DataError, match="have changed"):
+            growing.new_rows(open_source(place, ["b", "a"]), known)
 
     @pytest.mark.parametrize("row", [0, 19, 20, 29, 30])
     @pytest.mark.parametrize("hinted", [False, True])

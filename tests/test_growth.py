@@ -361,6 +361,28 @@ def test_several_starts_find_what_one_would_cover(covariance: str) -> None:
     assert distance.min(axis=0).max() < 0.5
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("covariance", COVARIANCES)
+def test_one_absurd_value_is_no_reason(covariance: str, dtype: str) -> None:
+    story, state = living(plane(4000, 16), PLANE, covariance=covariance, dtype=dtype)
+    rng = np.random.default_rng(0)
+    for absurd in (1e6, 1e20, 1e151):
+        far = np.concatenate([rng.normal([-30, 40, 20], 1, (150, 3)), [[absurd, 0, 0]]])
+        _, grown, events = birth(story, state, Rows.of(far))
+        assert events == ("component 2 was born from 150 badly explained rows",)
+        np.testing.assert_allclose(grown.params.family.mean[2], [-30, 40, 20], atol=0.5)
+        tail = np.concatenate([surprising(story, state, plane(9000, 26)).values, far[150:]])
+        assert birth(story, state, Rows.of(tail))[2] == ()
+
+
+def test_a_birth_must_be_worth_its_parameters() -> None:
+    story, state = living(plane(8000, 27), PLANE)
+    x = np.random.default_rng(4).normal([-4, -6, 0], 0.3, (40, 3))
+    # A few rows gain some ten nats, and ten parameters cost 0.5 log n each.
+    assert birth(story, state, Rows.of(x[:4]), min_rows=3)[2] == ()
+    assert len(birth(story, state, Rows.of(x), min_rows=3)[2]) == 1
+
+
 def test_a_birth_counts_its_rows_once() -> None:
     # Batch statistics are plain sums: those of the newborn's rows are added.
     story, state = begun(plane(6000, 17), PLANE, covariance="tied")

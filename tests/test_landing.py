@@ -9,6 +9,7 @@ import io
 import json
 import lzma
 import os
+import resource
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -46,7 +47,7 @@ from genstream.landing import (
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import content_digest
-from genstream.tables import read_tables
+from genstream.tables import Encoder, read_tables
 
 TEXT = b"a,b\n1,2\n3,4\n"
 
@@ -367,6 +368,23 @@ class TestCopying:
         monkeypatch.setattr("genstream.manifests.sync_folder", lambda _: None)
         with pytest.raises(StorageError, match=os.strerror(number)):
             copy_in(one, tmp_path / "inbox")
+        assert folders(tmp_path / "inbox") == []
+
+    @pytest.mark.parametrize("limit", [100, 1 << 20, (2 << 20) + 5])
+    def test_a_write_that_is_refused_midway_leaves_nothing(
+        self, tmp_path: Path, limit: int
+    ) -> None:
+        data = os.urandom(3 << 20)
+        one = arrival(write(tmp_path / "x.csv", data))
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            with pytest.raises(StorageError, match=r"x\.csv: cannot be written: File too large"):
+                copy_in(one, tmp_path / "inbox")
+            with pytest.raises(StorageError, match=r"\.csv: cannot be written: File too large"):
+                spool(io.BytesIO(b"a,b\n" + b"1,2\n" * len(data)), tmp_path / "inbox")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert folders(tmp_path / "inbox") == []
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -690,6 +708,31 @@ class TestRowMultiset:
         assert _digest(junk) == plain
         assert _digest(Rows.of(values, np.ones(2))) == plain
         assert _digest(Rows.of(np.where(np.isnan(values), 0.0, values))) != plain
+
+    def test_the_same_rows_of_any_format_have_one_digest(self, tmp_path: Path) -> None:
+        rng = np.random.default_rng(5)
+        town = rng.choice(["Ulm", "Bonn"], 60)
+        frame = pd.DataFrame({"x": rng.normal(size=60), "n": rng.integers(0, 9, 60), "town": town})
+        frame.loc[::7, "x"] = np.nan
+        backwards = frame[::-1][["town", "n", "x"]]
+        frame.to_csv(tmp_path / "x.csv", index=False)
+        backwards.to_csv(tmp_path / "b.csv.gz", index=False)
+        backwards.to_parquet(tmp_path / "b.parquet", row_group_size=7)
+        towns = Column("town", "categorical", ("Ulm", "Bonn"))
+        spec = Schema((Column("x"), Column("n", "count"), towns))
+        digests = set()
+        for name in ("x.csv", "b.csv.gz", "b.parquet"):
+            encoder = Encoder(spec)
+            tables = read_tables(tmp_path / name, columns=encoder.wanted, chunk_rows=11)
+            digests.add(_digest(*map(encoder.encode, tables)))
+        lines = backwards.sample(frac=1.0, random_state=1).to_dict("records")
+        text = "".join(
+            json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n" for row in lines
+        )
+        write(tmp_path / "y.jsonl", text.encode())
+        tables = read_tables(tmp_path / "y.jsonl", columns=["x", "n", "town"], chunk_rows=13)
+        digests.add(_digest(*map(Encoder(spec).encode, tables)))
+        assert len(digests) == 1
 
     def test_the_digest_is_the_same_on_every_machine(self) -> None:
         rows = Rows.of([[1.0, np.nan], [2.0, -3.0]], [1.0, 2.0])

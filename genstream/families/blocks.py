@@ -84,6 +84,17 @@ class Family(Protocol):
     def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
         """Statistics of some of the components, as if the rows of all others had not been."""
 
+    def possible(self, stats: Any, known: Any) -> Monoid | None:
+        """Extrapolated statistics, mended into some that rows could have; None where they cannot.
+
+        `known` are statistics of rows nearby.
+        """
+
+    def expected_log_prob(self, params: Any, stats: Any) -> float:
+        """`sum_k E[log p(x | k)]` in nats over what is behind `stats`, but for what no parameter
+        changes.
+        """
+
     def log_prior(self, params: Any) -> float:
         """Log prior density up to a constant; 0 without a prior."""
 

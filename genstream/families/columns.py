@@ -340,6 +340,41 @@ class IndependentColumns:
         kept: Monoid = stats.take(components)
         return kept
 
+    def possible(self, stats: Any, known: Any) -> Monoid | None:
+        """Sums, and the scatter of each real column, kept above a tenth of the known ones."""
+        if not all(np.isfinite(value).all() for _, _, value in stats.leaves()):
+            return None
+
+        def kept(value: Array, old: Array) -> Array:
+            return np.maximum(value, 0.1 * old)
+
+        n, n_old = kept(stats.sum_w, known.sum_w), known.sum_w
+        misses = kept(
+            n[:, self.binary] - stats.sum_binary, n_old[:, self.binary] - known.sum_binary
+        )
+        about, about_old = self._about(n, stats), self._about(n_old, known)
+        return self.stats_type(
+            n,
+            stats.sum_real,
+            about + kept(stats.sum_square - about, known.sum_square - about_old),
+            kept(n[:, self.binary] - misses, known.sum_binary),
+            kept(stats.sum_count, known.sum_count),
+            kept(stats.sum_level, known.sum_level),
+        )
+
+    def _about(self, n: Array, stats: Any) -> Array:
+        """Squares of the weighted means times the weight: what scatter leaves of the squares."""
+        about = stats.sum_real**2 / np.maximum(n[:, self.real], 1e-300)
+        return np.asarray(about.sum(axis=1) if self.spherical else about)
+
+    def expected_log_prob(self, params: Any, stats: Any) -> float:
+        kernel = self.prepare(params, np.zeros(len(stats.sum_w)))
+        square = stats.sum_square[:, None] if self.spherical else stats.sum_square
+        sums = np.concatenate(
+            [stats.sum_real, square, stats.sum_binary, stats.sum_count, stats.sum_level], axis=1
+        )
+        return float((kernel.slopes * sums).sum() + (kernel.normaliser * stats.sum_w).sum())
+
     def log_prior(self, params: Any) -> float:
         prior = self.prior
         if prior is None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.families.blocks import MAX_ROUNDING, UNSEEN, Array, Pivot, moments
+from genstream.families.blocks import LOG_2PI, MAX_ROUNDING, UNSEEN, Array, Pivot, moments
 from genstream.families.gaussian_walk import GaussianKernel, quadratic_rounding
 from genstream.rows import Rows
 from genstream.stats import Monoid, Record, axes, record
@@ -232,6 +232,40 @@ class Gaussian:
         scatter = stats.sum_wxx - _outer(stats.sum_w, stats.sum_wx)
         share = left / total if total > 0 else 1.0
         return replace(kept, sum_wxx=scatter * share + _outer(kept.sum_w, kept.sum_wx))
+
+    def possible(self, stats: Any, known: Any) -> Monoid | None:
+        """The statistics where every scatter, with the prior's, is positive definite."""
+        n = stats.sum_w
+        if not (n > 0.1 * known.sum_w).all():
+            return None
+        scatter = self._scatter(stats)
+        if self.prior is not None:
+            diagonal = np.arange(self.n_features)
+            scatter[..., diagonal, diagonal] += self.prior.scatter / self._pivot.scale**2
+        try:
+            np.linalg.cholesky(scatter)
+        except np.linalg.LinAlgError:
+            return None
+        return stats  # type: ignore[no-any-return]
+
+    def _scatter(self, stats: Any) -> Array:
+        """(K, d, d) scatter about each weighted mean, or (d, d) of them all."""
+        n = np.maximum(stats.sum_w, 1e-300)
+        outer = stats.sum_wx[:, :, None] * (stats.sum_wx / n[:, None])[:, None, :]
+        return np.asarray(stats.sum_wxx - (outer.sum(axis=0) if self.tied else outer))
+
+    def expected_log_prob(self, params: Any, stats: Any) -> float:
+        pivot, d = self._pivot, self.n_features
+        mean, covariance = self.pivoted(params)
+        precision = np.linalg.inv(covariance)
+        log_det = np.linalg.slogdet(covariance)[1] + 2 * np.log(pivot.scale).sum()
+        # About the parameters' own means, so that a mean far from the pivot costs no digits.
+        n = stats.sum_w
+        gap = stats.sum_wx / np.maximum(n, 1e-300)[:, None] - mean
+        spread = n[:, None, None] * gap[:, :, None] * gap[:, None, :]
+        spread = self._scatter(stats) + (spread.sum(axis=0) if self.tied else spread)
+        square = float((precision * np.reshape(spread, precision.shape)).sum())
+        return -0.5 * (float((n * (log_det + d * LOG_2PI)).sum()) + square)
 
     def log_prior(self, params: Any) -> float:
         prior = self.prior
