@@ -242,11 +242,22 @@ class Model(Section):
 class Fit(Section):
     """How it is fitted."""
 
-    method: Literal["batch"] = "batch"
-    max_steps: int = Field(200, ge=1)
+    method: Literal["auto", "batch", "online", "incremental"] = Field(
+        "auto", description="auto: batch, after one online pass where there are many rows."
+    )
+    max_steps: int = Field(200, ge=1, description="Passes of batch or incremental EM at most.")
     tolerance: Annotated[Finite, Field(ge=0)] = Field(
         1e-4, description="Nats a row; a step that gains less ends the fit."
     )
+    batch_rows: int = Field(4096, ge=1, description="Rows of a mini-batch of online EM.")
+    kappa: Annotated[Finite, Field(gt=0.5, le=1)] = Field(
+        0.6, description="Step sizes of online EM are (t + t0)^-kappa."
+    )
+    t0: Annotated[Finite, Field(ge=1)] = 64.0
+    forgetting: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
+        None, description="A constant step size instead, for data that drift."
+    )
+    passes: int = Field(1, ge=1, description="Passes of online EM.")
     n_init: int = Field(5, ge=1, description="Starts tried on a sample of rows.")
     sample_rows: int = Field(50_000, ge=1, description="Rows of that sample.")
     dtype: Literal["float64", "float32"] = "float64"
@@ -653,6 +664,7 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
         found.append(
             (("fit", "sample_rows"), f"fewer rows than the {model.n_components} components")
         )
+    found += _fit_contradictions(config.fit)
     if isinstance(data.source, Drawn):
         found += [
             (("data", key), "has no meaning for drawn data: leave it out")
@@ -676,6 +688,26 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
             for key in ("id", "dtype")
             if getattr(data, key) != getattr(plain, key)
         ]
+    return found
+
+
+def _fit_contradictions(options: Fit) -> list[tuple[Path_, str]]:
+    plain = Fit()
+    found: list[tuple[Path_, str]] = []
+
+    def refuse(keys: Sequence[str], message: str) -> None:
+        found.extend(
+            (("fit", key), message) for key in keys if getattr(options, key) != getattr(plain, key)
+        )
+
+    if options.forgetting is not None:
+        refuse(("kappa", "t0"), "has no meaning beside forgetting, a constant step size")
+    if options.method in ("batch", "incremental"):
+        refuse(("passes",), f"is of online EM, and the method is {options.method}: use max_steps")
+    if options.method == "online":
+        refuse(
+            ("max_steps", "tolerance"), "is of batch EM, and the method is online: use fit.passes"
+        )
     return found
 
 

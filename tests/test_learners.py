@@ -32,7 +32,7 @@ from genstream.online import OnlineEM
 from genstream.passes import Passes, fold_tree
 from genstream.rows import Rows
 from genstream.sources import NumpySource
-from genstream.start import warm_start
+from genstream.start import default_learner, warm_start
 from genstream.story import Story, StoryStats
 
 K = 3
@@ -374,3 +374,22 @@ def test_the_expected_log_joint_is_that_of_brute_force(kind: str, gaps: float) -
     for shift in (0.05, -0.05):
         moved_family = replace(family, mean=family.mean + shift)
         assert free.expected_log_joint(replace(best, family=moved_family), stats) < value
+
+
+class TestDefaultLearner:
+    def test_many_rows_are_gone_through_online_first(self) -> None:
+        online = OnlineEM(batch_rows=10)
+        few = default_learner(2_559, max_steps=7, tolerance=1e-3, online=online)
+        many = default_learner(2_560, max_steps=7, tolerance=1e-3, online=online)
+        batch = BatchEM(7, 1e-3, accelerate=True)
+        assert few == batch
+        assert many == Relay((online, batch))
+
+    def test_ends_as_well_as_batch_em(self) -> None:
+        story, state, passes = problem("full", 4_000, apart=2.0, chunk_rows=256)
+        learner = default_learner(4_000, tolerance=1e-6, online=OnlineEM(batch_rows=10))
+        ended = fit(story, learner, passes, state)
+        assert ended.outcome is Outcome.CONVERGED
+        assert ended.stage == 1
+        plain = fit(story, BatchEM(500, 1e-6), passes, state)
+        assert objective(story, ended, passes) > objective(story, plain, passes) - 1e-4
