@@ -93,7 +93,7 @@ class Serving:
         return [json.loads(line) for line in self.out.read_text().split("\n")[:-1]]
 
     def wait_for(
-        self, which: Callable[[dict[str, Any]], bool], after: int = 0, seconds: float = 90
+        self, which: Callable[[dict[str, Any]], bool], after: int = 0, seconds: float = 240
     ) -> dict[str, Any]:
         """The first event of a kind, among those told after the first `after`."""
         return until(lambda: next(filter(which, self.events[after:]), None), seconds, self)
@@ -101,10 +101,10 @@ class Serving:
     def end(self, number: int) -> tuple[int, str]:
         """Exit code and last words after a signal."""
         self.process.send_signal(number)
-        return self.process.wait(60), self.err.read_text()
+        return self.process.wait(120), self.err.read_text()
 
 
-def until(found: Callable[[], Any], seconds: float = 60, serving: Serving | None = None) -> Any:
+def until(found: Callable[[], Any], seconds: float = 240, serving: Serving | None = None) -> Any:
     """What `found` gives once that is something."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -178,7 +178,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.flows
 @pytest.mark.crash
-@pytest.mark.timeout(600)  # a minute, where nothing else runs
+@pytest.mark.timeout(900)  # a minute, where nothing else runs
 def test_a_schedule_fires_skips_recovers_and_catches_up_on_a_server_of_its_own(
     folder: Path,
 ) -> None:
@@ -227,14 +227,14 @@ def test_a_schedule_fires_skips_recovers_and_catches_up_on_a_server_of_its_own(
 
     # Another `serve` of this folder, and one elsewhere of the same name, are refused.
     second = Serving(folder, skip)
-    assert second.process.wait(60) == 4
+    assert second.process.wait(120) == 4
     assert f"process {serving.process.pid} serves this folder already" in second.err.read_text()
     elsewhere = folder.parent / "elsewhere"
     elsewhere.mkdir()
     third = Serving(
         elsewhere, write_config(elsewhere, "skipping"), PREFECT_API_URL=serving.events[0]["server"]
     )
-    assert third.process.wait(60) == 4
+    assert third.process.wait(120) == 4
     assert "is served already on this server" in third.err.read_text()
 
     # Killed amid a run it leaves the run alone behind, which the next `serve` ends and makes up
@@ -287,7 +287,9 @@ def schedule(**values: Any) -> Schedule:
         # Intervals hold still, whenever `serve` starts: they count from a midnight.
         ({"every": "6h"}, "2026-01-01 00:00", "01 06:00"),
         ({"every": "15min"}, "2026-01-01 00:07", "01 00:15"),
-        ({"every": "1d", "timezone": "Europe/Berlin"}, "2026-07-01 00:00", "01 22:00"),
+        # Elapsed time is counted, not the clock: in summer it shows an hour later.
+        ({"every": "1d", "timezone": "Europe/Berlin"}, "2026-07-01 00:00", "01 23:00"),
+        ({"every": "1d", "timezone": "Europe/Berlin"}, "2026-12-01 00:00", "01 23:00"),
     ],
 )
 def test_firings_are_where_the_schedule_says(
@@ -355,3 +357,26 @@ def test_what_happens_is_told_in_words() -> None:
     )
     run = {"run": "x", "name": "nightly", "ended": "2026-11-26T02:16:00+00:00", "state": "Failed"}
     assert told({**run, "message": "late"}) == "2026-11-26T02:16:00+00:00 nightly failed: late"
+
+
+def test_the_command_refuses_before_anything_starts(tmp_path: Path) -> None:
+    write_config(tmp_path, "a")
+    (tmp_path / "plain.yaml").write_text("data: {source: a.npy}\nmodel: {n_components: 2}\n")
+
+    def said(*arguments: str) -> str:
+        ran = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "serve", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert (ran.returncode, ran.stdout) == (2, "")
+        return ran.stderr
+
+    assert "schedule: is missing" in said("plain.yaml")
+    # An override is for all; a model must be there to be updated.
+    assert "a.yaml: publish.model is not set" in said("a.yaml", "schedule.overlap=queue")
+    assert "no model there yet" in said("a.yaml", "publish={model: models/none}")
+    assert not (tmp_path / ".genstream").exists()
