@@ -178,43 +178,27 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.flows
 @pytest.mark.crash
-@pytest.mark.timeout(900)  # a minute, where nothing else runs
-def test_a_schedule_fires_skips_recovers_and_catches_up_on_a_server_of_its_own(
-    folder: Path,
-) -> None:
+@pytest.mark.timeout(900)  # under a minute, where nothing else runs
+def test_a_schedule_fires_skips_and_recovers_on_a_server_of_its_own(folder: Path) -> None:
     skip = write_config(folder, "skipping")
-    queue = write_config(folder, "queueing", overlap="queue")
     hold, begun, done = (folder / f"{skip}.{what}" for what in ("hold", "begun", "done"))
-    queue_hold, queue_begun, queue_done = (
-        folder / f"{queue}.{what}" for what in ("hold", "begun", "done")
-    )
-    queue_hold.touch()
-    serving = Serving(folder, skip, queue, "model.n_components=3")
+    serving = Serving(folder, skip, "model.n_components=3")
 
-    # It says what it serves, and the schedules fire.
+    # It says what it serves, and the schedule fires.
     assert serving.wait_for(lambda event: "server" in event)["own"]
-    assert serving.wait_for(lambda event: event.get("deployment") == "update/skipping") == {
-        **serving.events[1],
-        "config": "skipping.yaml",
-        "schedule": "every 5s UTC",
-        "overlap": "skip",
-    }
+    deployed = serving.wait_for(lambda event: "deployment" in event)
+    assert deployed["deployment"] == "update/skipping"
+    assert (deployed["schedule"], deployed["overlap"]) == ("every 5s UTC", "skip")
     serving.wait_for(ended("skipping", "Completed"))
     assert lines(done)[0] == "model.n_components=3"
 
-    # While a run is at work the next firing is skipped, or waits for its turn.
+    # While a run is at work the next firing is skipped.
     so_far = len(serving.events)
     at_work = held_run(serving, skip)
     skipped = serving.wait_for(ended("skipping", "Cancelled"), after=so_far)
     assert "concurrency limit" in skipped["message"]
     assert at_work.is_running()
     assert len(lines(begun)) == len(lines(done)) + 1
-    until(lambda: lines(queue_begun), serving=serving)
-    assert (len(lines(queue_begun)), lines(queue_done)) == (1, [])
-    queue_hold.unlink()
-    until(lambda: len(lines(queue_done)) > 1, serving=serving)
-    assert not list(filter(ended("queueing", "Cancelled"), serving.events))
-    queue_hold.touch()
 
     # A run that is killed is told of, and the next firing does the work.
     so_far, before = len(serving.events), len(lines(done))
@@ -225,44 +209,65 @@ def test_a_schedule_fires_skips_recovers_and_catches_up_on_a_server_of_its_own(
     serving.wait_for(ended("skipping", "Completed"), after=so_far)
     assert len(lines(done)) > before
 
+    # Told to end amid a run, it ends the run, the server and itself.
+    held_run(serving, skip)
+    assert len(descendants(folder)) >= 2
+    code, words = serving.end(signal.SIGTERM)
+    assert (code, words) == (143, "error: interrupted by SIGTERM\n")
+    # Python's tracker of resources notices that its owner is gone, and ends a moment later.
+    until(lambda: not descendants(folder), seconds=30)
+
+
+@pytest.mark.flows
+@pytest.mark.crash
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_service_queues_and_is_alone_and_catches_up_after_a_kill(folder: Path) -> None:
+    queue = write_config(folder, "queueing", overlap="queue")
+    hold, begun, done = (folder / f"{queue}.{what}" for what in ("hold", "begun", "done"))
+    hold.touch()
+    serving = Serving(folder, queue)
+
+    # Firings wait for their turn.
+    until(lambda: lines(begun), serving=serving)
+    time.sleep(12)
+    assert (len(lines(begun)), lines(done)) == (1, [])
+    hold.unlink()
+    until(lambda: len(lines(done)) > 2, serving=serving)
+    assert not list(filter(ended("queueing", "Cancelled"), serving.events))
+
     # Another `serve` of this folder, and one elsewhere of the same name, are refused.
-    second = Serving(folder, skip)
+    second = Serving(folder, queue)
     assert second.process.wait(120) == 4
     assert f"process {serving.process.pid} serves this folder already" in second.err.read_text()
     elsewhere = folder.parent / "elsewhere"
     elsewhere.mkdir()
-    third = Serving(
-        elsewhere, write_config(elsewhere, "skipping"), PREFECT_API_URL=serving.events[0]["server"]
-    )
+    other = write_config(elsewhere, "queueing")
+    third = Serving(elsewhere, other, PREFECT_API_URL=serving.events[0]["server"])
     assert third.process.wait(120) == 4
     assert "is served already on this server" in third.err.read_text()
 
     # Killed amid a run it leaves the run alone behind, which the next `serve` ends and makes up
     # for, with all the firings that were missed, by one run.
-    orphan = held_run(serving, skip)
+    orphan = held_run(serving, queue)
     code, _ = serving.end(signal.SIGKILL)
     assert code == -signal.SIGKILL
     until(lambda: not any("flows.server" in line for line in descendants(folder).values()))
     assert orphan.is_running()
     left = set(descendants(folder))
-    again = Serving(folder, write_config(folder, "skipping", every="10s"))
+    again = Serving(folder, write_config(folder, "queueing", every="10s", overlap="queue"))
     deployed = again.wait_for(lambda event: "deployment" in event)
     assert deployed["catch_up"]
     assert not left & set(descendants(folder))
     hold.unlink()
-    again.wait_for(ended("skipping", "Completed", catch_up=True))
-    again.wait_for(ended("skipping", "Completed"))
+    again.wait_for(ended("queueing", "Completed", catch_up=True))
+    again.wait_for(ended("queueing", "Completed"))
     made_up = [event for event in again.events if event.get("run") and event["catch_up"]]
     assert len(made_up) == 1
     due = {event["due"] for event in again.events if event.get("run") and not event["catch_up"]}
     assert min(due) >= made_up[0]["due"]
-
-    # Told to end amid a run, it ends the run, the server and itself.
-    held_run(again, skip)
-    assert len(descendants(folder)) >= 2
-    code, words = again.end(signal.SIGTERM)
-    assert (code, words) == (143, "error: interrupted by SIGTERM\n")
-    assert descendants(folder) == {}
+    assert again.end(signal.SIGINT)[0] == 130
+    until(lambda: not descendants(folder), seconds=30)
 
 
 BASE = {"data": {"source": "a.npy"}, "model": {"n_components": 2}}
