@@ -24,8 +24,8 @@ DEVELOPMENT := $(VENV)/.development
 DATA := .data/.fetched
 POWER := .data/power/about.json
 
-# What `make bench` runs: speed beside scikit-learn, equal bits on every scheduler, passes to a goal.
-BENCHMARKS ?= speed schedulers memory kills bad_inputs passes
+# What `make bench` runs; each says at its top what it measures.
+BENCHMARKS ?= speed passes schedulers memory kills bad_inputs stream update_kills races schedule
 
 # Test processes. Tests that need the Prefect server share one of them.
 JOBS ?= 2

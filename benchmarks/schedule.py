@@ -110,7 +110,8 @@ class Serving:
         started = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(60)
-        left = [process for process in started if process.is_running()]
+        # Python's tracker of resources notices that its owner is gone, and ends a moment later.
+        _, left = psutil.wait_procs(started, timeout=10)
         if code != 143 or left:
             raise SystemExit(f"serve ended with {code} and left {left}")
         return [event for event in self.events if "run" in event]

@@ -381,7 +381,7 @@ class Schedule(Section):
             WithJsonSchema({"type": "string", "examples": ["30s", "15min", "1d"]}),
         ]
         | None
-    ) = Field(None, description="A time, counted from midnight of 1 January 2020.")
+    ) = Field(None, description="Elapsed time, counted from midnight of 1 January 2020.")
     timezone: Annotated[str, BeforeValidator(_timezone)] = Field(
         "UTC", description="Where the clock hangs that cron and days go by."
     )
