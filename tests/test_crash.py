@@ -147,6 +147,8 @@ def model_view(path: Path) -> Any:
         champion = shelf.champion
     except store.StorageError:
         return None
+    # What a process has in memory says nothing of the disk.
+    models._known_state.cache_clear()
     _, state = shelf.load()
     runs = [v.record.get("run") for v in shelf.versions()]
     there = shelf.snapshot()
