@@ -25,7 +25,7 @@ DATA := .data/.fetched
 POWER := .data/power/about.json
 
 # What `make bench` runs: speed beside scikit-learn, and equal bits on every scheduler.
-BENCHMARKS ?= speed schedulers memory kills bad_inputs
+BENCHMARKS ?= speed schedulers memory kills bad_inputs update_kills races
 
 # Test processes. Tests that need the Prefect server share one of them.
 JOBS ?= 2
