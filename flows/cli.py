@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from flows.command import AsJson, ConfigPath, Overrides, RunRef, finish, guarded, put
+from flows.command import (
+    AsJson,
+    ConfigPath,
+    Overrides,
+    RunRef,
+    finish,
+    finish_update,
+    guarded,
+    put,
+)
 from flows.run import Run
 from flows.terminal import table
 from genstream.errors import ConfigError, CorruptError
@@ -263,16 +272,13 @@ def _carry_out(run: Run, as_json: bool) -> None:
 
 def _update(run: Run, with_prefect: bool, as_json: bool) -> None:
     from flows import updating
-    from flows.showing import update_text
 
     if with_prefect:
         from flows.update import learn
 
-        found = learn(str(run.path))
+        finish_update(run, learn, as_json)
     else:
-        found = updating.carry_out(run)
-    put(found, update_text(found), as_json)
-    updating.refuse(found)
+        finish_update(run, lambda _: updating.carry_out(run), as_json)
 
 
 @app.command()
@@ -368,14 +374,23 @@ def runs(as_json: AsJson = False) -> None:
         lines.append(
             {
                 "run": run.id,
+                "kind": run.kind,
                 "status": run.status,
                 "steps": stages.get("fit", {}).get("steps"),
                 "held-out": (stages.get("evaluate", {}).get("held_out") or {}).get("mean_loglik"),
-                "reason": info["reason"],
+                "reason": info["reason"] or _refused(stages.get("update", {})),
             }
         )
-    text = table(lines, ["run", "status", "steps", "held-out", "reason"]) if lines else "no runs"
+    text = (
+        table(lines, ["run", "kind", "status", "steps", "held-out", "reason"])
+        if lines
+        else "no runs"
+    )
     put({"runs": lines}, text, as_json)
+
+
+def _refused(found: dict[str, Any]) -> str:
+    return f"{found['refused']} batch(es) refused" if found.get("refused") else ""
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """How every command begins and ends: its arguments, its result, its exit code.
 
-Results go to stdout, all else to stderr. Exit codes: 0 done, 1 finished with failed cells or
-quarantined batches, 2 configuration, 3 data, 4 conflict with another writer, 5 compute lost,
-6 storage, 7 corrupt, 70 a bug, 130 and 143 interrupted.
+Results go to stdout, all else to stderr. Exit codes: 0 done, 1 finished, but a batch was rejected
+or quarantined, 2 configuration, 3 data, 4 conflict with another writer, 5 compute lost, 6 storage,
+7 corrupt, 70 a bug, 130 and 143 interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.run import STATE, Interrupted, Run, interruptible
-from genstream.errors import GenstreamError, StorageError
+from genstream.errors import GenstreamError, RefusedError, StorageError
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A configuration (YAML).")]
 Overrides = Annotated[
@@ -93,18 +93,30 @@ def run_config(flow: Callable[[str], object]) -> None:
     _single(command)
 
 
-def run_update(flow: Callable[[str, list[str]], dict[str, Any]]) -> None:
-    """The command line of the flow that updates a model."""
+def run_update(flow: Callable[[str], dict[str, Any]]) -> None:
+    """The command line of the flow that carries an update out."""
 
     def command(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
         from flows import orchestration
-        from flows.showing import update_text
+        from flows.updating import begin
 
         orchestration.reach()
-        found = flow(str(config), list(overrides or ()))
-        put(found, update_text(found), as_json)
+        finish_update(begin(config, overrides or ()), flow, as_json)
 
     _single(command)
+
+
+def finish_update(run: Run, flow: Callable[[str], dict[str, Any]], as_json: bool) -> None:
+    """Carry an update out and print what it did. Raises RefusedError where a batch was refused."""
+    from flows.showing import update_text
+    from flows.updating import refuse
+
+    try:
+        found = flow(str(run.path))
+    except RefusedError:  # so that the flow fails; what it did is told all the same
+        found = run.stage("update")
+    put(found, update_text(found), as_json)
+    refuse(found)
 
 
 def run_existing(flow: Callable[[str], object]) -> None:

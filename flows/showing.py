@@ -28,6 +28,8 @@ def summary(run: Run) -> dict[str, Any]:
 
 def summary_text(run: Run) -> str:
     """What a run found, and what to type next."""
+    if run.stage("update"):
+        return f"run       {run.id}\n{update_text(run.stage('update'))}"
     config = run.config
     ingested, fitted, scores = run.stage("ingest"), run.stage("fit"), run.stage("evaluate")
     published, written = run.stage("publish"), run.stage("report")

@@ -5,6 +5,7 @@ A run in which a batch was refused ends Failed, after all else was learned and c
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from flows.run import Run
 orchestration.prepare()
 
 from prefect import flow, task  # noqa: E402 - Prefect reads its settings when imported
-from prefect.artifacts import create_markdown_artifact, create_table_artifact  # noqa: E402
+from prefect.artifacts import (  # noqa: E402
+    create_image_artifact,
+    create_markdown_artifact,
+    create_table_artifact,
+)
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
 SHOWN = ("name", "status", "rows", "prequential", "champion", "candidate", "outside", "reason")
@@ -29,7 +34,10 @@ def learn_batches(run: str) -> dict[str, Any]:
 
 @flow(name="learn", flow_run_name="{run}")
 def learn(run: str) -> dict[str, Any]:
-    """Learn what has arrived for the run in folder `run`, and show its batches."""
+    """Learn what has arrived for the run in folder `run`, show it, fail if a batch was refused.
+
+    Raises RefusedError then, after all else was learned and committed; the run has what was found.
+    """
     found = learn_batches(run)
     if found["batches"]:
         create_table_artifact(
@@ -47,18 +55,24 @@ def learn(run: str) -> dict[str, Any]:
             key=orchestration.artifact_key(run, "update"),
             description="what the update did",
         )
+        picture = updating.picture(Run(Path(run)))
+        if picture is not None:
+            create_image_artifact(
+                image_url=f"data:image/png;base64,{base64.b64encode(picture).decode()}",
+                key=orchestration.artifact_key(run, "scores"),
+                description="mean log-likelihood of the last batches before they were learned",
+            )
+    updating.refuse(found)
     return found
 
 
 @flow(name="update", flow_run_name="{config}")
 def update(config: str, overrides: list[str] | None = None) -> dict[str, Any]:
     """Make a run of a configuration, learn what has arrived, and fail where a batch was refused."""
-    found = learn(str(updating.begin(config, overrides or ()).path))
-    updating.refuse(found)
-    return found
+    return learn(str(updating.begin(config, overrides or ()).path))
 
 
 if __name__ == "__main__":
     from flows.command import run_update
 
-    run_update(update)
+    run_update(learn)

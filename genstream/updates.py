@@ -562,9 +562,12 @@ def _attempt(
         return Learned(commit(event), drift)
     candidate, learned, events = _learned(story, state, delivery, reading, known, options)
     flags += events
-    others = [rows for identity, rows in base.held() if identity != event.id]
+    others = [one for one in base.held() if one[0] != event.id]
     before = others[1 - options.window :] if options.window > 1 else []
-    judges = [*before, held]
+    # The rows of a fit, which have no id, stand for the batches that there have not been yet.
+    missing = options.window - 1 - len(before)
+    judges = [(rows, 1 if identity else 1 + missing) for identity, rows in before]
+    judges.append((held, 1))
     verdict, scores = _judged(story, state.params, candidate, learned.params, judges, options)
     event = replace(event, scores={**event.scores, **scores}, flags=tuple(flags))
     if verdict:
@@ -692,37 +695,39 @@ def _judged(
     champion: Params,
     candidate: Story,
     params: Params,
-    batches: Sequence[Rows],
+    batches: Sequence[tuple[Rows, int]],
     options: Options,
 ) -> tuple[str, dict[str, Any]]:
     """Why the candidate is refused (empty where it is not), and the scores of both.
 
     Scores are means over the rows of all `batches`. What is judged is their difference, and the
-    median over the batches of the mean difference, of an even number the lower one.
+    median over the batches, each counted as often as stands beside it, of the mean difference: of
+    an even number the lower.
     """
     arrays = (np.asarray(value) for _, _, value in params.leaves())
     if not all(np.isfinite(array).all() for array in arrays):
         return "the candidate's parameters are not finite", _pair(None, None, 0)
-    means, masses = [], []
-    for rows in batches:
+    means, masses, gains = [], [], []
+    for rows, times in batches:
         # Both are asked about the same entries: levels that only the candidate knows would be dear.
         asked = recoded(rows, candidate.schema, story.schema)
         weights = np.where(asked.is_observed.any(axis=1), asked.row_weights, 0.0)
         if weights.sum() > 0:
             pair = story.log_prob(champion, asked), candidate.log_prob(params, asked)
-            means.append([_mean(log_p, weights) for log_p in pair])
+            before, after = (_mean(log_p, weights) for log_p in pair)
+            means.append([before, after])
             masses.append(weights.sum())
+            # Where the champion has no finite score, any finite one is a gain.
+            gains += [after - before if np.isfinite(before) else np.inf] * times
     if not means:
         return "", _pair(None, None, 0)
     old, new = np.average(means, axis=0, weights=masses)
-    scores = _pair(float(old), float(new), sum(rows.n_rows for rows in batches))
+    scores = _pair(float(old), float(new), sum(rows.n_rows for rows, _ in batches))
     if not np.isfinite(new):
         return "the candidate's log-likelihood of the rows put aside is not finite", scores
     if options.max_drop is None:
         return "", scores
-    # Where the champion has no finite score, any finite one is a gain.
-    gains = sorted(after - before if np.isfinite(before) else np.inf for before, after in means)
-    middle = gains[(len(gains) - 1) // 2]
+    middle = sorted(gains)[(len(gains) - 1) // 2]
     if np.isfinite(old) and new < old - options.max_drop:
         verdict = (
             f"held out, the candidate has {new:.4f} nats a row and the champion {old:.4f}: "
@@ -730,7 +735,7 @@ def _judged(
         )
     elif middle < -options.max_drop:
         verdict = (
-            f"on rows put aside of most of the last {len(gains)} batches the candidate is worse, "
+            f"on rows put aside of most of the last {len(means)} batches the candidate is worse, "
             f"by {-middle:.4f} nats a row in the middle one, and max_drop is {options.max_drop:g}"
         )
     else:

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows import stages
+from flows import stages, updating
 from flows.run import Run
 from genstream.errors import DataError
+from genstream.models import ModelStore
 
 pytestmark = pytest.mark.flows
 
@@ -123,3 +124,78 @@ def test_the_module_runs_on_an_embedded_server_and_says_nothing_else(folder: Pat
     assert failed.returncode in (3, 6)
     assert len(failed.stderr.splitlines()) == 1
     assert "none.npy" in failed.stderr
+
+
+LIVES = """\
+name: by.updates
+data: {source: landing/*.npy}
+model: {n_components: 2}
+fit: {max_steps: 3, n_init: 1}
+publish: {model: models/lives}
+"""
+
+
+@pytest.fixture
+def living(folder: Path) -> Path:
+    """A model, one good batch that it has not learned, and one that would harm it."""
+    Path("landing").mkdir()
+    rows = np.load("rows.npy")
+    np.save("landing/day0.npy", rows)
+    Path("lives.yaml").write_text(LIVES)
+    stages.run_stages(stages.begin("lives.yaml", ["orchestrate=none", "report=false"]), quiet=True)
+    np.save("landing/day1.npy", rows[:300] + 0.01)
+    np.save("landing/day2.npy", 1000.0 * rows[:300])
+    for path in Path("landing").iterdir():
+        os.utime(path, (1e9, 1e9))
+    return folder
+
+
+def test_an_update_with_a_refused_batch_fails_after_it_has_shown_all(
+    prefect_harness: None, living: Path
+) -> None:
+    from flows.update import update
+
+    state = update("lives.yaml", return_state=True)
+    assert state.is_failed()
+    assert "day2.npy was rejected" in state.message
+    there = ModelStore("models/lives").snapshot()
+    assert {e.name: e.status for e in there.batches.values()} == {
+        "day0.npy": "learned",
+        "day1.npy": "learned",
+        "day2.npy": "rejected",
+    }
+    shown = artifacts()
+    assert shown["by-updates-batches"] == "table"
+    assert shown["by-updates-drift"] == "table"
+    assert shown["by-updates-scores"] == "image"
+    assert shown["by-updates-update"] == "markdown"
+    run = Run.find("last")
+    assert run.report.exists()
+    # Nothing is new, and nothing is told twice.
+    assert update("lives.yaml")["batches"] == []
+
+
+def test_learning_without_its_decorator_is_a_plain_call(living: Path) -> None:
+    from flows.update import learn_batches
+
+    run = updating.begin("lives.yaml")
+    found = learn_batches.fn(str(run.path))
+    assert found == run.stage("update")
+    assert [b["status"] for b in found["batches"]] == ["learned", "rejected"]
+
+
+def test_the_module_tells_what_an_update_did_and_exits_with_1(living: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    environment["PYTHONPATH"] = str(Path(stages.__file__).parent.parent)
+    ran = subprocess.run(
+        [sys.executable, "-m", "flows.update", "lives.yaml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ran.returncode == 1
+    assert "day1.npy" in ran.stdout
+    assert "report    runs/" in ran.stdout
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("error: day2.npy was rejected")

@@ -13,28 +13,37 @@ from typing import Any
 import numpy as np
 import pytest
 
+from genstream.drift import ColumnDrift, Drift
 from genstream.errors import StorageError
 from genstream.evaluate import PredictiveCheck, held_out, predictive_check, sample_rows
 from genstream.families.columns import ColumnsParams
 from genstream.families.gaussian import FullParams, TiedParams
 from genstream.learn import BatchEM, FitState, Outcome, StepInfo, fit
+from genstream.models import Event, ModelStore, Snapshot, Status
 from genstream.passes import Passes
 from genstream.report import (
+    MAX_BATCHES,
     MAX_CHECKS,
     MAX_COMPONENTS,
+    MAX_HISTORY,
     Portrait,
     ReportInput,
+    UpdateInput,
     component_colours,
     number,
     percent,
     render_report,
+    render_update_report,
+    scores_png,
     with_error,
     write_report,
 )
+from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource, Split
 from genstream.start import warm_start
 from genstream.story import Params, Story, mixture
+from genstream.updates import Learned
 
 NASTY = ("<b>bold</b>", "$x_1$ & \\alpha^", '"><script>alert(1)</script>', "naïve 列 {{ 7 * 7 }}")
 
@@ -550,3 +559,140 @@ def test_the_picture_shows_columns_that_add_something() -> None:
     assert len({"first", "copy"} & set(shown)) == 1
     assert "far" not in shown
     assert "Rows with a gap there, not shown" in render_report(content)
+
+
+# --- the report of an update ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def living(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    """A model with one version, whose ledger the tests make longer."""
+    story, params = gaussians(2, ["a", NASTY[0]])
+    rows = story.draw(params, 300, np.random.default_rng(0))
+    state = FitState(params, sample=Rows.of(rows.values))
+    store = ModelStore(tmp_path_factory.mktemp("model"))
+    store.publish(story, state, {"run": "first", "rows": 300})
+    return store.snapshot()
+
+
+def judged(
+    i: int, status: Status = "learned", score: float = -5.0, name: str = "", **changes: Any
+) -> Learned:
+    """What became of batch `i`, with drift in two columns."""
+    name = name or f"day{i}.csv"
+    band = (-6.0, -4.0)
+    drift = Drift(
+        name, 100, 0, score, 0.1, band, not -6 <= score <= -4, 0.01, 0.01,
+        (
+            ColumnDrift("a", 0.01 * i, "none", 0.02, 0.5, -1.0, 2.0),
+            ColumnDrift(NASTY[0], 0.4, "strong", 0.5, None, None, None),
+        ),
+        (f"{name}: it shifted",),
+    )  # fmt: skip
+    event = Event(
+        f"{i:064x}",
+        name,
+        status,
+        f"2026-11-25T{i // 3600:02d}:{i // 60 % 60:02d}:{i % 60:02d}.000+00:00",
+        100,
+        1 if status == "learned" else None,
+        "it would harm" if status == "rejected" else "",
+        scores={
+            "prequential": score,
+            "band": list(band),
+            "outside": drift.outside,
+            "champion": -5.0,
+            "candidate": -5.5,
+        },
+        flags=(*drift.flags, "component 2 was born from 30 badly explained rows"),
+    )
+    return Learned(replace(event, **changes), drift)
+
+
+def told(living: Snapshot, ledger: list[Learned], batches: list[Learned]) -> UpdateInput:
+    """A report of some batches of a ledger."""
+    there = replace(living)
+    there.__dict__["batches"] = {done.event.id: done.event for done in ledger}
+    return UpdateInput("lives", there, batches, created=datetime(2026, 11, 25, tzinfo=UTC))
+
+
+def test_an_update_says_what_became_of_each_batch(living: Snapshot) -> None:
+    batches = [judged(1), judged(2, "rejected", -7.0), judged(3)]
+    page = Page(render_update_report(told(living, batches, batches)))
+    text = page.text
+    assert "2 of 3" in text
+    assert "rejected: it would harm" in text
+    assert "outside −6 to −4" not in text  # the last one is within
+    assert "within −6 to −4" in text
+    assert "component 2 was born from 30 badly explained rows" in text
+    assert "3 batches: 2 learned, 1 rejected" in text
+    assert text.index(NASTY[0]) < text.rindex("0 of 3")  # the column furthest off comes first
+    assert len(page.all("svg")) == 1
+    assert not page.all("script")
+    assert page.open == []
+
+
+def test_names_of_batches_run_nothing(living: Snapshot) -> None:
+    batches = [judged(i, "rejected", name=name) for i, name in enumerate(NASTY)]
+    content = replace(
+        told(living, batches, batches),
+        waiting=[(NASTY[2], NASTY[0])],
+        advice=[(f"genstream update {NASTY[2]}", NASTY[0])],
+    )
+    page = Page(render_update_report(content))
+    assert not page.all("script")
+    assert not page.all("b")
+    for name in NASTY:
+        assert name in page.text
+
+
+def test_the_page_of_an_update_does_not_grow_with_history(living: Snapshot) -> None:
+    def size(n: int) -> int:
+        ledger = [judged(i, score=-5.0 + 0.5 * np.sin(i)) for i in range(n)]
+        return len(render_update_report(told(living, ledger, ledger)))
+
+    small = size(MAX_HISTORY)
+    assert size(4 * MAX_HISTORY) < 1.1 * small
+    many = [judged(i) for i in range(3 * MAX_BATCHES)]
+    # A refused one is shown however early it came.
+    many[0] = judged(0, "rejected")
+    text = Page(render_update_report(told(living, many, many))).text
+    assert "rejected: it would harm" in text
+    assert "day0.csv" in text
+    assert f"{2 * MAX_BATCHES} other batches of this run are left out" in text
+
+
+def test_a_report_made_again_knows_nothing_of_later_batches(living: Snapshot) -> None:
+    ledger = [judged(i) for i in range(1, 20)]
+    content = told(living, ledger, ledger[4:6])
+    assert [event.name for event in content.history] == [f"day{i}.csv" for i in range(1, 7)]
+    assert "last 6 scored batches" in Page(render_update_report(content)).text
+
+
+def test_one_absurd_score_leaves_the_others_to_be_seen(living: Snapshot) -> None:
+    ledger = [judged(i, score=-5.0 + 0.1 * i) for i in range(5)]
+    absurd = [*ledger, judged(9, "rejected", -1e12)]
+    text = Page(render_update_report(told(living, absurd, absurd[-1:]))).text
+    assert "Beyond the view: 1" in text
+    ticks = re.findall(r"−\d+\.?\d*", text)
+    assert "−5.0" in ticks or "−5" in ticks
+    image = scores_png(told(living, absurd, absurd[-1:]))
+    assert image is not None
+    assert image.startswith(b"\x89PNG")
+    assert len(image) < 100_000
+
+
+def test_an_update_of_nothing_scored_has_no_picture(living: Snapshot) -> None:
+    unread = Learned(Event("0" * 64, "day1.csv", "quarantined", "2026", reason="no column 'a'"))
+    content = told(living, [unread], [unread])
+    page = Page(render_update_report(content))
+    assert "no column 'a'" in page.text
+    assert page.all("svg") == []
+    assert scores_png(content) is None
+
+
+def test_what_became_of_a_batch_is_kept_as_json() -> None:
+    done = judged(1, "rejected")
+    assert Learned.from_json({"step": 1, **done.to_json()}) == done
+    unread = Learned(Event("0" * 64, "day1.csv", "quarantined"), fresh=False)
+    assert Learned.from_json(unread.to_json()) == unread
