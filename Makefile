@@ -24,8 +24,9 @@ DEVELOPMENT := $(VENV)/.development
 DATA := .data/.fetched
 POWER := .data/power/about.json
 
-# What `make bench` runs: speed beside scikit-learn, and equal bits on every scheduler.
-BENCHMARKS ?= speed schedulers memory kills bad_inputs
+# What `make bench` runs; each says at its top what it measures.
+BENCHMARKS ?= speed passes schedulers memory kills bad_inputs "stream flights" "stream power" \
+	update_kills races schedule
 
 # Test processes. Tests that need the Prefect server share one of them.
 JOBS ?= 2

@@ -294,24 +294,27 @@ class Model(Section):
 class Fit(Section):
     """How it is fitted."""
 
-    method: Literal["batch"] = "batch"
-    max_steps: int = Field(200, ge=1)
+    method: Literal["auto", "batch", "online", "incremental"] = Field(
+        "auto", description="auto: batch, after one online pass where there are many rows."
+    )
+    max_steps: int = Field(200, ge=1, description="Passes of batch or incremental EM at most.")
     tolerance: Annotated[Finite, Field(ge=0)] = Field(
         1e-4, description="Nats a row; a step that gains less ends the fit."
     )
-    n_init: int = Field(5, ge=1, description="Starts tried on a sample of rows.")
-    sample_rows: int = Field(50_000, ge=1, description="Rows of that sample.")
-    dtype: Literal["float64", "float32"] = "float64"
     batch_rows: int = Field(4096, ge=1, description="Rows of a mini-batch of online EM.")
     kappa: Annotated[Finite, Field(gt=0.5, le=1)] = Field(
-        0.6, description="Online step sizes are (t + t0)^-kappa."
+        0.6, description="Step sizes of online EM are (t + t0)^-kappa."
     )
     t0: Annotated[Finite, Field(ge=1)] = Field(
         64.0, description="Mini-batches that what is known before the first one is worth."
     )
     forgetting: Annotated[Finite, Field(gt=0, lt=1)] | None = Field(
-        None, description="A constant online step size instead, for streams that drift."
+        None, description="A constant step size instead, for data that drift."
     )
+    passes: int = Field(1, ge=1, description="Passes of online EM.")
+    n_init: int = Field(5, ge=1, description="Starts tried on a sample of rows.")
+    sample_rows: int = Field(50_000, ge=1, description="Rows of that sample.")
+    dtype: Literal["float64", "float32"] = "float64"
     seed: int = Field(42, ge=0, lt=2**63)
 
 
@@ -378,7 +381,7 @@ class Schedule(Section):
             WithJsonSchema({"type": "string", "examples": ["30s", "15min", "1d"]}),
         ]
         | None
-    ) = Field(None, description="A time, counted from midnight of 1 January 2020.")
+    ) = Field(None, description="Elapsed time, counted from midnight of 1 January 2020.")
     timezone: Annotated[str, BeforeValidator(_timezone)] = Field(
         "UTC", description="Where the clock hangs that cron and days go by."
     )
@@ -764,6 +767,7 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
         message = "say when, with either cron: '15 2 * * *' or every: 1h"
         message += ", not with both" if schedule.cron else ""
         found.append((("schedule",), message))
+    found += _fit_contradictions(config.fit)
     if isinstance(data.source, Drawn):
         found += [
             (("data", key), "has no meaning for drawn data: leave it out")
@@ -787,6 +791,26 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
             for key in ("id", "dtype")
             if getattr(data, key) != getattr(plain, key)
         ]
+    return found
+
+
+def _fit_contradictions(options: Fit) -> list[tuple[Path_, str]]:
+    plain = Fit()
+    found: list[tuple[Path_, str]] = []
+
+    def refuse(keys: Sequence[str], message: str) -> None:
+        found.extend(
+            (("fit", key), message) for key in keys if getattr(options, key) != getattr(plain, key)
+        )
+
+    if options.forgetting is not None:
+        refuse(("kappa", "t0"), "has no meaning beside forgetting, a constant step size")
+    if options.method in ("batch", "incremental"):
+        refuse(("passes",), f"is of online EM, and the method is {options.method}: use max_steps")
+    if options.method == "online":
+        refuse(
+            ("max_steps", "tolerance"), "is of batch EM, and the method is online: use fit.passes"
+        )
     return found
 
 

@@ -25,6 +25,12 @@ REPORT_NBYTES = 60 << 20
 WORKER_NBYTES = 32 << 20
 # Decoded chunks a worker holds at once: as read, as checked, and a part of it on the way.
 CHUNKS_HELD = 3
+# Chunks that online EM holds: a buffer as read, the same put together, and a chunk on the way.
+BUFFER_CHUNKS = 2 * 4 + 1
+# Statistics beside those of a pass: three that a leap needs, and what it makes of them.
+STATS_HELD = 6
+# Statistics of all tasks that incremental EM keeps; less under a small memory limit.
+MEMO_NBYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -113,13 +119,34 @@ def project_memory(config: Config, story: Story, extent: Extent) -> int:
     a_worker = WORKER_NBYTES + CHUNKS_HELD * extent.chunk_nbytes + 2 * params
     sample = min(extent.rows, config.fit.sample_rows, max(1000, SAMPLE_BYTES // (9 * d)))
     start = sample * (3 * 9 * d + 3 * 8 * k)
-    tree = params * (2 + extent.chunks.bit_length())
-    total = BASE_NBYTES + max(workers * a_worker + tree, start)
+    tree = params * (2 + extent.chunks.bit_length() + STATS_HELD)
+    if config.fit.method == "incremental":
+        tree += memo_nbytes(config)
+    fit = workers * a_worker + tree
+    if n_online(config, extent.rows):
+        fit = max(fit, WORKER_NBYTES + BUFFER_CHUNKS * extent.chunk_nbytes + tree)
+    total = BASE_NBYTES + max(fit, start)
     if config.report:
         total += REPORT_NBYTES
     if config.orchestrate != "none":
         total += PREFECT_NBYTES
     return total
+
+
+def n_online(config: Config, rows: int) -> int:
+    """Passes of online EM in a fit of so many rows."""
+    from genstream.start import ONLINE_BATCHES
+
+    options = config.fit
+    large = rows >= ONLINE_BATCHES * options.batch_rows
+    takes_part = options.method == "online" or (options.method == "auto" and large)
+    return options.passes if takes_part else 0
+
+
+def memo_nbytes(config: Config) -> int:
+    """Bytes that the statistics of all tasks may take in incremental EM."""
+    limit = config.compute.memory_limit
+    return MEMO_NBYTES if limit is None else min(MEMO_NBYTES, limit // 4)
 
 
 def n_workers(config: Config) -> int:
@@ -156,7 +183,9 @@ def make_plan(config: Config) -> Plan:
         chunks=extent.chunks,
         chunk_nbytes=extent.chunk_nbytes,
         # The sample takes one pass more, the scores of fitted and held-out rows another.
-        passes=config.fit.max_steps + 2,
+        passes=n_online(config, extent.rows)
+        + (0 if config.fit.method == "online" else config.fit.max_steps)
+        + 2,
         pass_nbytes=extent.rows * d * extent.itemsize,
         workers=n_workers(config),
         memory=project_memory(config, story, extent),

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.config import Compute, Config, Drawn, load
 from flows.data import Data, ingest_data, open_data
+from flows.plan import memo_nbytes
 from flows.run import Run
 from flows.terminal import FitProgress, RowProgress, bars, bytes_text
 from genstream.errors import ComputeError, ConfigError, DataError
 
 if TYPE_CHECKING:
-    from genstream.learn import FitState, StepInfo
+    from genstream.learn import FitState, Learner, StepInfo
     from genstream.passes import Passes
     from genstream.sources import Source
     from genstream.story import Story
@@ -91,8 +92,10 @@ def _passes(
 class Checkpoints:
     """Saves the states of a fit, as often as the configuration says; `close` saves the last."""
 
-    def __init__(self, run: Run, config: Config, story: Story) -> None:
+    def __init__(self, run: Run, config: Config, story: Story, pass_rows: int) -> None:
         self._run, self._story = run, story
+        # A step of online or incremental EM is only part of a pass.
+        self._rows, self._pass_rows = 0, pass_rows
         self._every, self._keep = config.checkpoint.every, config.checkpoint.keep
         self._time = time.monotonic()
         self._saved: FitState | None = None
@@ -102,8 +105,9 @@ class Checkpoints:
         """Note a state, and save it if it is time to."""
         self._state = state
         every = self._every
+        self._rows += info.n_rows
         due = (
-            info.step % every.passes == 0
+            self._rows >= every.passes * self._pass_rows
             if every.passes is not None
             else time.monotonic() - self._time >= (every.seconds or 0.0)
         )
@@ -117,7 +121,32 @@ class Checkpoints:
         if self._state is None or self._state is self._saved:
             return
         save_checkpoint(self._run.checkpoint, self._story, self._state, keep=self._keep)
-        self._saved, self._time = self._state, time.monotonic()
+        self._saved, self._time, self._rows = self._state, time.monotonic(), 0
+
+
+def learner_of(config: Config, rows: int) -> Learner:
+    """The learner that a configuration means for so many rows."""
+    from genstream.incremental import IncrementalEM
+    from genstream.learn import BatchEM
+    from genstream.online import OnlineEM
+    from genstream.start import default_learner
+
+    options = config.fit
+    online = OnlineEM(
+        options.batch_rows, options.kappa, options.t0, options.forgetting, options.passes
+    )
+    match options.method:
+        case "batch":
+            return BatchEM(options.max_steps, options.tolerance, accelerate=True)
+        case "online":
+            return online
+        case "incremental":
+            return IncrementalEM(
+                options.max_steps, options.tolerance, memo_nbytes=memo_nbytes(config)
+            )
+    return default_learner(
+        rows, max_steps=options.max_steps, tolerance=options.tolerance, online=online
+    )
 
 
 def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dict[str, Any]:
@@ -161,12 +190,13 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
         else:
             story, state = found
             log.info("resume after step %d", state.step)
-        checkpoints = Checkpoints(run, config, story)
-        first, pass_rows = state.step, n_rows(data.train)
-        pass_seconds = 0.0
+        pass_rows = n_rows(data.train)
+        checkpoints = Checkpoints(run, config, story, pass_rows)
+        rows_done, pass_seconds = 0, 0.0
 
         def keep_metrics(_: FitState, info: StepInfo) -> None:
-            nonlocal pass_seconds
+            nonlocal rows_done, pass_seconds
+            rows_done += info.n_rows
             pass_seconds += info.seconds
             line = {
                 "step": info.step,
@@ -174,7 +204,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
                 "mean_loglik": info.mean_loglik,
                 "mean_objective": info.mean_objective,
                 "seconds": info.seconds,
-                "rows_per_s": pass_rows / max(info.seconds, 1e-9),
+                "rows_per_s": info.n_rows / max(info.seconds, 1e-9),
                 "peak_rss": peak_memory(),
                 "events": list(info.events),
             }
@@ -186,7 +216,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
         try:
             state = learn.fit(
                 story,
-                learn.BatchEM(options.max_steps, options.tolerance),
+                learner_of(config, pass_rows),
                 passes,
                 state,
                 on_step=(checkpoints, keep_metrics, shown.on_step, *on_step),
@@ -195,7 +225,6 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
             checkpoints.close()
     if state.outcome is learn.Outcome.NONFINITE:
         raise ComputeError(f"the fit ended at step {state.step}: {state.outcome.advice}")
-    steps = state.step - first
     itemsize = 4 if config.data.dtype == "float32" and config.dataset else 8
     return run.record(
         "fit",
@@ -207,8 +236,8 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
             "mean_loglik": state.trace[-1].mean_loglik,
             "n_unobserved": state.trace[-1].n_unobserved,
             "seconds": time.monotonic() - begin,
-            "rows_per_s": pass_rows * steps / max(pass_seconds, 1e-9),
-            "bytes_read": pass_rows * data.train.schema.n_features * itemsize * (steps + 1),
+            "rows_per_s": rows_done / max(pass_seconds, 1e-9),
+            "bytes_read": (rows_done + pass_rows) * data.train.schema.n_features * itemsize,
             "peak_rss": peak_memory(),
             "digest": state.params.digest(),
         },

@@ -61,9 +61,11 @@ class FitProgress:
         self._max_steps, self._tolerance = max_steps, tolerance
         self._task: TaskID = progress.add_task("sample", total=None, note="")
         self._objectives: list[float] = []
+        self._origin = self._rows = self._pass_rows = 0
 
     def on_rows(self, done: int, total: int) -> None:
         """Rows of the running pass that are done."""
+        self._pass_rows = max(self._pass_rows, total)
         self._progress.update(self._task, completed=done, total=total)
 
     def on_start(self, start: int, mean_objective: float) -> None:
@@ -72,9 +74,27 @@ class FitProgress:
         self._progress.update(self._task, description=f"start {start + 1}", note=note)
 
     def on_step(self, state: FitState, info: StepInfo) -> None:
-        """A step is done: the bar starts over."""
+        """A step is done: the bar starts over, unless it was only part of a pass."""
+        if state.origin != self._origin:
+            # Another learner: its objectives are not to be compared with those so far.
+            self._objectives, self._origin, self._rows = [], state.origin, 0
+        if info.n_rows < self._pass_rows:
+            self._rows += info.n_rows
+            number, done = divmod(self._rows, self._pass_rows)
+            note = (
+                f"log-likelihood {info.mean_loglik:.4f}, "
+                f"{info.n_rows / max(info.seconds, 1e-9):,.0f} rows/s"
+            )
+            self._progress.update(
+                self._task,
+                description=f"part of pass {number + 1}",
+                completed=done,
+                total=self._pass_rows,
+                note=note,
+            )
+            return
         self._objectives.append(info.mean_objective)
-        most = self._max_steps - state.step
+        most = self._max_steps - (state.step - state.origin)
         left = expected_steps(self._objectives, self._tolerance, most)
         minutes, seconds = divmod(round(left * info.seconds), 60)
         note = (
@@ -82,7 +102,7 @@ class FitProgress:
             f"{'at most' if left == most else 'about'} {left} passes ({minutes}:{seconds:02d}) left"
         )
         self._progress.update(
-            self._task, description=f"pass {state.step + 1}", completed=0, note=note
+            self._task, description=f"pass {state.step - state.origin + 1}", completed=0, note=note
         )
 
 

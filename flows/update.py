@@ -6,6 +6,7 @@ A run in which a batch was refused ends Failed, after all else was learned and c
 from __future__ import annotations
 
 import base64
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,15 @@ def learn(run: str) -> dict[str, Any]:
     return found
 
 
-@flow(name="update", flow_run_name="{config}")
+def _run_name() -> str:
+    """Runs of one configuration are told apart by when they began."""
+    from prefect.runtime import flow_run
+
+    config = Path(str(flow_run.parameters["config"])).stem
+    return f"{config} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+
+
+@flow(name="update", flow_run_name=_run_name)
 def update(config: str, overrides: list[str] | None = None) -> dict[str, Any]:
     """Make a run of a configuration, learn what has arrived, and fail where a batch was refused."""
     return learn(str(updating.begin(config, overrides or ()).path))

@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BatchEM": "learn",
+    "IncrementalEM": "incremental",
+    "Relay": "learn",
     "OnlineEM": "online",
     "Column": "schema",
     "Schema": "schema",
@@ -23,6 +25,7 @@ _HOME = {
     "fit": "learn",
     "Passes": "passes",
     "warm_start": "start",
+    "default_learner": "start",
     "open_source": "tables",
     "GaussianMixture": "estimators",
     "Mixture": "estimators",

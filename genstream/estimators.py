@@ -29,6 +29,7 @@ from genstream import evaluate
 from genstream.errors import ConfigError, DataError
 from genstream.families.blocks import Array
 from genstream.learn import BatchEM, FitState, Outcome, StepInfo, fit
+from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
@@ -321,6 +322,35 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self._fit(X, sample_weight)
         return self
 
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:  # noqa: ARG002
+        """Learn from rows that arrived, once, by online EM: see `genstream.online.OnlineEM`.
+
+        The first call makes a start from its rows, as `fit` does from a sample, and then learns
+        them as every later call does; after a `fit` it goes on from what was fitted. Parameters as
+        for `fit`; the columns are those of the first call.
+
+        Raises ConfigError or DataError as `fit` does; the model is then as it was.
+        """
+        self._check_parameters()
+        first = not hasattr(self, "state_")
+        source = self._open(X, sample_weight, reset=first).source
+        n_rows = sum(source.chunk_rows)
+        if first:
+            self._check_rows(n_rows)
+            story, state = next(self._starts(self._passes(source), small=False))
+        else:
+            story, state = self.story_, self.state_
+        pieces = (source.read(i) for i in range(len(source.chunk_rows)))
+        with one_blas_thread():
+            state, info = OnlineEM().learn(story, state, pieces, n_rows=n_rows)
+        if not np.isfinite(info.mean_objective):
+            raise DataError(
+                "the rows have no finite log-likelihood, and were not learned: look for extreme "
+                "values"
+            )
+        self._keep(story, replace(state, outcome=Outcome.RUNNING))
+        return self
+
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:  # noqa: ARG002
         """Fit, then (n,) the likeliest component of each row; parameters as for `fit`."""
         return self._answer(self._fit(X, sample_weight), "component")
@@ -329,11 +359,7 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self._check_parameters()
         data = self._open(X, sample_weight, reset=True)
         n_rows = sum(data.source.chunk_rows)
-        if n_rows < self.n_components:
-            raise DataError(
-                f"Expected n_samples >= n_components but got n_components = {self.n_components}, "
-                f"n_samples = {n_rows}"
-            )
+        self._check_rows(n_rows)
         passes = self._passes(data.source)
         small = n_rows <= START_ROWS
         if data.lazy and small and data.source.schema.n_features * n_rows <= RESIDENT_NUMBERS:
@@ -355,6 +381,13 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         assert best is not None
         self._finish(*best)
         return data
+
+    def _check_rows(self, n_rows: int) -> None:
+        if n_rows < self.n_components:
+            raise DataError(
+                f"Expected n_samples >= n_components but got n_components = {self.n_components}, "
+                f"n_samples = {n_rows}"
+            )
 
     def _climb(self, story: Story, passes: Passes, state: FitState, trace: _Verbose) -> FitState:
         if self.max_iter == 0:
@@ -378,6 +411,19 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
             raise DataError(
                 f"Fitting the mixture model failed at step {state.step}: {state.outcome.advice}"
             )
+        self._keep(story, state)
+        # Without a step the caller wanted the start itself, so nothing failed to converge.
+        if not self.converged_ and self.max_iter > 0:
+            warnings.warn(
+                "Best performing initialization did not converge. Try different init parameters, "
+                "or increase max_iter, tol, or check for degenerate data: "
+                + (state.outcome.advice or state.outcome.value),
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+    def _keep(self, story: Story, state: FitState) -> None:
+        """Set what a fit leaves behind."""
         self.story_ = story
         self.state_ = state
         self.trace_ = state.trace
@@ -388,15 +434,6 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.lower_bound_ = _value(state)
         self.warnings_ = [*state.events, *story.warnings(state.params)]
         self._set_attributes(state.params)
-        # Without a step the caller wanted the start itself, so nothing failed to converge.
-        if not self.converged_ and self.max_iter > 0:
-            warnings.warn(
-                "Best performing initialization did not converge. Try different init parameters, "
-                "or increase max_iter, tol, or check for degenerate data: "
-                + (state.outcome.advice or state.outcome.value),
-                ConvergenceWarning,
-                stacklevel=4,
-            )
 
     def _starts(self, passes: Passes, small: bool) -> Iterator[tuple[Story, FitState]]:
         """The states from which fits begin; the best fit is kept."""

@@ -19,7 +19,8 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -35,7 +36,9 @@ RETRIES = 8
 MAX_PAUSE = 1.0
 # Ledger entries that a manifest itself holds; older ones move to pages of their own, so that a
 # commit does not grow with history.
-PAGE = 256
+PAGE = 64
+# Files that are synced at a time: a piece of many files then takes a few writes of the journal.
+SYNC_THREADS = 4
 
 
 class Storage(Protocol):
@@ -52,8 +55,8 @@ class Storage(Protocol):
     def name(self) -> str:
         """The place, for messages."""
 
-    def write(self, key: str, data: bytes) -> None:
-        """Put a file under a key never used before, and make it durable."""
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        """Put files under keys never used before, and make all of them durable."""
 
     def write_if_absent(self, key: str, data: bytes) -> bool:
         """Put a whole file unless the key is taken, durably; whether it was put."""
@@ -82,12 +85,19 @@ class LocalStorage:
         """The folder's path."""
         return str(self.root)
 
-    def write(self, key: str, data: bytes) -> None:
-        """Put a file, then sync it and its folder; see `Storage.write`."""
-        path = self._path(key)
-        with storing(path):
-            self._into_folder(path.parent, lambda: _write_synced(path, data))
-            sync_folder(path.parent)
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        """Put files, then sync each of them and each folder once; see `Storage.write_all`."""
+        paths: dict[Path, Path] = {}
+        folders: dict[Path, Path] = {}
+        for key, data in files.items():
+            path = self._path(key)
+            with storing(path):
+                write = functools.partial(_write_new, path, data)
+                above = self._into_folder(path.parent, write)
+            paths[path] = path
+            folders |= dict.fromkeys((*above, path.parent), path)
+        _sync_all(paths)
+        _sync_all(folders)
 
     def write_if_absent(self, key: str, data: bytes) -> bool:
         """Link a synced temporary file to the key; see `Storage.write_if_absent`."""
@@ -95,7 +105,9 @@ class LocalStorage:
         with storing(path):
             temporary = path.parent / f".{uuid.uuid4().hex}"
             try:
-                self._into_folder(path.parent, lambda: _write_synced(temporary, data))
+                above = self._into_folder(path.parent, lambda: _write_new(temporary, data))
+                for made in (temporary, *above):
+                    _sync(made)
                 try:
                     os.link(temporary, path)
                 except FileExistsError:
@@ -111,7 +123,8 @@ class LocalStorage:
         with storing(path):
             temporary = path.parent / f".{uuid.uuid4().hex}"
             try:
-                self._into_folder(path.parent, lambda: temporary.write_bytes(data))
+                for above in self._into_folder(path.parent, lambda: _write_new(temporary, data)):
+                    _sync(above)
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -154,27 +167,38 @@ class LocalStorage:
             raise CorruptError(f"{self.root}: names a file outside of it: {key!r}")
         return self.root.joinpath(*parts)
 
-    def _into_folder(self, folder: Path, write: Callable[[], Any]) -> None:
-        """Write into a folder, which another process may remove as empty in the meantime."""
+    def _into_folder(self, folder: Path, write: Callable[[], Any]) -> Sequence[Path]:
+        """Write into a folder, which another process may remove as empty in the meantime.
+
+        Returns the folders that got a new one, which are still to be synced.
+        """
+        above: tuple[Path, ...] = ()
         for last_try in (False, False, True):
             try:
-                make_folder(folder)
+                above += (*_make_folder(folder),)
                 write()
-                return
+                break
             except FileNotFoundError:
                 if last_try:
                     raise
+        return above
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, each synced into its parent."""
+    for above in _make_folder(folder):
+        _sync(above)
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make a folder and those above it; the parents of all that were made."""
     missing = []
     while not folder.is_dir():
         missing.append(folder)
         folder = folder.parent
     for new in reversed(missing):
         new.mkdir(exist_ok=True)
-        sync_folder(new.parent)
+    return [new.parent for new in missing]
 
 
 @contextlib.contextmanager
@@ -186,12 +210,10 @@ def storing(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_new(path: Path, data: bytes) -> None:
     try:
         with path.open("xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
     except FileExistsError:
         raise
     except OSError:
@@ -201,11 +223,34 @@ def _write_synced(path: Path, data: bytes) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Make what a file or a folder holds durable, however it was written."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_all(paths: Mapping[Path, Path]) -> None:
+    """Sync files or folders, several at a time: a file system writes its journal once for them.
+
+    With each comes the file whose writing failed if it cannot be synced.
+    """
+
+    def sync(path: Path, written: Path) -> None:
+        with storing(written):
+            _sync(path)
+
+    if len(paths) == 1:
+        sync(*next(iter(paths.items())))
+        return
+    with ThreadPoolExecutor(min(SYNC_THREADS, len(paths))) as pool:
+        for done in [pool.submit(sync, *pair) for pair in paths.items()]:
+            done.result()
 
 
 def to_json_bytes(value: Any) -> bytes:
@@ -261,18 +306,19 @@ class PieceWriter:
     def __post_init__(self) -> None:
         self.key = f"{self.folder}/{uuid.uuid4().hex}"
 
-    def add(self, name: str, data: bytes, *, ends_in_checksum: bool = False) -> None:
-        """Store a file. `ends_in_checksum`: its last four bytes are the CRC-32C of the others."""
-        entry: dict[str, Any] = {"nbytes": len(data), "sha256": sha256(data)}
-        if ends_in_checksum:
-            entry["tail"] = data[-4:].hex()
-        self._files[name] = entry
-        self.storage.write(f"{self.key}.{name}", data)
+    def add(self, files: Mapping[str, bytes], *, checksummed: Collection[str] = ()) -> None:
+        """Store files. The last four bytes of those `checksummed` are a CRC-32C of the others."""
+        for name, data in files.items():
+            entry: dict[str, Any] = {"nbytes": len(data), "sha256": sha256(data)}
+            if name in checksummed:
+                entry["tail"] = data[-4:].hex()
+            self._files[name] = entry
+        self.storage.write_all({f"{self.key}.{name}": data for name, data in files.items()})
 
     def seal(self, content: Mapping[str, Any]) -> PieceRef:
         """Store the index with any further JSON `content`, and give the piece's name."""
         data = to_json_bytes({"format": FORMAT, "files": self._files, "content": content})
-        self.storage.write(f"{self.key}.json", data)
+        self.storage.write_all({f"{self.key}.json": data})
         return PieceRef(self.key, sha256(data))
 
     def discard(self) -> None:
@@ -513,7 +559,7 @@ def forget_ledgers() -> None:
     _page.cache_clear()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)
 def _page(storage: Storage, ref: PieceRef) -> tuple[dict[str, Any], ...]:
     return tuple(Piece(storage, ref).content["batches"])
 

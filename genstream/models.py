@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from genstream.errors import ConfigError, ConflictError, GenstreamError, StorageError
-from genstream.learn import FitState
+from genstream.learn import FitState, story_of
 from genstream.manifests import (
     LocalStorage,
     Manifest,
@@ -307,7 +307,7 @@ class ModelStore:
             state = rows = compared = None
             if model is not None:
                 story, fitted = model
-                state = write_record(self.storage, "states", fitted.to_dataset(story), {})
+                state = _write_state(self.storage, story, fitted)
                 pieces.append(state)
             if held is not None and held.n_rows:
                 rows = _write_rows(self.storage, held)
@@ -461,10 +461,27 @@ def _same_champion(one: Snapshot, other: Snapshot) -> bool:
     )
 
 
-@functools.lru_cache(maxsize=2)
 def _state(storage: Storage, ref: PieceRef) -> tuple[Story, FitState]:
-    """Story and state of a piece, which never changes: one update stands on that before it."""
-    return read_state(storage, ref.to_json())
+    """Story and state of a piece, read once: one update stands on that before it."""
+    known = _known_state(storage, ref)
+    if not known:
+        known.append(read_state(storage, ref.to_json()))
+    return known[0]
+
+
+@functools.lru_cache(maxsize=2)
+def _known_state(_storage: Storage, _ref: PieceRef) -> list[tuple[Story, FitState]]:
+    """Where a piece's story and state are kept once they are known; a piece never changes."""
+    return []
+
+
+def _write_state(storage: Storage, story: Story, state: FitState) -> PieceRef:
+    """Store a state. What a later read would find is kept, as it would be read."""
+    dataset = state.to_dataset(story)
+    ref = write_record(storage, "states", dataset, {})
+    again = story_of(dataset)
+    _known_state(storage, ref)[:] = [(again, FitState.from_dataset(dataset, again))]
+    return ref
 
 
 def _write_rows(storage: Storage, rows: Rows) -> PieceRef:

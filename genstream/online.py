@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from genstream.errors import ConfigError, DataError
-from genstream.families.blocks import Array
+from genstream.families.blocks import Array, slices
 from genstream.learn import FitState, Memory, Outcome, Passes, StepInfo
 from genstream.rows import Rows
 from genstream.story import Story, StoryStats
@@ -99,7 +99,10 @@ class OnlineEM:
         mix = np.random.default_rng([state.seed, _MIX, state.cursor]).permutation(rows.n_rows)
         done = (state.cursor + 1) / (per_pass * self.max_passes)
         late = self.average > 0 and done > 1 - self.average
-        state, stats = self._learn(story, state, iter([rows[mix]]), rows.n_rows, late)
+        # A mini-batch at a time, so that mixing holds no second copy of the buffer.
+        size = self._batch_size(rows.n_rows)
+        pieces = (rows[mix[piece]] for piece in slices(rows.n_rows, size))
+        state, stats = self._learn(story, state, pieces, rows.n_rows, late)
         last = done >= 1
         if last and state.average is not None and state.memory is not None:
             params = story.m_step(state.average.scale(state.memory.n_eff), state.params)
@@ -142,13 +145,17 @@ class OnlineEM:
         state = state.after(info)
         return replace(state, trace=state.trace[-TRACE_LINES:]), info
 
+    def _batch_size(self, n_rows: int) -> int:
+        """Rows of each of the equal mini-batches that some rows are cut into."""
+        n_batches = max(1, -(-n_rows // self.batch_rows))
+        return max(1, -(-n_rows // n_batches))
+
     def _learn(
         self, story: Story, state: FitState, pieces: Iterator[Rows], n_rows: int, late: bool
     ) -> tuple[FitState, StoryStats]:
         """All mini-batches of some rows, and the sum of their statistics as they were scored."""
         total: StoryStats | None = None
-        n_batches = max(1, -(-n_rows // self.batch_rows))
-        for batch in recut(pieces, n_rows, max(1, -(-n_rows // n_batches))):
+        for batch in recut(pieces, n_rows, self._batch_size(n_rows)):
             stats = story.e_step(state.params, batch)
             total = stats if total is None else total.merge(stats)
             if stats.weight > 0 and np.isfinite(stats.objective):

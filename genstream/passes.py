@@ -122,6 +122,9 @@ class Passes:
             shared = delayed((self.source, work), traverse=False)
             task = delayed(_fold_shared, pure=False)
             found = self._on_cluster(delayed([task(shared, *span) for span in spans]))
+            n_rows = sum(sum(self.source.chunk_rows[first:last]) for first, last in spans)
+            if self.on_progress is not None:
+                self.on_progress(n_rows, n_rows)
             return list(found)
         report = self._reporter(spans)
         with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:

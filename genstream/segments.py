@@ -9,6 +9,7 @@ index knows, so that a chunk lost, changed or swapped with another is noticed wh
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -149,12 +150,12 @@ class SegmentWriter:
             if self._digest is not None:
                 self._digest.update(chunk[:n].data)
             file = f"zarr/{name}/{_chunk_key(self._n_chunks, chunk.ndim)}"
-            self._piece.add(file, _encode(chunk), ends_in_checksum=True)
+            self._piece.add({file: _checked([chunk])[0]}, checksummed=[file])
         if self._ids is not None:
             data = json.dumps(self._ids, ensure_ascii=False).encode()
             if self._digest is not None:
                 self._digest.update(data)
-            self._piece.add(f"ids/{self._n_chunks}.json", data)
+            self._piece.add({f"ids/{self._n_chunks}.json": data})
             self._ids = []
         self._segment_rows += n
         self._n_chunks += 1
@@ -166,14 +167,14 @@ class SegmentWriter:
         assert self._piece is not None
         shape: tuple[int, ...] = (self._segment_rows, self._values.shape[1])
         chunk: tuple[int, ...] = (self._segment_chunk, self._values.shape[1])
-        self._piece.add("zarr/zarr.json", _group_metadata())
+        files = {"zarr/zarr.json": _group_metadata()}
         arrays = {"values": (2, self.dtype)}
         if self._weights is not None:
             arrays["weights"] = (1, self._weights.dtype)
         for name, (n_axes, dtype) in arrays.items():
             axes = ("row", "feature")[:n_axes]
-            _, files = _create(shape[:n_axes], chunk[:n_axes], dtype, axes)
-            self._piece.add(f"zarr/{name}/zarr.json", files["zarr.json"].to_bytes())
+            files[f"zarr/{name}/zarr.json"] = _metadata(shape[:n_axes], chunk[:n_axes], dtype, axes)
+        self._piece.add(files)
         entry = {"n_rows": self._segment_rows, "chunk_rows": self._segment_chunk}
         content = entry | {
             "n_features": self._values.shape[1],
@@ -250,31 +251,25 @@ def write_record(
     Numbers of any shape keep every bit. Variables without entries, which zarr cannot chunk, and
     the attributes go to the piece's index, with any further JSON `content`.
     """
-    from zarr.storage import MemoryStore
-
-    empty = {str(n): v for n, v in dataset.data_vars.items() if v.size == 0}
-    full = dataset.drop_vars([*empty, *dataset.coords]).drop_attrs()
-    files: dict[str, Any] = {}
-    encoding = {
-        str(name): {
-            "compressors": _checksummed(),
-            "chunks": _record_chunks(variable.shape, variable.dtype.itemsize),
-        }
-        for name, variable in full.data_vars.items()
-    }
-    full.to_zarr(
-        MemoryStore(files),
-        mode="w",
-        zarr_format=3,
-        consolidated=False,
-        encoding=encoding,
-        write_empty_chunks=True,
-    )
+    variables = {str(name): variable.variable for name, variable in dataset.data_vars.items()}
+    empty = {name: v for name, v in variables.items() if v.size == 0}
+    files, chunks = {"zarr/zarr.json": _group_metadata()}, {}
+    for name, v in variables.items():
+        if name in empty:
+            continue
+        values, place = np.asarray(v.values), f"zarr/{name}"
+        size = _record_chunk(values.shape, values.dtype.itemsize)
+        dims = tuple(map(str, v.dims))
+        files[f"{place}/zarr.json"] = _metadata(values.shape, size, values.dtype, dims)
+        for i in range(-(-len(values) // size[0]) if size else 1):
+            part = values[i * size[0] : (i + 1) * size[0]] if size else values
+            if part.shape != size:
+                part = np.concatenate([part, np.zeros((size[0] - len(part), *size[1:]), v.dtype)])
+            chunks[f"{place}/{_chunk_key(i, values.ndim)}"] = part
+    files |= zip(chunks, _checked([*chunks.values()]), strict=True)
     piece = PieceWriter(storage, folder)
     try:
-        for name, data in files.items():
-            is_chunk = not name.endswith("zarr.json")
-            piece.add(f"zarr/{name}", data.to_bytes(), ends_in_checksum=is_chunk)
+        piece.add(files, checksummed=chunks)
         return piece.seal(
             {
                 "attributes": dataset.attrs,
@@ -305,31 +300,25 @@ def read_record(storage: Storage, ref: PieceRef) -> tuple[xarray.Dataset, dict[s
         name.removeprefix("zarr/"): _buffer(piece.read(name, whole=True)) for name in piece.names
     }
     try:
-        found = xarray.open_zarr(
+        stored = xarray.open_zarr(
             MemoryStore(files), consolidated=False, decode_cf=False, chunks=None
         )
-        found = found.load()
+        variables = {name: (v.dims, v.values) for name, v in stored.variables.items()}
         for name, entry in piece.content["empty"].items():
             array = np.zeros(entry["shape"], np.dtype(entry["dtype"]))
-            found[name] = (tuple(entry["dims"]), array)
-        found = found.drop_attrs().assign_attrs(piece.content["attributes"])
+            variables[name] = (tuple(entry["dims"]), array)
+        found = xarray.Dataset(variables, attrs=piece.content["attributes"])
         return found, piece.content["record"]
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CorruptError(f"{place}: is damaged: {error}") from error
 
 
-def _record_chunks(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+def _record_chunk(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     """One chunk, unless that is very large; then some of the first axis."""
     if not shape:
         return ()
     row = itemsize * int(np.prod(shape[1:], dtype=np.int64))
     return (min(shape[0], max(1, RECORD_CHUNK_NBYTES // max(1, row))), *shape[1:])
-
-
-def _checksummed() -> list[Any]:
-    from zarr.codecs import Crc32cCodec
-
-    return [Crc32cCodec()]
 
 
 def _buffer(data: bytes) -> Any:
@@ -338,34 +327,60 @@ def _buffer(data: bytes) -> Any:
     return default_buffer_prototype().buffer.from_bytes(data)
 
 
-def _create(
-    shape: tuple[int, ...], chunks: tuple[int, ...], dtype: np.dtype[Any], axes: tuple[str, ...]
-) -> tuple[zarr.Array[Any], dict[str, Any]]:
-    """A new array and the files, by their keys, that it is made of."""
+def _metadata(
+    shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype[Any], axes: tuple[str, ...]
+) -> bytes:
+    """What zarr says of an array of some shape."""
+    data = _template(dtype.newbyteorder("<"), axes) | {"shape": shape}
+    data["chunk_grid"] = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+    return json.dumps(data).encode()
+
+
+@functools.lru_cache(maxsize=256)
+def _template(dtype: np.dtype[Any], axes: tuple[str, ...]) -> dict[str, Any]:
+    """What zarr says of an array of one entry: all but the shape is the same for any."""
     import zarr
     from zarr.storage import MemoryStore
 
     files: dict[str, Any] = {}
-    array = zarr.create_array(
+    zarr.create_array(
         MemoryStore(files),
-        shape=shape,
-        chunks=chunks,
+        shape=(1,) * len(axes),
+        chunks=(1,) * len(axes),
         dtype=dtype,
-        compressors=_checksummed(),
-        fill_value=np.nan,
+        compressors=_checksum(),
+        fill_value=np.nan if dtype.kind == "f" else 0,
         dimension_names=axes,
         chunk_key_encoding={"name": "default", "separator": "."},
-        config={"write_empty_chunks": True},
     )
-    return array, files
+    found: dict[str, Any] = json.loads(files["zarr.json"].to_bytes())
+    return found
 
 
-def _encode(chunk: Array) -> bytes:
-    """The bytes of a chunk, which do not depend on where in an array it stands."""
-    array, files = _create(chunk.shape, chunk.shape, chunk.dtype, ("row", "feature")[: chunk.ndim])
-    array[...] = chunk
-    data: bytes = files[_chunk_key(0, chunk.ndim)].to_bytes()
-    return data
+def _checked(chunks: Sequence[Array]) -> list[bytes]:
+    """Chunks as they are stored: little-endian numbers in C order, and their checksum."""
+    from zarr.core.sync import sync
+
+    codec, spec = _checksum(), _spec()
+    raw = [np.ascontiguousarray(c, dtype=c.dtype.newbyteorder("<")) for c in chunks]
+    found = sync(codec.encode([(_buffer(chunk.tobytes()), spec) for chunk in raw]))
+    return [data.to_bytes() for data in found]
+
+
+def _checksum() -> Any:
+    from zarr.codecs import Crc32cCodec
+
+    return Crc32cCodec()
+
+
+def _spec() -> Any:
+    """What a codec wants to know of a chunk, of which a checksum uses nothing."""
+    import zarr
+    from zarr.core.array_spec import ArrayConfig, ArraySpec
+    from zarr.core.buffer import default_buffer_prototype
+
+    kind = zarr.dtype.parse_dtype("uint8", zarr_format=3)
+    return ArraySpec((1,), kind, 0, ArrayConfig("C", True), default_buffer_prototype())
 
 
 def _open(files: Mapping[str, bytes]) -> zarr.Array[Any]:
@@ -378,7 +393,7 @@ def _open(files: Mapping[str, bytes]) -> zarr.Array[Any]:
 
 
 def _chunk_key(i: int, n_axes: int) -> str:
-    return ".".join(["c", str(i), *["0"] * (n_axes - 1)])
+    return ".".join(["c", *[str(i), *["0"] * (n_axes - 1)][:n_axes]])
 
 
 def _group_metadata() -> bytes:

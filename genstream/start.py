@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from genstream.errors import DataError
 from genstream.families.blocks import Array
-from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
+from genstream.learn import BatchEM, FitState, Learner, Outcome, Relay, Resident, fit
+from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.story import Params, Story
@@ -21,6 +22,8 @@ SAMPLE_BYTES = 64 << 20
 RESCUE_ROWS = 2048
 # Rows on which distances are computed for seeding.
 SEED_ROWS = 20_000
+# From this many mini-batches on, an online pass gains more than the batch pass it replaces.
+ONLINE_BATCHES = 256
 
 Seeding = Callable[[Story, Rows, np.random.Generator], Params]
 
@@ -170,7 +173,8 @@ def warm_start(
 
     A sample over all chunks fixes pivot and prior. Of `n_init` seeded fits of `short_steps` EM
     steps on the sample the one with the best objective goes on, for at most `long_steps`, to
-    `tolerance` (nats a row). `seeding` makes the parameters each short fit begins with;
+    `tolerance` (nats a row). The state holds the sample's statistics, from which online EM begins.
+    `seeding` makes the parameters each short fit begins with;
     `on_start(i, mean objective)` is called after each of them.
     Everything follows from `seed`. Raises DataError where the data cannot start a fit.
     """
@@ -195,4 +199,24 @@ def warm_start(
     if best.outcome is Outcome.MAX_STEPS and long_steps > short_steps:
         best = replace(best, outcome=Outcome.RUNNING)
         best = fit(story, BatchEM(long_steps, tolerance), Resident(sample), best)
-    return story, FitState(best.params, seed=seed, sample=kept)
+    return story, FitState(best.params, seed=seed, stats=best.stats, sample=kept)
+
+
+def default_learner(
+    n_rows: int,
+    *,
+    max_steps: int = 200,
+    tolerance: float = 1e-4,
+    online: OnlineEM | None = None,
+) -> Learner:
+    """The learner that goes on from a warm start: `online` once over the data, then batch EM.
+
+    Where there are fewer than `ONLINE_BATCHES` mini-batches the sample knows nearly as much as a
+    pass of online EM would learn, and accelerated batch EM begins at once. `max_steps` and
+    `tolerance` are those of batch EM.
+    """
+    online = online or OnlineEM()
+    batch = BatchEM(max_steps, tolerance, accelerate=True)
+    if n_rows < ONLINE_BATCHES * online.batch_rows:
+        return batch
+    return Relay((online, batch))

@@ -702,7 +702,7 @@ def _judged(
 
     Scores are means over the rows of all `batches`. What is judged is their difference, and the
     median over the batches, each counted as often as stands beside it, of the mean difference: of
-    an even number the lower one.
+    an even number the lower.
     """
     arrays = (np.asarray(value) for _, _, value in params.leaves())
     if not all(np.isfinite(array).all() for array in arrays):

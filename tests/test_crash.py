@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import functools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ class Mortal(LocalStorage):
             if cls.done > cls.budget:
                 raise Died
 
-    def write(self, key: str, data: bytes) -> None:
-        self._operate(lambda: LocalStorage.write(self, key, data))
+    def write_all(self, files: Mapping[str, bytes]) -> None:
+        for key, data in files.items():
+            self._operate(functools.partial(LocalStorage.write_all, self, {key: data}))
 
     def write_if_absent(self, key: str, data: bytes) -> bool:
         return bool(self._operate(lambda: LocalStorage.write_if_absent(self, key, data)))
@@ -145,6 +147,8 @@ def model_view(path: Path) -> Any:
         champion = shelf.champion
     except store.StorageError:
         return None
+    # What a process has in memory says nothing of the disk.
+    models._known_state.cache_clear()
     _, state = shelf.load()
     runs = [v.record.get("run") for v in shelf.versions()]
     there = shelf.snapshot()

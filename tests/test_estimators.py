@@ -28,7 +28,11 @@ import genstream.estimators
 from genstream.errors import DataError, GenstreamError
 from genstream.estimators import GaussianMixture, Mixture
 from genstream.learn import FitState, Outcome
+from genstream.online import OnlineEM
+from genstream.passes import Passes
+from genstream.rows import Rows
 from genstream.schema import Column, Schema
+from genstream.sources import NumpySource
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 MEANS = np.array([[0.0, 0.0, 0.0], [6.0, -6.0, 3.0]])
@@ -821,3 +825,77 @@ def test_a_dataset_of_variables() -> None:
     assert isinstance(drawn, xarray.Dataset)
     assert list(drawn.data_vars) == columns
     np.testing.assert_array_equal(model.predict(drawn), model.sample(5)[1])
+
+
+# --- rows that arrive ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("covariance", COVARIANCES)
+@pytest.mark.parametrize("gaps", [False, True])
+def test_partial_fit_is_online_em_of_the_library(covariance: str, gaps: bool) -> None:
+    X, _ = two_groups(900)
+    X = with_gaps(X) if gaps else X
+    weights = np.random.default_rng(3).choice([1.0, 2.0], len(X))
+    model = GaussianMixture(2, covariance_type=covariance, random_state=0)
+    model.partial_fit(X[:300], sample_weight=weights[:300])
+    begun = GaussianMixture(2, covariance_type=covariance, random_state=0)
+    source = NumpySource(X[:300], Schema.real(3), weights[:300])
+    story, state = next(begun._starts(Passes(source), small=False))
+    for n in range(0, 900, 300):
+        if n:
+            model.partial_fit(X[n : n + 300], sample_weight=weights[n : n + 300])
+        rows = Rows.of(X[n : n + 300], weights[n : n + 300])
+        state, _ = OnlineEM().learn(story, state, rows)
+        assert model.state_.params.digest() == state.params.digest()
+    assert model.n_iter_ == 3
+    assert np.abs(aligned(model.means_) - MEANS).max() < 0.5
+    assert np.isfinite(model.score(X))
+
+
+def test_partial_fit_reads_lazy_data_to_the_same_bits() -> None:
+    X, _ = two_groups(1_000)
+    eager = GaussianMixture(2, random_state=0).partial_fit(X[:600]).partial_fit(X[600:])
+    lazy = GaussianMixture(2, random_state=0).partial_fit(X[:600])
+    lazy.partial_fit(da.from_array(X[600:], chunks=(37, -1)))
+    assert same(eager, lazy)
+
+
+def test_partial_fit_goes_on_from_a_fit_and_follows_new_rows() -> None:
+    X, _ = two_groups(2_000)
+    model = GaussianMixture(2, random_state=0).fit(X)
+    before = model.score(X + 1.0)
+    for _ in range(50):
+        model.partial_fit(X + 1.0)
+    assert model.score(X + 1.0) > before + 0.1
+    assert model.n_iter_ > 50
+
+
+def test_partial_fit_of_mixed_columns() -> None:
+    rng = np.random.default_rng(0)
+    kind = rng.integers(2, size=400)
+    table = pd.DataFrame(
+        {"x": rng.normal(6.0 * kind), "c": np.where(kind == 1, "a", "b"), "n": rng.poisson(3, 400)}
+    )
+    model = Mixture(2, columns={"x": "real", "c": "categorical", "n": "count"}, random_state=0)
+    model.partial_fit(table[:200])
+    whole = model.score(table)
+    for n in range(200, 400, 50):
+        model.partial_fit(table[n : n + 50])
+    assert model.state_.step == 5
+    assert model.score(table) > whole - 0.2
+    with pytest.raises(DataError, match="'z'"):
+        model.partial_fit(table.assign(c="z"))
+    assert model.state_.step == 5
+
+
+def test_partial_fit_leaves_the_model_where_rows_cannot_be_learned() -> None:
+    X = 1e-6 * two_groups(300)[0]
+    model = GaussianMixture(2, random_state=0).partial_fit(X)
+    digest = model.state_.params.digest()
+    with pytest.raises(ValueError, match="expecting 3 features"):
+        model.partial_fit(X[:, :2])
+    with pytest.raises(DataError, match="no finite log-likelihood"):
+        model.partial_fit(X * 1e157)
+    assert model.state_.params.digest() == digest
+    with pytest.raises(DataError, match="n_components = 9"):
+        GaussianMixture(9).partial_fit(X[:4])

@@ -32,7 +32,7 @@ from genstream.online import OnlineEM
 from genstream.passes import Passes, fold_tree
 from genstream.rows import Rows
 from genstream.sources import NumpySource
-from genstream.start import warm_start
+from genstream.start import default_learner, warm_start
 from genstream.story import Story, StoryStats
 
 K = 3
@@ -40,8 +40,8 @@ ONLINE = OnlineEM(batch_rows=100, buffer_chunks=2)
 LEARNERS: dict[str, Learner] = {
     "batch": BatchEM(200, 1e-6),
     "accelerated": BatchEM(200, 1e-6, accelerate=True),
-    "online": OnlineEM(batch_rows=100, buffer_chunks=2, max_passes=5),
-    "incremental": IncrementalEM(100, 1e-6, tasks=4, group=1),
+    "online": OnlineEM(batch_rows=100, buffer_chunks=4, max_passes=4),
+    "incremental": IncrementalEM(100, 1e-6, tasks=4, group=2),
     "relay": Relay((ONLINE, BatchEM(200, 1e-6, accelerate=True))),
 }
 # The same, ending after few steps of every kind.
@@ -93,8 +93,7 @@ def same(left: FitState, right: FitState) -> None:
     )
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("gaps", [0.0, 0.2])
+@pytest.mark.parametrize(("gaps", "weighted"), [(0.0, False), (0.0, True), (0.2, True)])
 @pytest.mark.parametrize("kind", oracles.STORIES)
 def test_every_learner_finds_what_batch_em_finds(kind: str, gaps: float, weighted: bool) -> None:
     story, state, passes = problem(kind, 400, gaps, weighted, apart=7.0)
@@ -374,3 +373,22 @@ def test_the_expected_log_joint_is_that_of_brute_force(kind: str, gaps: float) -
     for shift in (0.05, -0.05):
         moved_family = replace(family, mean=family.mean + shift)
         assert free.expected_log_joint(replace(best, family=moved_family), stats) < value
+
+
+class TestDefaultLearner:
+    def test_many_rows_are_gone_through_online_first(self) -> None:
+        online = OnlineEM(batch_rows=10)
+        few = default_learner(2_559, max_steps=7, tolerance=1e-3, online=online)
+        many = default_learner(2_560, max_steps=7, tolerance=1e-3, online=online)
+        batch = BatchEM(7, 1e-3, accelerate=True)
+        assert few == batch
+        assert many == Relay((online, batch))
+
+    def test_ends_as_well_as_batch_em(self) -> None:
+        story, state, passes = problem("full", 4_000, apart=2.0, chunk_rows=256)
+        learner = default_learner(4_000, tolerance=1e-6, online=OnlineEM(batch_rows=10))
+        ended = fit(story, learner, passes, state)
+        assert ended.outcome is Outcome.CONVERGED
+        assert ended.stage == 1
+        plain = fit(story, BatchEM(500, 1e-6), passes, state)
+        assert objective(story, ended, passes) > objective(story, plain, passes) - 1e-4

@@ -152,6 +152,18 @@ def test_a_cluster_merges_along_the_same_tree(cluster: str) -> None:
         assert passes.fold(name_chunk).text == tree(0, n)
 
 
+@pytest.mark.parametrize("scheduler", ["threads", "synchronous", "distributed"])
+def test_tasks_are_nodes_of_the_tree(scheduler: str, cluster: str) -> None:
+    seen: list[tuple[int, int]] = []
+    source = NumpySource(np.zeros((13, 1)), chunk_rows=1)
+    passes = Passes(
+        source, scheduler=scheduler, on_progress=lambda done, total: seen.append((done, total))
+    )
+    found = passes.fold_tasks(name_chunk, [(8, 12), (0, 4), (12, 13)])
+    assert [word.text for word in found] == [tree(8, 12), tree(0, 4), tree(12, 13)]
+    assert seen[-1] == (9, 9)
+
+
 class OddError(Exception):
     """An error that no library raises."""
 

@@ -100,5 +100,5 @@ class TestSchema:
 
 def test_errors_have_their_own_exit_codes() -> None:
     codes = [error.exit_code for error in GenstreamError.__subclasses__()]
-    assert sorted(codes) == list(range(2, 2 + len(codes)))
+    assert sorted(codes) == list(range(1, 1 + len(codes)))
     assert GenstreamError.exit_code == 70

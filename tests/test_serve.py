@@ -93,7 +93,7 @@ class Serving:
         return [json.loads(line) for line in self.out.read_text().split("\n")[:-1]]
 
     def wait_for(
-        self, which: Callable[[dict[str, Any]], bool], after: int = 0, seconds: float = 90
+        self, which: Callable[[dict[str, Any]], bool], after: int = 0, seconds: float = 240
     ) -> dict[str, Any]:
         """The first event of a kind, among those told after the first `after`."""
         return until(lambda: next(filter(which, self.events[after:]), None), seconds, self)
@@ -101,10 +101,10 @@ class Serving:
     def end(self, number: int) -> tuple[int, str]:
         """Exit code and last words after a signal."""
         self.process.send_signal(number)
-        return self.process.wait(60), self.err.read_text()
+        return self.process.wait(120), self.err.read_text()
 
 
-def until(found: Callable[[], Any], seconds: float = 60, serving: Serving | None = None) -> Any:
+def until(found: Callable[[], Any], seconds: float = 240, serving: Serving | None = None) -> Any:
     """What `found` gives once that is something."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -178,43 +178,27 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.flows
 @pytest.mark.crash
-@pytest.mark.timeout(600)  # a minute, where nothing else runs
-def test_a_schedule_fires_skips_recovers_and_catches_up_on_a_server_of_its_own(
-    folder: Path,
-) -> None:
+@pytest.mark.timeout(900)  # under a minute, where nothing else runs
+def test_a_schedule_fires_skips_and_recovers_on_a_server_of_its_own(folder: Path) -> None:
     skip = write_config(folder, "skipping")
-    queue = write_config(folder, "queueing", overlap="queue")
     hold, begun, done = (folder / f"{skip}.{what}" for what in ("hold", "begun", "done"))
-    queue_hold, queue_begun, queue_done = (
-        folder / f"{queue}.{what}" for what in ("hold", "begun", "done")
-    )
-    queue_hold.touch()
-    serving = Serving(folder, skip, queue, "model.n_components=3")
+    serving = Serving(folder, skip, "model.n_components=3")
 
-    # It says what it serves, and the schedules fire.
+    # It says what it serves, and the schedule fires.
     assert serving.wait_for(lambda event: "server" in event)["own"]
-    assert serving.wait_for(lambda event: event.get("deployment") == "update/skipping") == {
-        **serving.events[1],
-        "config": "skipping.yaml",
-        "schedule": "every 5s UTC",
-        "overlap": "skip",
-    }
+    deployed = serving.wait_for(lambda event: "deployment" in event)
+    assert deployed["deployment"] == "update/skipping"
+    assert (deployed["schedule"], deployed["overlap"]) == ("every 5s UTC", "skip")
     serving.wait_for(ended("skipping", "Completed"))
     assert lines(done)[0] == "model.n_components=3"
 
-    # While a run is at work the next firing is skipped, or waits for its turn.
+    # While a run is at work the next firing is skipped.
     so_far = len(serving.events)
     at_work = held_run(serving, skip)
     skipped = serving.wait_for(ended("skipping", "Cancelled"), after=so_far)
     assert "concurrency limit" in skipped["message"]
     assert at_work.is_running()
     assert len(lines(begun)) == len(lines(done)) + 1
-    until(lambda: lines(queue_begun), serving=serving)
-    assert (len(lines(queue_begun)), lines(queue_done)) == (1, [])
-    queue_hold.unlink()
-    until(lambda: len(lines(queue_done)) > 1, serving=serving)
-    assert not list(filter(ended("queueing", "Cancelled"), serving.events))
-    queue_hold.touch()
 
     # A run that is killed is told of, and the next firing does the work.
     so_far, before = len(serving.events), len(lines(done))
@@ -225,44 +209,65 @@ def test_a_schedule_fires_skips_recovers_and_catches_up_on_a_server_of_its_own(
     serving.wait_for(ended("skipping", "Completed"), after=so_far)
     assert len(lines(done)) > before
 
+    # Told to end amid a run, it ends the run, the server and itself.
+    held_run(serving, skip)
+    assert len(descendants(folder)) >= 2
+    code, words = serving.end(signal.SIGTERM)
+    assert (code, words) == (143, "error: interrupted by SIGTERM\n")
+    # Python's tracker of resources notices that its owner is gone, and ends a moment later.
+    until(lambda: not descendants(folder), seconds=30)
+
+
+@pytest.mark.flows
+@pytest.mark.crash
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_service_queues_and_is_alone_and_catches_up_after_a_kill(folder: Path) -> None:
+    queue = write_config(folder, "queueing", overlap="queue")
+    hold, begun, done = (folder / f"{queue}.{what}" for what in ("hold", "begun", "done"))
+    hold.touch()
+    serving = Serving(folder, queue)
+
+    # Firings wait for their turn.
+    until(lambda: lines(begun), serving=serving)
+    time.sleep(12)
+    assert (len(lines(begun)), lines(done)) == (1, [])
+    hold.unlink()
+    until(lambda: len(lines(done)) > 2, serving=serving)
+    assert not list(filter(ended("queueing", "Cancelled"), serving.events))
+
     # Another `serve` of this folder, and one elsewhere of the same name, are refused.
-    second = Serving(folder, skip)
-    assert second.process.wait(60) == 4
+    second = Serving(folder, queue)
+    assert second.process.wait(120) == 4
     assert f"process {serving.process.pid} serves this folder already" in second.err.read_text()
     elsewhere = folder.parent / "elsewhere"
     elsewhere.mkdir()
-    third = Serving(
-        elsewhere, write_config(elsewhere, "skipping"), PREFECT_API_URL=serving.events[0]["server"]
-    )
-    assert third.process.wait(60) == 4
+    other = write_config(elsewhere, "queueing")
+    third = Serving(elsewhere, other, PREFECT_API_URL=serving.events[0]["server"])
+    assert third.process.wait(120) == 4
     assert "is served already on this server" in third.err.read_text()
 
     # Killed amid a run it leaves the run alone behind, which the next `serve` ends and makes up
     # for, with all the firings that were missed, by one run.
-    orphan = held_run(serving, skip)
+    orphan = held_run(serving, queue)
     code, _ = serving.end(signal.SIGKILL)
     assert code == -signal.SIGKILL
     until(lambda: not any("flows.server" in line for line in descendants(folder).values()))
     assert orphan.is_running()
     left = set(descendants(folder))
-    again = Serving(folder, write_config(folder, "skipping", every="10s"))
+    again = Serving(folder, write_config(folder, "queueing", every="10s", overlap="queue"))
     deployed = again.wait_for(lambda event: "deployment" in event)
     assert deployed["catch_up"]
     assert not left & set(descendants(folder))
     hold.unlink()
-    again.wait_for(ended("skipping", "Completed", catch_up=True))
-    again.wait_for(ended("skipping", "Completed"))
+    again.wait_for(ended("queueing", "Completed", catch_up=True))
+    again.wait_for(ended("queueing", "Completed"))
     made_up = [event for event in again.events if event.get("run") and event["catch_up"]]
     assert len(made_up) == 1
     due = {event["due"] for event in again.events if event.get("run") and not event["catch_up"]}
     assert min(due) >= made_up[0]["due"]
-
-    # Told to end amid a run, it ends the run, the server and itself.
-    held_run(again, skip)
-    assert len(descendants(folder)) >= 2
-    code, words = again.end(signal.SIGTERM)
-    assert (code, words) == (143, "error: interrupted by SIGTERM\n")
-    assert descendants(folder) == {}
+    assert again.end(signal.SIGINT)[0] == 130
+    until(lambda: not descendants(folder), seconds=30)
 
 
 BASE = {"data": {"source": "a.npy"}, "model": {"n_components": 2}}
@@ -287,7 +292,9 @@ def schedule(**values: Any) -> Schedule:
         # Intervals hold still, whenever `serve` starts: they count from a midnight.
         ({"every": "6h"}, "2026-01-01 00:00", "01 06:00"),
         ({"every": "15min"}, "2026-01-01 00:07", "01 00:15"),
-        ({"every": "1d", "timezone": "Europe/Berlin"}, "2026-07-01 00:00", "01 22:00"),
+        # Elapsed time is counted, not the clock: in summer it shows an hour later.
+        ({"every": "1d", "timezone": "Europe/Berlin"}, "2026-07-01 00:00", "01 23:00"),
+        ({"every": "1d", "timezone": "Europe/Berlin"}, "2026-12-01 00:00", "01 23:00"),
     ],
 )
 def test_firings_are_where_the_schedule_says(
@@ -355,3 +362,26 @@ def test_what_happens_is_told_in_words() -> None:
     )
     run = {"run": "x", "name": "nightly", "ended": "2026-11-26T02:16:00+00:00", "state": "Failed"}
     assert told({**run, "message": "late"}) == "2026-11-26T02:16:00+00:00 nightly failed: late"
+
+
+def test_the_command_refuses_before_anything_starts(tmp_path: Path) -> None:
+    write_config(tmp_path, "a")
+    (tmp_path / "plain.yaml").write_text("data: {source: a.npy}\nmodel: {n_components: 2}\n")
+
+    def said(*arguments: str) -> str:
+        ran = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "serve", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert (ran.returncode, ran.stdout) == (2, "")
+        return ran.stderr
+
+    assert "schedule: is missing" in said("plain.yaml")
+    # An override is for all; a model must be there to be updated.
+    assert "a.yaml: publish.model is not set" in said("a.yaml", "schedule.overlap=queue")
+    assert "no model there yet" in said("a.yaml", "publish={model: models/none}")
+    assert not (tmp_path / ".genstream").exists()

@@ -99,6 +99,49 @@ def test_an_interrupted_fit_resumes_to_the_same_bits(folder: Path, every: str) -
     assert [line["step"] for line in run.metrics()] == list(range(1, 13))
 
 
+METHODS = {
+    "auto": ["fit.batch_rows=9", "fit.t0=2", "fit.max_steps=6"],
+    "online": ["fit={method: online, batch_rows: 99, forgetting: 0.2, passes: 6, sample_rows: 99}"],
+    "incremental": ["fit.method=incremental", "fit.max_steps=6"],
+    "batch": ["fit.method=batch", "fit.max_steps=6"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_resumes_to_the_same_bits(folder: Path, method: str) -> None:
+    options = ["report=false", *METHODS[method]]
+    whole = stages.run_stages(start(*options))
+    steps = [line["step"] for line in whole.metrics()]
+    assert steps == list(range(1, (7 if method == "auto" else 6) + 1))
+    run = start(*options)
+
+    def interrupt(state: FitState, info: StepInfo) -> None:
+        if info.step in (1, 4):
+            raise Interrupted(signal.SIGTERM)
+
+    for _ in range(2):
+        with pytest.raises(Interrupted), run.working():
+            stages.fit(run, on_step=(interrupt,))
+    stages.run_stages(run)
+    assert run.stage("fit")["digest"] == whole.stage("fit")["digest"]
+    assert [line["step"] for line in run.metrics()] == steps
+
+
+def test_what_is_planned_and_told_of_a_relay(folder: Path) -> None:
+    overrides = ["report=false", *METHODS["auto"]]
+    assert make_plan(load("config.yaml", overrides)).passes == 1 + 6 + 2
+    few = ["fit.max_steps=6"]
+    assert make_plan(load("config.yaml", few)).passes == 6 + 2
+    assert make_plan(load("config.yaml", METHODS["online"])).passes == 6 + 2
+    with_memo = make_plan(load("config.yaml", METHODS["incremental"])).memory
+    assert with_memo > make_plan(load("config.yaml", METHODS["batch"])).memory
+    run = stages.run_stages(start(*overrides))
+    fitted = run.stage("fit")
+    assert (fitted["outcome"], fitted["steps"]) == ("max_steps", 7)
+    # The sample, the online pass and six of batch EM.
+    assert fitted["bytes_read"] == fitted["rows"] * 3 * 8 * 8
+
+
 @pytest.mark.crash
 def test_a_killed_fit_resumes_to_the_same_bits(folder: Path) -> None:
     whole = stages.run_stages(start("report=false")).stage("fit")["digest"]

@@ -220,7 +220,9 @@ class TestWarmStart:
         story, _, values = self.data("diag", 0.2)
         weights = np.ones(len(values))
         _, state = warm_start(story, passes_over(values, weights=weights))
-        assert (state.step, state.trace, state.stats) == (0, (), None)
+        assert (state.step, state.trace) == (0, ())
+        assert state.stats is not None
+        assert state.stats.weight == (~np.isnan(values)).any(axis=1).sum()
         assert state.outcome is Outcome.RUNNING
         assert state.sample is not None
         assert state.sample.weights is None

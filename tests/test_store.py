@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -454,6 +456,72 @@ def test_states_of_any_numbers_keep_every_bit(tmp_path: Path) -> None:
     # Every chunk is written, also where it is all fill value, so that a missing one is noticed.
     chunks = [p for p in group.rglob("*") if p.is_file() and p.name != "zarr.json"]
     assert len(chunks) == len(given.data_vars) - 1
+
+
+def test_records_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    given = xarray.Dataset(
+        {"cube": (("a", "b", "c"), np.arange(24.0).reshape(2, 3, 4)), "n": ((), np.int64(7))},
+        attrs={"text": "x"},
+    )
+    files: dict[str, Any] = {}
+    # As xarray lays arrays out: chunks in folders of their own.
+    crc = {name: {"compressors": [zarr.codecs.Crc32cCodec()]} for name in given}
+    given.drop_attrs().to_zarr(
+        zarr.storage.MemoryStore(files), zarr_format=3, consolidated=False, encoding=crc
+    )
+    assert "cube/c/0/0/0" in files
+    piece = manifests.PieceWriter(store.LocalStorage(tmp_path), "states")
+    chunks = [f"zarr/{name}" for name in files if not name.endswith("zarr.json")]
+    piece.add({f"zarr/{n}": d.to_bytes() for n, d in files.items()}, checksummed=chunks)
+    empty = {"nothing": {"dims": ["z"], "shape": [0], "dtype": "<f8"}}
+    ref = piece.seal({"attributes": given.attrs, "empty": empty, "record": {}})
+    found, _ = store.read_record(piece.storage, ref)
+    xarray.testing.assert_identical(found, given.assign(nothing=("z", np.empty(0))))
+
+
+def test_all_files_of_a_piece_and_their_folders_are_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[int, int] = {}
+
+    def sync(descriptor: int) -> None:
+        found = os.fstat(descriptor)
+        synced[found.st_ino] = found.st_size
+
+    monkeypatch.setattr("os.fsync", sync)
+    storage = store.LocalStorage(tmp_path / "model")
+    story, state = fitted()
+    store.write_record(storage, "states", state.to_dataset(story), {})
+    below = [tmp_path, *tmp_path.rglob("*")]
+    assert sum(path.is_file() for path in below) > 20
+    for path in below:
+        # Files when they were whole.
+        assert path.stat().st_ino in synced
+        assert path.is_dir() or synced[path.stat().st_ino] == path.stat().st_size
+
+
+def test_what_is_kept_of_a_commit_is_what_is_read(tmp_path: Path) -> None:
+    story, state = fitted("diag")
+    shelf = models.ModelStore(tmp_path)
+    shelf.publish(story, state, {})
+    learned, _ = OnlineEM(batch_rows=50).learn(story, state, rows(100, 9))
+    event = models.Event("0" * 64, "a.csv", "learned", n_rows=100)
+    there = shelf.commit(shelf.snapshot(), event, model=(story, learned))
+    kept_story, kept = there.load()
+    read_story, read = store.read_state(there.storage, there.version().state)
+    assert read is not kept
+    assert json.dumps(kept_story.to_json()) == json.dumps(read_story.to_json())
+    a, b = kept.to_dataset(kept_story), read.to_dataset(read_story)
+    assert a.identical(b)
+    for one, other in ((kept.params, read.params), (kept.stats, read.stats)):
+        assert one is not None
+        assert other is not None
+        assert one.digest() == other.digest()
+        for (_, _, x), (_, _, y) in zip(one.leaves(), other.leaves(), strict=True):
+            # The same layout too: products of matrices round as it has them.
+            assert type(x) is type(y)
+            assert np.asarray(x).strides == np.asarray(y).strides
+    assert kept.trace == read.trace
 
 
 # --- ingest --------------------------------------------------------------------------------------

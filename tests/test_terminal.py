@@ -75,3 +75,20 @@ def test_the_bar_of_a_fit_tells_the_log_likelihood_and_the_passes_left() -> None
         (task,) = progress.tasks
     assert task.description == "pass 8"
     assert "log-likelihood -0.0078, 50 rows/s, about 3 passes (0:06) left" in task.fields["note"]
+
+
+def test_the_bar_of_a_relay_counts_each_learner_by_itself() -> None:
+    with bars(quiet=True) as progress:
+        shown = FitProgress(progress, 20, 1e-3)
+        shown.on_rows(100, 100)
+        params = Params(np.ones(1), Record())
+        for step in range(1, 4):
+            info = StepInfo(step, -1.0, 0.0, 40.0, 40, 0, 2.0)
+            shown.on_step(FitState(params, step=step), info)
+        (task,) = progress.tasks
+        assert (task.description, task.completed, task.total) == ("part of pass 2", 20, 100)
+        assert "20 rows/s" in task.fields["note"]
+        info = StepInfo(4, -100.0, 0.0, 100.0, 100, 0, 2.0)
+        shown.on_step(FitState(params, step=4, stage=1, origin=3), info)
+    assert task.description == "pass 2"
+    assert "at most 19 passes" in task.fields["note"]
