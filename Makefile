@@ -24,7 +24,7 @@ DEVELOPMENT := $(VENV)/.development
 DATA := .data/.fetched
 POWER := .data/power/about.json
 
-# What `make bench` runs: speed beside scikit-learn, and equal bits on every scheduler.
+# What `make bench` runs: speed beside scikit-learn, equal bits on every scheduler, and violence.
 BENCHMARKS ?= speed schedulers memory kills bad_inputs update_kills races
 
 # Test processes. Tests that need the Prefect server share one of them.
