@@ -120,13 +120,17 @@ def _check_columns(config: Config, schema: Schema) -> None:
 
 def expand(paths: Sequence[str]) -> list[str]:
     """Files that paths and patterns mean, in order. Raises DataError where one means none."""
+    from genstream.landing import is_data
+
     found: list[str] = []
     for path in paths:
         if "://" in path:
             found.append(path)
             continue
         found_here = glob.glob(path, recursive=True)  # noqa: PTH207 - a pattern may be absolute
-        matches = sorted(found_here) if glob.has_magic(path) else [path]
+        # A pattern means data, not what says that they are whole or are still on the way.
+        there = sorted(p for p in found_here if is_data(Path(p).name))
+        matches = there if glob.has_magic(path) else [path]
         if Path(path).exists():
             matches = [path]
         if not matches or not Path(matches[0]).exists():
@@ -193,17 +197,17 @@ def open_data(config: Config, pinned: Mapping[str, Any] | None = None) -> Data:
     """The rows a configuration means.
 
     `pinned` is what `ingest_data` found: the manifest of the dataset that is meant, and the batches
-    left out of it. Without it those are the newest manifest's, and all.
+    left out of it; or, where data are fitted in place, the `files`. Without it those are the newest
+    manifest's, and all, and whatever files there are now.
 
     Raises DataError where there are no rows, or where they do not have the columns named.
     """
     from genstream import sources, tables
 
-    data = config.data
+    data, pinned = config.data, pinned or {}
     if config.dataset is not None:
         from genstream.store import Dataset
 
-        pinned = pinned or {}
         dataset = Dataset.open(config.dataset, pinned.get("manifest"))
         left_out = set(pinned.get("left_out", ()))
         ids = [batch.id for batch in dataset.batches]
@@ -211,7 +215,7 @@ def open_data(config: Config, pinned: Mapping[str, Any] | None = None) -> Data:
         whole: Source = dataset.source(batches=None if len(kept) == len(ids) else kept)
     else:
         whole = tables.open_source(
-            expand(config.paths),
+            pinned.get("files") or expand(config.paths),
             columns_of(config),
             data.weights,
             null_values=data.null_values,
@@ -232,6 +236,14 @@ def open_data(config: Config, pinned: Mapping[str, Any] | None = None) -> Data:
     seed = config.fit.seed
     train, test = (sources.Split(whole, part, share, seed) for part in ("train", "test"))
     return Data(train, test)
+
+
+def files_of(identity: Mapping[str, Any]) -> list[str]:
+    """The files, or the one array or table, that a source's identity names."""
+    inner = identity.get("source", identity)
+    if "files" in inner:
+        return [str(name) for name in inner["files"]]
+    return [str(one["name"]) for one in inner.get("sources", [inner])]
 
 
 def columns_of(config: Config) -> dict[str, Kind | Column] | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.config import Compute, Config, Drawn, load
-from flows.data import Data, ingest_data, open_data
+from flows.data import Data, files_of, ingest_data, open_data
 from flows.plan import memo_nbytes
 from flows.run import Run
 from flows.terminal import FitProgress, RowProgress, bars, bytes_text
@@ -41,6 +41,17 @@ OnStep = Callable[["FitState", "StepInfo"], None]
 CONNECT_SECONDS = 10
 
 log = logging.getLogger("genstream")
+
+
+def pinned(run: Run) -> dict[str, Any]:
+    """The data that a run means, whatever lands while it is at work; see `open_data`."""
+    found = dict(run.stage("ingest"))
+    identity = run.read_json("repro.json").get("data")
+    if run.config.dataset is None and identity:
+        found["files"] = files_of(identity)
+        found["n_rows"] = identity.get("source", identity)["n_rows"]
+    return found
+
 
 # --- fit -----------------------------------------------------------------------------------------
 
@@ -160,7 +171,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
     from genstream.story import mixture
 
     config = run.config
-    data = open_data(config, run.stage("ingest"))
+    data = open_data(config, pinned(run))
     record = _reproducibility(config, data)
     _check_unchanged(run, record)
     run.write_json("repro.json", record)
@@ -319,7 +330,7 @@ def evaluate(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     from genstream.evaluate import criteria, held_out, predictive_check
 
     config = run.config
-    data = open_data(config, run.stage("ingest"))
+    data = open_data(config, pinned(run))
     story, state = _fitted(run)
     params = state.params
     with cluster(config.compute), bars(quiet) as progress:
@@ -360,10 +371,8 @@ def publish(run: Run) -> dict[str, Any]:
 
     config = run.config
     story, state = _fitted(run)
-    data = open_data(config, run.stage("ingest"))
-    before = run.read_json("repro.json").get("data") or {}
-    n_fitted = before.get("source", before).get("n_rows")
-    batches, columns = fitted_batches(config, run.stage("ingest"), n_fitted)
+    data = open_data(config, pinned(run))
+    batches, columns = fitted_batches(config, pinned(run))
     held = None
     if data.held_out is not None and config.data.test is None and any(data.held_out.chunk_rows):
         rng = np.random.default_rng([config.fit.seed, 5])
@@ -393,7 +402,7 @@ def report(run: Run) -> dict[str, Any]:
     if not found:
         raise ConfigError(f"run {run.id} was not evaluated yet: `genstream resume {run.id}`")
     config, info = run.config, run.info()
-    data = open_data(config, run.stage("ingest"))
+    data = open_data(config, pinned(run))
     story, state = _fitted(run)
     rng = np.random.default_rng([config.fit.seed, 4])
     fitted = run.stage("fit")

@@ -286,12 +286,12 @@ def _source(config: Config) -> Source:
 
 
 def fitted_batches(
-    config: Config, pinned: Mapping[str, Any], n_fitted: int | None = None
+    config: Config, pinned: Mapping[str, Any]
 ) -> tuple[list[Event], tuple[str, ...]]:
     """The batches that a fit of a configuration has learned, and the columns that they came with.
 
-    `pinned` is what the ingest found. Without a dataset each file is a batch, known by its bytes;
-    one source alone, which may get further rows, is the range of its first `n_fitted`.
+    `pinned` says which data those were, as for `open_data`. Without a dataset each file is a batch,
+    known by its bytes; one source alone, which may get further rows, is the range of its rows.
     """
     from genstream.models import Event
     from genstream.sources import content_digest
@@ -310,14 +310,14 @@ def fitted_batches(
         from genstream.growing import Range, digest
 
         source = _source(config)
-        n = n_fitted or sum(source.chunk_rows)
+        n = pinned.get("n_rows") or sum(source.chunk_rows)
         rows = Range(0, n, digest(source, 0, n))
         name = str(source.identity()["name"])
         extent = dataclasses.asdict(rows)
         return [
             Event(rows.batch_id(name), f"{name}[0:{n}]", "learned", n_rows=n, extent=extent)
         ], ()
-    files = expand(config.paths)
+    files = pinned.get("files") or expand(config.paths)
     local = [path for path in files if "://" not in path]
     events = [Event(content_digest(path), Path(path).name, "learned") for path in local]
     return events, ()

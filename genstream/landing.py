@@ -257,7 +257,7 @@ def _matches(pattern: str) -> list[_Found]:
         below = PurePosixPath(one).parts[len(fixed) :]
         if any(part.startswith(".") or part == "_temporary" for part in below):
             continue
-        if not below or _is_unfinished(below[-1]) or _is_marker(below[-1]):
+        if not below or not is_data(below[-1]):
             continue
         # What lies within a folder that is one table is no table of its own.
         inside = [PurePosixPath(*fixed, *below[:n]).as_posix() for n in range(1, len(below))]
@@ -269,12 +269,10 @@ def _matches(pattern: str) -> list[_Found]:
     return found
 
 
-def _is_unfinished(name: str) -> bool:
-    return name.lower().endswith(_UNFINISHED)
-
-
-def _is_marker(name: str) -> bool:
-    return name in DONE_NAMES or name.endswith(DONE_ENDING)
+def is_data(name: str) -> bool:
+    """Whether a file of this name may be data, rather than a marker or still on its way."""
+    marker = name in DONE_NAMES or name.endswith(DONE_ENDING)
+    return not marker and not name.lower().endswith(_UNFINISHED)
 
 
 def _is_table(fs: Any, folder: str) -> bool:

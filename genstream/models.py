@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -45,6 +46,8 @@ Status = Literal["learned", "rejected", "quarantined", "duplicate", "pending", "
 
 # Statuses with which a batch is left alone, unless it is asked for by name.
 SETTLED: tuple[Status, ...] = ("learned", "rejected", "quarantined", "duplicate", "rolled_back")
+# Manifests kept, and none younger than a day is deleted.
+MANIFESTS = 64
 # Other writers may commit this often while one commit is tried.
 COMMIT_RETRIES = 30
 
@@ -345,7 +348,11 @@ class ModelStore:
                     # A rejected batch judges as long as the champion that it was judged by counts.
                     judge = there.champion if number is None else number
                     mine = {"id": event.id, "version": judge, "rows": rows.to_json()}
-                    others = [one for one in content.get("held", ()) if one["id"] != event.id]
+                    others = [
+                        one
+                        for one in content.get("held", ())
+                        if one["id"] != event.id and there.live(one["version"])
+                    ]
                     changed["held"] = [*others, mine][-window:]
                 if compared is not None:
                     changed["reference"] = compared.to_json()
@@ -379,6 +386,12 @@ class ModelStore:
         named = {ref.key for ref in pieces_of(self.storage, made)}
         for folder in MODEL_FOLDERS:
             collect(self.storage, named, folder, older_than=GRACE)
+        # The newest manifest says all; those before it serve whoever is just looking.
+        limit = time.time() - GRACE
+        for key, written in list(self.storage.list("manifests")):
+            number = PurePosixPath(key).stem
+            if number.isdigit() and int(number) <= made.number - MANIFESTS and written < limit:
+                self.storage.delete(key)
 
     def versions(self) -> tuple[Version, ...]:
         """All versions, oldest first. Raises StorageError where there is no model."""

@@ -377,6 +377,25 @@ def test_a_long_ledger_moves_to_pages_and_says_the_same(
     assert [e.name for e in store.snapshot().events] == [str(n) for n in range(14)]
 
 
+def test_old_manifests_go_when_they_are_of_no_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("genstream.models.MANIFESTS", 4)
+    store, _, _ = published(tmp_path)
+    for n in range(14):
+        settle(store, Event(caller_id(str(n)), str(n), "quarantined"))
+    learn_batch(store, batch("young"), OPTIONS)
+    there = len(list((tmp_path / "manifests").glob("*.json")))
+    monkeypatch.setattr("genstream.models.GRACE", -60.0)
+    for n in range(14, 29):
+        settle(store, Event(caller_id(str(n)), str(n), "quarantined"))
+    learn_batch(store, batch("last", seed=3), OPTIONS)
+    assert there == 16
+    assert len(list((tmp_path / "manifests").glob("*.json"))) == 4
+    assert len(store.snapshot().batches) == 31
+    assert store.champion == 3
+
+
 def test_any_iterator_of_batches_is_a_source(tmp_path: Path) -> None:
     store, _, _ = published(tmp_path)
 
