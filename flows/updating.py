@@ -90,8 +90,11 @@ def update_config(
 def carry_out(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[str, Any]:
     """Learn everything new for a run of `begin`, in this process.
 
-    A run that found nothing leaves no folder behind: a schedule would pile them up.
+    A run that found nothing leaves no folder behind: a schedule would pile them up. One that is
+    done is not done again.
     """
+    if run.status == "done":
+        return run.stage("update")
     with run.working():
         found = update(run, on_batch)
         if found["batches"] and run.config.report:
@@ -385,7 +388,7 @@ class Landing:
             identity = copy.id
         else:
             identity = caller_id(batch_id)
-        yield self._opened(copy, identity, batch_id or copy.name)
+        yield self._opened(copy, identity, batch_id or f"stdin-{copy.id[:8]}")
 
     def again(self, reference: str) -> Iterator[Delivery | Learned]:
         """A batch that was refused or rolled back, by its name or the beginning of its id.
