@@ -187,7 +187,7 @@ class LocalStorage:
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, each synced into its parent."""
     for above in _make_folder(folder):
-        _sync(above)
+        sync_folder(above)
 
 
 def _make_folder(folder: Path) -> list[Path]:
