@@ -103,7 +103,7 @@ class Run:
             kind=kind,
             config=str(config_path),
             overrides=list(overrides),
-            created=now.isoformat(timespec="seconds"),
+            created=now.isoformat(timespec="milliseconds"),
             status="running",
             reason="",
             process=_this_process(),
@@ -120,7 +120,8 @@ class Run:
             return cls(Path(reference))
         runs = {run.id: run for run in cls.all(root)}
         if reference == "last" and runs:
-            return runs[max(runs)]
+            # Names tell runs of one second apart by chance only.
+            return max(runs.values(), key=lambda run: (run.id[:16], run.info().get("created", "")))
         matches = [
             name for name in runs if name.startswith(reference) or name.endswith(f"-{reference}")
         ]
