@@ -152,6 +152,8 @@ def update(
 
     settings = [text for text in overrides or () if text != "-"]
     stdin = len(settings) < len(overrides or ())
+    if batch_id is not None and not batch_id.strip():
+        raise ConfigError("--id is empty: name the batch, or leave the option out")
     if batch_id is not None and not stdin:
         raise ConfigError("--id names the batch on standard input: say - after the configuration")
     if retry is not None and stdin:

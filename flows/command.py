@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +54,7 @@ def guarded(command: Callable[[], object]) -> None:
     """Call `command`; exit with the code of whatever error it raises, after one line about it."""
     wants_json = "--json" in sys.argv[1:]
     try:
-        with interruptible():
+        with interruptible(), _warnings_told():
             command()
     except (Interrupted, KeyboardInterrupt) as error:
         code = error.exit_code if isinstance(error, Interrupted) else 130
@@ -67,6 +68,21 @@ def guarded(command: Callable[[], object]) -> None:
     else:
         typer.echo(f"error: {message}", err=True)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Within it what is logged as a warning is told on stderr, too."""
+    log = logging.getLogger("genstream")
+    told = logging.StreamHandler(sys.stderr)
+    # An error is told once, by whoever ends the command.
+    told.addFilter(lambda record: record.levelno == logging.WARNING)
+    told.setFormatter(logging.Formatter("warning: %(message)s"))
+    log.addHandler(told)
+    try:
+        yield
+    finally:
+        log.removeHandler(told)
 
 
 def _how_to_go_on() -> str:

@@ -71,8 +71,12 @@ IN_PLACE = (
 
 
 def in_place(path: str) -> bool:
-    """Whether what a path or pattern names, or an array inside of it, needs no ingest."""
-    return "://" in path or any(part.lower().endswith(IN_PLACE) for part in Path(path).parts)
+    """Whether what a path or pattern names, or an array inside of it, needs no ingest.
+
+    Of what lies elsewhere only zarr arrays are read by chunks.
+    """
+    endings = (".zarr",) if "://" in path else IN_PLACE
+    return any(part.lower().endswith(endings) for part in Path(path).parts)
 
 
 def parse_size(value: object) -> int:
@@ -777,9 +781,10 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
     elif data.dataset is None:
         tables = [path for path in config.paths if not in_place(path)]
         if tables:
+            able = "zarr arrays" if "://" in tables[0] else ", ".join(IN_PLACE)
             message = (
-                f"{tables[0]!r} cannot be fitted in place ({', '.join(IN_PLACE)} can): say where "
-                f"to put the data, dataset: data/{config.name}"
+                f"{tables[0]!r} cannot be fitted in place ({able} can): say where to put the "
+                f"data, dataset: data/{config.name}"
             )
             found.append((("data", "source"), message))
         plain = Data(source=data.source)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import glob
 import hashlib
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flows.config import Config, Drawn
+from flows.config import Config, Drawn, in_place
 from genstream.errors import ConfigError, DataError
 from genstream.schema import Column, Kind, Schema
 
 if TYPE_CHECKING:
     from genstream.rows import Rows
     from genstream.sources import Source
+    from genstream.store import IngestReport
+
+ARRAYS = ("zarr.json", ".zarray", ".zgroup")
+"""Files by which a folder is known to be a zarr array or group."""
 
 OnRows = Callable[[int], None]
 
@@ -46,17 +52,29 @@ def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]
     else:
         if (Path(path) / "manifests").is_dir():
             _check_columns(config, Dataset.open(path).schema)
-        found = ingest(
-            expand(config.paths),
-            path,
-            columns=columns_of(config),
-            id_column=data.id,
-            weights=data.weights,
-            missing=data.missing,
-            null_values=data.null_values,
-            dtype=data.dtype,
-            on_progress=on_rows,
-        ).to_json()
+        files = expand(config.paths)
+        here = [file for file in files if "://" not in file]
+        away = [[file] for file in files if "://" in file]
+        reports: list[IngestReport] = []
+        for group in [here] * bool(here) + away:
+            with contextlib.ExitStack() as stack:
+                brought = [stack.enter_context(at_hand(file)) for file in group]
+                reports.append(
+                    ingest(
+                        [file for file, _ in brought],
+                        path,
+                        columns=columns_of(config),
+                        id_column=data.id,
+                        weights=data.weights,
+                        missing=data.missing,
+                        null_values=data.null_values,
+                        dtype=data.dtype,
+                        batch=brought[0][1],
+                        on_progress=on_rows,
+                    )
+                )
+        found = reports[-1].to_json()
+        found["batches"] = [b for report in reports for b in report.to_json()["batches"]]
     dataset = Dataset.open(path, found["manifest"])
     now = {batch["id"] for batch in found["batches"]}
     refused = refused_batches(config)
@@ -119,13 +137,24 @@ def _check_columns(config: Config, schema: Schema) -> None:
 
 
 def expand(paths: Sequence[str]) -> list[str]:
-    """Files that paths and patterns mean, in order. Raises DataError where one means none."""
-    from genstream.landing import is_data
+    """Files that paths, patterns, folders and URLs mean, in order.
+
+    Raises DataError where one means none.
+    """
+    from genstream.landing import is_data, list_data
 
     found: list[str] = []
     for path in paths:
-        if "://" in path:
+        if "://" in path and in_place(path):
             found.append(path)
+            continue
+        if "://" in path or (Path(path).is_dir() and not in_place(path)):
+            # An array may lie in a folder of any name.
+            stored = "://" not in path and any((Path(path) / name).exists() for name in ARRAYS)
+            matches = [path] if stored else list_data(path)
+            if not matches:
+                raise DataError(f"{path}: holds no data yet")
+            found += matches
             continue
         found_here = glob.glob(path, recursive=True)  # noqa: PTH207 - a pattern may be absolute
         # A pattern means data, not what says that they are whole or are still on the way.
@@ -141,6 +170,25 @@ def expand(paths: Sequence[str]) -> list[str]:
             )
         found += matches
     return found
+
+
+@contextlib.contextmanager
+def at_hand(path: str) -> Iterator[tuple[str, tuple[str, str] | None]]:
+    """Within it a file lies on this machine: its path, and id and name where it is a copy.
+
+    Raises DataError where it changes while it is fetched, StorageError where it cannot be.
+    """
+    if "://" not in path:
+        yield path, None
+        return
+    from genstream.landing import Changed, copy_in, find_arrivals
+
+    with tempfile.TemporaryDirectory(prefix="genstream-") as folder:
+        (arrival,) = find_arrivals([path], ready="stable_size", settle=0.0).ready
+        copy = copy_in(arrival, folder)
+        if isinstance(copy, Changed):
+            raise DataError(f"{path}: {copy.why}: try again when it is whole")
+        yield str(copy.path), (copy.id, copy.name)
 
 
 def _ingest_drawn(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import Config, Drawn, in_place
-from flows.data import columns_of, expand, open_data
+from flows.data import at_hand, columns_of, expand, open_data
 from flows.terminal import bytes_text
 from genstream.errors import ConfigError, DataError, StorageError
 from genstream.schema import Column, Schema
@@ -224,7 +224,13 @@ def _extent(config: Config) -> Extent:
             True,
         )
     else:
-        found = [rows_of(path) for path in expand(config.paths)]
+        files = expand(config.paths)
+        here = [path for path in files if "://" not in path]
+        found = [rows_of(path) for path in here]
+        if len(here) < len(files):
+            # What lies elsewhere is taken to be like its first file.
+            with at_hand(next(path for path in files if "://" in path)) as (path, _):
+                found += [(rows_of(path)[0], False)] * (len(files) - len(here))
         rows, exact = sum(n for n, _ in found), all(known for _, known in found)
         schema = _assumed_schema(config)
     from genstream.segments import CHUNK_NBYTES
@@ -254,8 +260,8 @@ def _assumed_schema(config: Config) -> Schema:
     if columns is None:
         carried = [name for name in (config.data.id, config.data.weights) if name is not None]
         encoder = Encoder(null_values=config.data.null_values, carried=carried)
-        path = expand(config.paths)[0]
-        encoder.encode(next(iter(read_tables(path, chunk_rows=1000))), place=path)
+        with at_hand(expand(config.paths)[0]) as (path, _):
+            encoder.encode(next(iter(read_tables(path, chunk_rows=1000))), place=path)
         return encoder.schema
     labels = tuple(str(n) for n in range(ASSUMED_LEVELS))
     return Schema(
@@ -330,7 +336,8 @@ def check_data(config: Config) -> dict[str, Any]:
             missing=config.data.missing,
             carried=carried,
         )
-        table = next(iter(read_tables(path, columns=encoder.wanted, chunk_rows=1000)))
+        with at_hand(path) as (here, _):
+            table = next(iter(read_tables(here, columns=encoder.wanted, chunk_rows=1000)))
         n_columns = encoder.encode(table, place=path).n_features
         if config.data.weights is not None:
             encoder.weights(table, config.data.weights, place=path)

@@ -15,6 +15,9 @@ from genstream.errors import ConfigError
 if TYPE_CHECKING:
     from genstream.story import Params, Story
 
+MAX_WAITING = 20
+"""Files that are not ready yet, listed as text."""
+
 MAX_ROWS = 50
 """Components, batches and versions shown as text; `--json` has them all."""
 
@@ -86,7 +89,10 @@ def update_text(found: dict[str, Any]) -> str:
             lines += [prefix + line.removeprefix(prefix) for line in (*told, *batch["flags"])]
     else:
         lines.append("nothing new")
-    lines += [f"{one['name']}: waits: {one['why']}" for one in found["waiting"]]
+    waiting = found["waiting"]
+    lines += [f"{one['name']}: waits: {one['why']}" for one in waiting[:MAX_WAITING]]
+    if len(waiting) > MAX_WAITING:
+        lines.append(f"... {len(waiting) - MAX_WAITING:,} more wait")
     lines.append(f"model     {found['model']}, version {found['version']} in use")
     if found.get("report"):
         lines.append(f"report    {found['report']}")

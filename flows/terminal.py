@@ -142,7 +142,8 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    # A line break in a name would break the table.
+    return f"{value:,}" if isinstance(value, int) else " ".join(str(value).splitlines())
 
 
 def bytes_text(size: float) -> str:

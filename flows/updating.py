@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.config import Config, Drawn, load
-from flows.data import columns_of, expand
+from flows.data import columns_of, expand, open_data
 from flows.run import Run
 from genstream.errors import ConfigError, CorruptError, DataError, RefusedError
 from genstream.landing import Copy, discard
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from genstream.growing import Range
     from genstream.models import Event, ModelStore
     from genstream.report import UpdateInput
+    from genstream.schema import Schema
     from genstream.sources import Source
     from genstream.updates import Delivery, Learned, Options
 
@@ -141,7 +142,10 @@ def update(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[
             if isinstance(one, Learned):
                 done = one
             else:
-                done = learn_batch(store, one, options, retry=bool(info.get("retry")))
+                done = learn_batch(store, one, options, retry=landing.retrying)
+            if info.get("stdin") and done.event.status in REFUSED:
+                # Whoever sends a batch is told each time that the model does not have it.
+                done = dataclasses.replace(done, fresh=True)
             landing.close(done)
             found.append(done)
             run.append_metrics({"step": number, **done.to_json()})
@@ -246,10 +250,9 @@ def options_of(config: Config) -> Options:
 
 def _tell(done: Learned) -> None:
     event = done.event
-    level = logging.WARNING if event.status in REFUSED else logging.INFO
-    log.log(level, "%s: %s%s", event.name, event.status, f": {event.reason}" * bool(event.reason))
+    log.info("%s: %s%s", event.name, event.status, f": {event.reason}" * bool(event.reason))
     for flag in event.flags:
-        log.warning("%s: %s", event.name, flag)
+        log.info("%s: %s", event.name, flag)
 
 
 def _line(done: Learned) -> dict[str, Any]:
@@ -274,14 +277,16 @@ def grows(config: Config) -> bool:
     return config.dataset is None and len(paths) == 1 and not glob.has_magic(paths[0])
 
 
-def _source(config: Config) -> Source:
-    """The rows that lie where they are."""
+def _source(
+    config: Config, files: Sequence[str] | None = None, schema: Schema | None = None
+) -> Source:
+    """The rows that lie where they are: of all the source, or of some of its files."""
     from genstream import tables
 
     data = config.data
     return tables.open_source(
-        expand(config.paths),
-        columns_of(config),
+        files or expand(config.paths),
+        schema or columns_of(config),
         data.weights,
         null_values=data.null_values,
         missing=data.missing,
@@ -320,9 +325,18 @@ def fitted_batches(
         return [
             Event(rows.batch_id(name), f"{name}[0:{n}]", "learned", n_rows=n, extent=extent)
         ], ()
-    files = pinned.get("files") or expand(config.paths)
-    local = [path for path in files if "://" not in path]
-    events = [Event(content_digest(path), Path(path).name, "learned") for path in local]
+    from genstream.landing import RowMultiset, by_label
+
+    files, events = pinned.get("files") or expand(config.paths), []
+    schema = open_data(config, pinned).train.schema
+    levels = {j: schema.columns[j].levels for j in schema.of_kind("categorical")}
+    for path in files:
+        part, seen = _source(config, [path], schema), RowMultiset()
+        for i in range(len(part.chunk_rows)):
+            seen.add(by_label(part.read(i), levels))
+        name, n_rows = Path(path).name, seen.n_rows
+        event = Event(content_digest(path), name, "learned", n_rows=n_rows, digest=seen.hexdigest())
+        events.append(event)
     return events, ()
 
 
@@ -379,6 +393,8 @@ class Landing:
         from genstream.landing import spool
         from genstream.updates import caller_id
 
+        if sys.stdin is None:
+            raise DataError("standard input is closed: send a batch there")
         copy = spool(sys.stdin.buffer, self.inbox)
         if batch_id is None:
             log.warning(
@@ -388,6 +404,9 @@ class Landing:
             identity = copy.id
         else:
             identity = caller_id(batch_id)
+            known = self._settled(identity)
+            # Its sender has mended it: what could not be read is looked at again.
+            self.retrying = known is not None and known.status == "quarantined"
         yield self._opened(copy, identity, batch_id or f"stdin-{copy.id[:8]}")
 
     def again(self, reference: str) -> Iterator[Delivery | Learned]:

@@ -340,6 +340,7 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
             story, state = next(self._starts(self._passes(source), small=False))
         else:
             story, state = self.story_, self.state_
+            self._check_same(story)
         pieces = (source.read(i) for i in range(len(source.chunk_rows)))
         with one_blas_thread():
             state, info = OnlineEM().learn(story, state, pieces, n_rows=n_rows)
@@ -350,6 +351,17 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
             )
         self._keep(story, replace(state, outcome=Outcome.RUNNING))
         return self
+
+    def _check_same(self, story: Story) -> None:
+        """Raise ConfigError where parameters no longer describe what was learned so far."""
+        now = self._make_story(story.schema).to_json()
+        before = story.to_json()
+        for name in ("n_components", "covariance", "prior", "reg_covar", "dtype"):
+            if now[name] != before[name]:
+                raise ConfigError(
+                    f"{name} is {now[name]!r}, and what was learned so far has {before[name]!r}: "
+                    "partial_fit goes on with the same model, fit begins anew"
+                )
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:  # noqa: ARG002
         """Fit, then (n,) the likeliest component of each row; parameters as for `fit`."""

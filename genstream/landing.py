@@ -20,7 +20,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, Literal
 
@@ -265,8 +265,24 @@ def _matches(pattern: str) -> list[_Found]:
             continue
         if fs.isdir(one) and not _is_table(fs, one):
             continue
+        if isinstance(fs, LocalFileSystem) and _is_special(Path(one)):
+            continue
         found.append(_Found(fs, one, "/".join(below)))
     return found
+
+
+def list_data(pattern: str) -> list[str]:
+    """Paths or URLs of the files that a pattern, a folder or a URL stands for, in natural order.
+
+    Raises StorageError where it cannot be looked at.
+    """
+    found = _matches(pattern)
+    return [one.place for one in sorted(found, key=lambda one: _natural(one.below, one.place))]
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path is a pipe, a socket or a device, which nobody reads to an end."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def is_data(name: str) -> bool:
@@ -740,7 +756,12 @@ def _arrivals(items: Iterator[Any], schema: Schema | None) -> Iterator[Arrived]:
     for item in items:
         name = f"item {next(numbers)}"
         identity = None
-        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str | int):
+        if isinstance(item, tuple) and len(item) == 2 and np.ndim(item[0]) == 0:
+            if not isinstance(item[0], str | int | np.integer | date):
+                raise DataError(
+                    f"{name}: its id is a {type(item[0]).__name__}: give text, a whole number or a "
+                    "date"
+                )
             identity, item = str(item[0]), item[1]
         try:
             if identity == "":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from genstream.errors import CorruptError
+from genstream.errors import ConfigError, CorruptError
 from genstream.families.blocks import Array
 from genstream.rows import Rows
 from genstream.stats import Record, axes
@@ -531,6 +531,10 @@ class Relay:
     """
 
     learners: tuple[Learner, ...]
+
+    def __post_init__(self) -> None:
+        if not self.learners:
+            raise ConfigError("a relay needs at least one learner")
 
     def step(self, story: Story, state: FitState, passes: Passes) -> tuple[FitState, StepInfo]:
         state, info = self.learners[state.stage].step(story, state, passes)

@@ -510,7 +510,10 @@ class Manifests:
         except (ValueError, KeyError, TypeError):
             intact = False
         if not intact or body.get("number") != number:
-            raise CorruptError(f"{place}: is damaged: its digest does not match")
+            raise CorruptError(
+                f"{place}: is damaged: its digest does not match: restore it from a copy, or "
+                "remove it, which undoes that commit"
+            )
         _check_format(place, body)
         if self.kind not in (None, body["kind"]):
             raise StorageError(f"{self.storage.name}: holds a {body['kind']}, not a {self.kind}")

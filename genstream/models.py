@@ -422,8 +422,11 @@ class ModelStore:
             if wanted not in numbers:
                 listed = ", ".join(str(n) for n in numbers)
                 raise ConfigError(
-                    f"{self.path}: no version to go back to ({listed} are there, {now} is in use)"
+                    f"{self.path}: no version to go back to (versions {listed} are there, "
+                    f"{now} is in use)"
                 )
+            # Raises where it is damaged: nobody goes back to nothing.
+            read_state(self.storage, there.version(wanted).state)
             without = [list(span) for span in there.version(wanted).without]
             last = _last(head.content)
             if wanted < last:

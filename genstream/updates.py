@@ -336,6 +336,10 @@ def update(
     """
     store, found = ModelStore(model), []
     for one in deliveries:
+        if not (isinstance(one, Arrived) or hasattr(one, "read")):
+            raise ConfigError(
+                f"cannot learn from {type(one).__name__} as it is: give genstream.stream(batches)"
+            )
         batch = delivery(one) if isinstance(one, Arrived) else one
         done = learn_batch(store, batch, options or Options())
         found.append(done)

@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 import genstream.estimators
-from genstream.errors import DataError, GenstreamError
+from genstream.errors import ConfigError, DataError, GenstreamError
 from genstream.estimators import GaussianMixture, Mixture
 from genstream.learn import FitState, Outcome
 from genstream.online import OnlineEM
@@ -899,3 +899,16 @@ def test_partial_fit_leaves_the_model_where_rows_cannot_be_learned() -> None:
     assert model.state_.params.digest() == digest
     with pytest.raises(DataError, match="n_components = 9"):
         GaussianMixture(9).partial_fit(X[:4])
+
+
+def test_partial_fit_goes_on_with_the_same_model_or_says_why_not() -> None:
+    x = np.random.default_rng(0).standard_normal((300, 2))
+    model = GaussianMixture(2, random_state=0).partial_fit(x)
+    before = model.score(x)
+    for change in ({"covariance_type": "diag"}, {"n_components": 3}):
+        model.set_params(**change)
+        with pytest.raises(ConfigError, match="partial_fit goes on with the same model"):
+            model.partial_fit(x + 50)
+        model.set_params(covariance_type="full", n_components=2)
+    assert model.score(x) == before
+    assert model.partial_fit(x).score(x) == pytest.approx(before, abs=0.5)

@@ -13,7 +13,7 @@ import resource
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import date, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -825,3 +825,11 @@ class TestStream:
     def test_what_cannot_be_iterated_over_is_refused_at_once(self) -> None:
         with pytest.raises(ConfigError, match="cannot take batches from int"):
             stream(3)  # type: ignore[arg-type]
+
+
+def test_days_are_ids_and_what_is_none_is_said_to_be_none() -> None:
+    rows = np.ones((2, 2))
+    items = [(date(2013, 1, 19), rows), (np.int64(7), rows)]
+    assert [one.id for one in stream(items)] == ["2013-01-19", "7"]
+    with pytest.raises(DataError, match="item 0: its id is a float: give text, a whole number"):
+        next(stream([(1.5, rows)]))

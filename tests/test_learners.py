@@ -392,3 +392,8 @@ class TestDefaultLearner:
         assert ended.stage == 1
         plain = fit(story, BatchEM(500, 1e-6), passes, state)
         assert objective(story, ended, passes) > objective(story, plain, passes) - 1e-4
+
+
+def test_a_relay_needs_somebody_to_run() -> None:
+    with pytest.raises(ConfigError, match="at least one learner"):
+        Relay(())

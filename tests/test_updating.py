@@ -672,3 +672,90 @@ def test_what_a_dataset_has_already_is_learned_first(call: Call) -> None:
     assert [b["name"] for b in ran.batches] == ["day1.csv", "day2.csv"]
     assert set(ran.statuses.values()) == {"learned"}
     assert update(call).batches == []
+
+
+def test_the_same_rows_are_known_again_where_files_were_fitted_in_place(in_place: Call) -> None:
+    Path("landing").mkdir(exist_ok=True)
+    turned = {name: values[::-1] for name, values in drawn(600, 0).items()}
+    land("again.parquet", turned)
+    ran = update(in_place)
+    assert ran.statuses == {"again.parquet": "duplicate"}
+    (first, _) = ModelStore(MODEL).snapshot().batches.values()
+    assert (first.name, first.n_rows) == ("day0.parquet", 600)
+
+
+def test_a_fit_fetches_what_lies_elsewhere(call: Call, tmp_path: Path) -> None:
+    for number in (2, 1):
+        land(f"day{number}.csv", drawn(200, number), "far")
+    url = f"file://{tmp_path}/far/*.csv"
+    sets = ("data.dataset=data/far", "publish.model=models/far")
+    ran = call("fit", "config.yaml", f"data.source={url}", *sets)
+    assert ran.code == 0, ran.err
+    batches = ModelStore("models/far").snapshot().batches.values()
+    assert [(e.name, e.status, e.n_rows) for e in batches] == [
+        ("day1.csv", "learned", 200),
+        ("day2.csv", "learned", 200),
+    ]
+    land("day3.csv", drawn(200, 3), "far")
+    ran = call("update", "config.yaml", f"data.source={url}", *sets, "--json")
+    assert ran.statuses == {"day3.csv": "learned"}
+    bare = call("fit", "config.yaml", f"data.source={url}", "data.dataset=null")
+    assert bare.code == 2
+    assert "cannot be fitted in place (zarr arrays can)" in bare.err
+
+
+def test_a_folder_stands_for_its_files(call: Call) -> None:
+    land("day1.csv", drawn(200, 1), "far")
+    land("day1.csv.done", "", "far")
+    ran = call(
+        "fit", "config.yaml", "data.source=far", "data.dataset=data/far", "publish.model=models/far"
+    )
+    assert ran.code == 0, ran.err
+    assert [e.name for e in ModelStore("models/far").snapshot().batches.values()] == ["day1.csv"]
+
+
+def test_what_nobody_can_read_to_an_end_is_passed_over(call: Call) -> None:
+    Path("landing").mkdir(exist_ok=True)
+    os.mkfifo("landing/aaa.csv")
+    land("day1.csv", drawn(200, 1))
+    assert update(call).statuses == {"day1.csv": "learned"}
+
+
+def test_a_sender_hears_that_its_batch_is_not_in_and_may_mend_it(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = csv_of({name: values for name, values in drawn(200, 1).items() if name != "visits"})
+    for _ in range(2):
+        send(monkeypatch, bad.encode())
+        ran = call("update", "config.yaml", "-", "--id", "monday")
+        assert ran.code == 1
+        assert "lacks 'visits'" in ran.err
+    send(monkeypatch, csv_of(drawn(200, 1)).encode())
+    ran = call("update", "config.yaml", "-", "--id", "monday", "--json")
+    assert ran.code == 0
+    assert ran.statuses == {"monday": "learned"}
+    assert call("update", "config.yaml", "-", "--id", "").code == 2
+
+
+def test_a_batch_without_an_id_is_said_to_be_known_by_its_bytes_only(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(monkeypatch, csv_of(drawn(200, 1)).encode())
+    ran = call("update", "config.yaml", "-")
+    assert ran.code == 0
+    assert ran.err.startswith("warning: standard input has no --id")
+    monkeypatch.setattr(sys, "stdin", None)
+    closed = call("update", "config.yaml", "-")
+    assert closed.code == 3
+    assert "standard input is closed" in closed.err
+
+
+def test_nobody_goes_back_to_a_version_that_cannot_be_read(call: Call) -> None:
+    land("day1.csv", drawn(200, 1))
+    update(call)
+    first = ModelStore(MODEL).versions()[0].state["key"]
+    Path(MODEL, f"{first}.json").unlink()
+    ran = call("rollback", MODEL)
+    assert ran.code == 7
+    assert "is missing" in ran.err
+    assert ModelStore(MODEL).champion == 2
