@@ -24,6 +24,9 @@ RESCUE_ROWS = 2048
 SEED_ROWS = 20_000
 # From this many mini-batches on, an online pass gains more than the batch pass it replaces.
 ONLINE_BATCHES = 256
+# Mini-batches that an online pass of the default learner takes at most: further M-steps cost time
+# and teach little, so that very large data are taken in larger mini-batches.
+MOST_BATCHES = 2048
 
 Seeding = Callable[[Story, Rows, np.random.Generator], Params]
 
@@ -212,10 +215,12 @@ def default_learner(
     """The learner that goes on from a warm start: `online` once over the data, then batch EM.
 
     Where there are fewer than `ONLINE_BATCHES` mini-batches the sample knows nearly as much as a
-    pass of online EM would learn, and accelerated batch EM begins at once. `max_steps` and
-    `tolerance` are those of batch EM.
+    pass of online EM would learn, and accelerated batch EM begins at once. Where there would be
+    more than `MOST_BATCHES`, mini-batches are larger. `max_steps` and `tolerance` are those of
+    batch EM.
     """
     online = online or OnlineEM()
+    online = replace(online, batch_rows=max(online.batch_rows, n_rows // MOST_BATCHES))
     batch = BatchEM(max_steps, tolerance, accelerate=True)
     if n_rows < ONLINE_BATCHES * online.batch_rows:
         return batch

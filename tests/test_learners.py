@@ -383,6 +383,9 @@ class TestDefaultLearner:
         batch = BatchEM(7, 1e-3, accelerate=True)
         assert few == batch
         assert many == Relay((online, batch))
+        # Very many are taken in larger mini-batches, or M-steps would cost more than rows.
+        vast = default_learner(2_048_000, max_steps=7, tolerance=1e-3, online=online)
+        assert vast == Relay((replace(online, batch_rows=1000), batch))
 
     def test_ends_as_well_as_batch_em(self) -> None:
         story, state, passes = problem("full", 4_000, apart=2.0, chunk_rows=256)
