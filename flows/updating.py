@@ -136,9 +136,21 @@ def update(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[
         arriving = landing.again(str(info["retry"]))
     else:
         arriving = landing.arrived()
-    found = batches_of(run)  # where the run goes on after an interruption
+    lines: list[dict[str, Any]] = []
+    drifts: list[dict[str, Any]] = []
+    refused = 0
+
+    def note(done: Learned) -> None:
+        # A line each, so that memory does not grow with all that is known of every batch.
+        nonlocal refused
+        lines.append(_line(done))
+        drifts.extend(drift_table([done.drift] if done.drift is not None else []))
+        refused += done.fresh and done.event.status in REFUSED
+
+    for done in batches_of(run):  # where the run goes on after an interruption
+        note(done)
     try:
-        for number, one in enumerate(arriving, start=len(found) + 1):
+        for number, one in enumerate(arriving, start=len(lines) + 1):
             if isinstance(one, Learned):
                 done = one
             else:
@@ -147,7 +159,7 @@ def update(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[
                 # Whoever sends a batch is told each time that the model does not have it.
                 done = dataclasses.replace(done, fresh=True)
             landing.close(done)
-            found.append(done)
+            note(done)
             run.append_metrics({"step": number, **done.to_json()})
             _tell(done)
             if on_batch is not None:
@@ -159,10 +171,10 @@ def update(run: Run, on_batch: Callable[[Learned], None] | None = None) -> dict[
         {
             "model": str(store.path),
             "version": store.champion,
-            "batches": [_line(done) for done in found],
-            "drift": drift_table([done.drift for done in found if done.drift is not None]),
+            "batches": lines,
+            "drift": drifts,
             "waiting": landing.waiting,
-            "refused": sum(d.fresh and d.event.status in REFUSED for d in found),
+            "refused": refused,
         },
     )
 
