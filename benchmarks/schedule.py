@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import psutil
 
@@ -105,6 +106,12 @@ class Serving:
             time.sleep(0.02)
         raise SystemExit("no update began")
 
+    def artifacts(self) -> dict[str, str]:
+        """What the server shows of the runs: the kind of each artifact, by its key."""
+        (server,) = {event["server"] for event in self.events if "server" in event}
+        found = httpx.post(f"{server}/artifacts/filter", json={}, timeout=30).json()
+        return {artifact["key"]: artifact["type"] for artifact in found}
+
     def end(self) -> list[dict[str, Any]]:
         """Stop it, see that nothing stays, and give the runs it told of."""
         started = psutil.Process(self.process.pid).children(recursive=True)
@@ -122,8 +129,10 @@ def run_ended(*states: str, catch_up: bool = False) -> Callable[[dict[str, Any]]
     return lambda event: event.get("state") in states and event["catch_up"] == catch_up
 
 
-def seven_firings(folder: Path, every: int, rows: int) -> list[dict[str, Any]]:
-    """Serve the folder through an overlap, a kill and a downtime; the runs there were."""
+def seven_firings(
+    folder: Path, every: int, rows: int
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Serve the folder through an overlap, a kill and a downtime; the runs and their artifacts."""
     wait = 3.0 * every + 60.0
     serving = Serving(folder)
     serving.wait_for(lambda event: "deployment" in event, 180)
@@ -155,9 +164,10 @@ def seven_firings(folder: Path, every: int, rows: int) -> list[dict[str, Any]]:
         land(folder, number, rows)
         while f"batch-{number}.csv" not in learned(folder):  # a run may have looked just before
             serving.wait_for(run_ended("Completed"), wait)
+    shown = serving.artifacts()
     runs += serving.end()
     notes = {skipped["due"]: "while the one before was held up", killed["due"]: "by SIGKILL"}
-    return [{**run, "note": notes.get(run["due"], "")} for run in runs]
+    return [{**run, "note": notes.get(run["due"], "")} for run in runs], shown
 
 
 def ledger(folder: Path) -> list[dict[str, Any]]:
@@ -191,7 +201,7 @@ def main() -> None:
         served, calm = Path(top) / "served", Path(top) / "undisturbed"
         for folder in (served, calm):
             prepare(folder, chosen.every, chosen.rows)
-        runs = seven_firings(served, chosen.every, chosen.rows)
+        runs, artifacts = seven_firings(served, chosen.every, chosen.rows)
         for number in range(1, BATCHES + 1):
             land(calm, number, chosen.rows)
             subprocess.run(
@@ -215,7 +225,10 @@ def main() -> None:
         same = digest(served) == digest(calm)
         print(f"{len(names)} batches, {rows:,} rows learned; each once: {'yes' if once else 'NO'}")
         print(f"parameters as undisturbed, to the bit: {'yes' if same else 'NO'}")
-    sys.exit(0 if once and same and rows == (BATCHES + 1) * chosen.rows else 1)
+        told = ", ".join(f"{key} ({kind})" for key, kind in sorted(artifacts.items()))
+        print(f"artifacts on the server: {told}")
+    complete = {"table", "markdown", "image"} <= set(artifacts.values())
+    sys.exit(0 if once and same and complete and rows == (BATCHES + 1) * chosen.rows else 1)
 
 
 if __name__ == "__main__":
