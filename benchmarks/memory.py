@@ -33,7 +33,7 @@ def main() -> None:
             print(
                 f"| {gigabytes:g} GiB | {planned['memory_limit'] / 2**20:.0f} MiB "
                 f"| {planned['memory'] / 2**20:.0f} MiB "
-                f"| {fit['peak_rss'] / 2**20:.0f} MiB | {fit['steps']} "
+                f"| {fit['peak_rss'] / 2**20:.0f} MiB | {fit['passes']:g} "
                 f"| {fit['bytes_read'] / 2**30:.1f} GiB | {fit['rows_per_s']:,.0f} "
                 f"| {recovered['mean']:.2g} sd |",
                 flush=True,

@@ -82,7 +82,7 @@ def fit(run: str) -> dict[str, Any]:
     create_table_artifact(
         table=[{name: line[name] for name in columns} for line in metrics[-100:]],
         key=orchestration.artifact_key(run, "trace"),
-        description=f"{found['outcome']} after {found['steps']} passes",
+        description=f"{found['outcome']} after {found['passes']:g} passes",
     )
     create_image_artifact(
         image_url=trace_figure([line["mean_loglik"] for line in metrics]),

@@ -45,7 +45,8 @@ def summary_text(run: Run) -> str:
         lines.append(("data", f"{ingested['rows']:,} rows in {ingested['path']}{beside}"))
     if fitted:
         speed = f"{fitted['rows_per_s']:,.0f} rows/s, {bytes_text(fitted['bytes_read'])} read"
-        what = f"{fitted['outcome']} after {fitted['steps']} passes over {fitted['rows']:,} rows"
+        passes = fitted.get("passes", fitted["steps"])
+        what = f"{fitted['outcome']} after {passes:g} passes over {fitted['rows']:,} rows"
         peak = bytes_text(fitted["peak_rss"])
         lines.append(("fit", f"{what} in {fitted['seconds']:.1f} s ({speed}), peak memory {peak}"))
         if fitted["advice"]:

@@ -243,6 +243,8 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
             "outcome": state.outcome.value,
             "advice": state.outcome.advice,
             "steps": state.step,
+            # Online and incremental EM take steps that are parts of a pass.
+            "passes": round(sum(info.n_rows for info in state.trace) / max(pass_rows, 1), 2),
             "rows": pass_rows,
             "mean_loglik": state.trace[-1].mean_loglik,
             "n_unobserved": state.trace[-1].n_unobserved,
