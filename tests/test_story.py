@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from genstream.errors import ConfigError, CorruptError, DataError
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
-from genstream.story import Params, Story, StoryStats, hard, mixture, soft
+from genstream.stories import mixture
+from genstream.story import Params, Story, StoryStats, hard, soft
 
 STORIES = oracles.STORIES
 GAPS = (0.0, 0.35)
@@ -516,8 +517,8 @@ class TestArguments:
             mixture(schema, 2, covariance=covariance)
 
     def test_covariance_by_default(self) -> None:
-        assert mixture(Schema.real(2), 2).to_json()["covariance"] == "full"
-        assert mixture(oracles.MIXED, 2).to_json()["covariance"] == "diag"
+        assert mixture(Schema.real(2), 2).family.options()["covariance"] == "full"
+        assert mixture(oracles.MIXED, 2).family.options()["covariance"] == "diag"
 
     @pytest.mark.parametrize("kind", STORIES)
     def test_another_number_of_columns(self, kind: str) -> None:
