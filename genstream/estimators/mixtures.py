@@ -18,7 +18,8 @@ from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS
 from genstream.start import cluster, seed_centres
-from genstream.story import COVARIANCES, Params, Story
+from genstream.stories import COVARIANCES
+from genstream.story import Params, Story
 
 INIT_PARAMS = ("kmeans", "k-means++", "random", "random_from_data")
 

@@ -16,10 +16,10 @@ columns only; `spherical` shares one variance among a component's real columns.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,6 +136,32 @@ class IndependentColumns:
     pivot: Pivot | None = record(Pivot)
     prior: ColumnsPrior | None = record(ColumnsPrior)
 
+    name: ClassVar[str] = "columns"
+    bound: ClassVar[bool] = False
+    n_factors: ClassVar[int] = 0
+    param_names: ClassVar[tuple[str, ...]] = (
+        "mean",
+        "variance",
+        "probability",
+        "rate",
+        "level_probability",
+    )
+    prior_type: ClassVar[type[Record]] = ColumnsPrior
+
+    def options(self) -> dict[str, Any]:
+        covariance = "spherical" if self.spherical else "diag"
+        return {"covariance": covariance, "reg_covar": self.ridge, "dtype": self.dtype}
+
+    @classmethod
+    def of(
+        cls, schema: Schema, options: Mapping[str, Any], pivot: Pivot | None, prior: Any
+    ) -> IndependentColumns:
+        spherical = {"diag": False, "spherical": True}[options["covariance"]]
+        return cls(schema, spherical, options["reg_covar"], options["dtype"], pivot, prior)
+
+    def with_dtype(self, dtype: str) -> IndependentColumns:
+        return replace(self, dtype=dtype)
+
     @property
     def params_type(self) -> type[ColumnsParams]:
         return SphericalParams if self.spherical else ColumnsParams
@@ -248,10 +274,22 @@ class IndependentColumns:
             return np.asarray(params.variance)
         return np.repeat(params.variance[:, None], len(self.real), axis=1)
 
+    def start(
+        self,
+        params: Any,
+        sample: Rows,  # noqa: ARG002
+        responsibilities: Array,  # noqa: ARG002
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> Record:
+        started: Record = params
+        return started
+
     def prepare(self, params: Any, log_weights: Array) -> ColumnsKernel:
         return ColumnsKernel(self, params, log_weights)
 
-    def maximise(self, stats: Any, previous: Any) -> tuple[Record, NDArray[np.bool_]]:
+    def maximise(
+        self, stats: Any, previous: Any, frozen: frozenset[str] = frozenset()
+    ) -> tuple[Record, NDArray[np.bool_]]:
         """Mode of the conjugate posterior, column by column, over the rows that observed it.
 
         Real, with `n` the observed weight, `S` the scatter about the weighted mean, `D` its squared
@@ -422,7 +460,9 @@ class IndependentColumns:
         levels[component] = np.where(observed[self.level_column], 0.5 * (hit + pooled), pooled)
         return self.params_type(mean, variance, probability, rate, levels)
 
-    def draw(self, params: Any, component: Array, rng: np.random.Generator) -> Array:
+    def draw(
+        self, params: Any, component: Array, rng: np.random.Generator
+    ) -> tuple[Array, Array | None]:
         n = len(component)
         out = np.empty((n, self.schema.n_features))
         if len(self.real):
@@ -440,7 +480,7 @@ class IndependentColumns:
             uniform = rng.random(n)
             code = (uniform[:, None] >= below[component]).sum(axis=1)
             out[:, self.level_column[start]] = code
-        return out
+        return out, None
 
     def embed(self, rows: Rows) -> tuple[Array, Array]:
         """Standardised reals and log-counts; binaries and one-hot levels by their spread."""
