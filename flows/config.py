@@ -334,8 +334,9 @@ class Model(Section):
         [], description="Names of parameters that the fit leaves as it began: see model.start."
     )
     start: Text | None = Field(
-        None, description="A model or run whose parameters the fit begins with; left out, many "
-        "starts compete on a sample of rows."
+        None,
+        description="A model or run whose parameters the fit begins with; left out, many "
+        "starts compete on a sample of rows.",
     )
     prior: Literal["weak"] | None = Field("weak", description="null for maximum likelihood.")
 

@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flows.config import Config, Drawn, in_place
 from flows.data import at_hand, columns_of, expand, open_data
+from flows.model import make_story
 from flows.terminal import bytes_text
 from genstream.errors import ConfigError, DataError, StorageError
 from genstream.schema import Column, Schema

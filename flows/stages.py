@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.config import Compute, Config, Drawn, load
 from flows.data import Data, files_of, ingest_data, open_data
+from flows.model import given_start, make_story, responsibility_of
 from flows.plan import memo_nbytes
 from flows.run import Run
 from flows.terminal import FitProgress, RowProgress, bars, bytes_text
@@ -137,10 +138,11 @@ class Checkpoints:
 
 def learner_of(config: Config, rows: int) -> Learner:
     """The learner that a configuration means for so many rows."""
+    from genstream.responsibility import soft
+
     from genstream.incremental import IncrementalEM
     from genstream.learn import BatchEM
     from genstream.online import OnlineEM
-    from genstream.responsibility import soft
     from genstream.start import default_learner
 
     options = config.fit
