@@ -355,6 +355,7 @@ def evaluate(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     unseen = data.held_out if test is not None and data.held_out is not None else data.train
     check = predictive_check(story, params, unseen, rng)
     scores = {
+        "bound": story.bound,
         "train": train.to_json(),
         "held_out": None if test is None else test.to_json(),
         "criteria": criteria(story, train).to_json(),
