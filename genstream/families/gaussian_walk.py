@@ -337,7 +337,7 @@ class GaussianWalk:
 
     def load(self, index: Index) -> None:
         values = self.rows.values[index]
-        n, d = values.shape
+        n = len(values)
         if self.log_p.shape[1] < n:
             self.log_p = np.empty((len(self.log_p), n), dtype=self.kernel.dtype)
         if self._room.size < n:
@@ -364,7 +364,9 @@ class GaussianWalk:
         if len(nothing):
             self.block.parts.append((nothing, _NoBlock(self.kernel, len(nothing))))
 
-    def _load_frequent(self, pattern: int, marginal: Marginal, chosen: Index, values: Array) -> None:
+    def _load_frequent(
+        self, pattern: int, marginal: Marginal, chosen: Index, values: Array
+    ) -> None:
         """Add the rows `chosen` of the block at hand, which share a pattern."""
         work = self._works.setdefault(pattern, self._work(marginal))
         y, features = self._room.take(marginal.n_observed, work.width, len(values))
@@ -622,8 +624,8 @@ def _completed(
     """Fill the gaps of rows (n, d), in place: `sum_k r_k E[x_M | x_O, k]`.
 
     With precision `P` and distance `e` from the mean, zero where missing, `x_M` given `x_O` has
-    mean `mean_M - inv(P_MM) (P e)_M` and covariance `inv(P_MM)`; standard normal `noise` (n, d) adds
-    a deviation of it. Rows that miss equally many columns are worked on at a time.
+    mean `mean_M - inv(P_MM) (P e)_M` and covariance `inv(P_MM)`; standard normal `noise` (n, d)
+    adds a deviation of it. Rows that miss equally many columns are worked on at a time.
     """
     shift, scale = kernel.pivot.shift, kernel.pivot.scale
     gaps = (~observed).sum(axis=1)
