@@ -26,6 +26,7 @@ from genstream.families.blocks import (
     MAX_ROUNDING,
     UNSEEN,
     Array,
+    Description,
     Family,
     Pivot,
     moments,
@@ -449,6 +450,13 @@ class Gaussian:
         precision = np.broadcast_to(precision, (len(mean), *precision.shape[1:]))
         moved = np.einsum("ki,kij,kj->k", lost, precision, lost)
         return np.asarray(np.minimum(blur, MAX_ROUNDING) + moved)
+
+    def describe(self, params: Any) -> Description:
+        covariance = np.broadcast_to(
+            params.covariance, (len(params.mean), *2 * params.mean.shape[1:])
+        )
+        sd = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
+        return Description(params.mean, sd, covariance=lambda k: covariance[k])
 
     def n_parameters(self, n_components: int) -> int:
         d = self.n_features
