@@ -77,10 +77,35 @@ class Walk(Protocol):
         """
 
 
+class LinearBlock(Protocol):
+    """A block of rows that is scored by `linear` from its features, and gathered as sums of them.
+
+    Walks that have such blocks have a property `linear_block`, the one at hand or None, and build
+    its features in their buffer `features` (p, size), which a product of families replaces by a
+    piece of its own. `size` is the number of rows it holds.
+    """
+
+    @property
+    def linear(self) -> Linear:
+        """The natural parameters."""
+
+    @property
+    def built(self) -> Array:
+        """(p, n) features of the block."""
+
+    def exact(self) -> Array:
+        """(p, n) features in float64."""
+
+    def add(self, sums: Array) -> None:
+        """Add (K, p) `resp @ T.T` to the statistics."""
+
+
 class Kernel(Protocol):
     """A family's parameters, prepared for a pass.
 
-    One whose walk takes rows with sparse values (scipy CSR) has an attribute `sparse` that is true.
+    One whose walk takes rows with sparse values (scipy CSR) has an attribute `sparse` that is true;
+    one whose walk sorts rows by what they observed has an attribute `by_pattern` that is true, and
+    leads in products.
     """
 
     def walk(self, rows: Rows) -> Walk:
@@ -206,6 +231,21 @@ class Family(Protocol):
         """(component, column position) of every variance that sits on its floor."""
 
 
+class Levelled(Family, Protocol):
+    """A family that takes categorical columns, whose levels may become more."""
+
+    def with_levels(self, schema: Schema, params: Any, seen: Array) -> tuple[Family, Record]:
+        """Family and parameters over a schema with further levels at the end of its columns.
+
+        A new level has probability `0.5 / (n + 0.5 L)` in every component and in the prior, with n
+        the weight that observed the column, of `seen` (d,), and L its levels (Krichevsky &
+        Trofimov 1981); the others keep their ratios.
+        """
+
+    def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
+        """Statistics over that schema, in which no row had a new level."""
+
+
 @dataclass(frozen=True, eq=False)
 class Pivot(Record):
     """Where statistics are summed: `(x - shift) / scale`, one shift and scale a column.
@@ -285,6 +325,7 @@ class Linear:
     """
 
     def __init__(self, eta: Array, rounding: Array, dtype: np.dtype[Any]) -> None:
+        self.whole, self.rounding = eta, rounding
         self.eta = eta.astype(dtype)
         self.dtype = dtype
         unit = float(np.finfo(dtype).eps) / 2

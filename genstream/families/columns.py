@@ -508,6 +508,26 @@ class IndependentColumns:
         mask = np.concatenate(masks, axis=1)
         return np.where(mask, np.concatenate(parts, axis=1), 0.0), mask
 
+    def with_levels(
+        self, schema: Schema, params: Any, seen: Array
+    ) -> tuple[IndependentColumns, Record]:
+        family = replace(self, schema=schema)
+        index = np.array(_level_index(self.schema, schema))
+        sizes = family.level_totals(np.ones(len(index)))
+        fresh = np.where(index < 0, 0.5 / (seen[family.level_column] + 0.5 * sizes), 0.0)
+        rest = 1.0 - family.level_totals(fresh)
+
+        def grown(record: Any) -> Any:
+            wide = record.take(index, "level")
+            return replace(wide, level_probability=wide.level_probability * rest + fresh)
+
+        prior = None if self.prior is None else grown(self.prior)
+        return replace(family, prior=prior), grown(params)
+
+    def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
+        wide: Monoid = stats.take(_level_index(self.schema, schema), "level")
+        return wide
+
     def rounding(self, params: Any) -> Array:
         scale = self._pivot.scale[self.real]
         variance = self.variances(params)
@@ -548,6 +568,17 @@ def _log1m(p: Array) -> Array:
 def _poisson_rounding(rate: Array) -> Array:
     """(K,) size of the terms of `x log rate - rate` near `x = rate`, which cancel."""
     return np.asarray((rate * (1.0 + np.abs(_log(rate)))).sum(axis=1))
+
+
+def _level_index(old: Schema, new: Schema) -> list[int]:
+    """Where each level of the new schema stood among the old ones, -1 for new levels."""
+    index: list[int] = []
+    at = 0
+    for before, after in zip(old.columns, new.columns, strict=True):
+        index += range(at, at + before.n_levels)
+        index += [-1] * (after.n_levels - before.n_levels)
+        at += before.n_levels
+    return index
 
 
 def _level_sums(family: IndependentColumns, rows: Rows) -> Array:
@@ -677,6 +708,20 @@ class ColumnsWalk:
             features[at:] = observed
         return features
 
+    @property
+    def linear_block(self) -> ColumnsWalk:
+        """Its blocks are all alike, so that the walk itself stands for them."""
+        return self
+
+    @property
+    def built(self) -> Array:
+        """(p, n) features of the block."""
+        return self.block
+
+    def add(self, sums: Array) -> None:
+        """Add (K, p) sums of features to the statistics."""
+        self.sums += sums
+
     def exact(self) -> Array:
         """Features in float64."""
         if self.block.dtype == np.float64:
@@ -720,7 +765,7 @@ class ColumnsWalk:
         return np.asarray(-factorials.sum(axis=1))
 
     def gather(self, resp: Array) -> None:
-        self.sums += self.linear.gather(self.block, self.exact, resp)
+        self.add(self.linear.gather(self.block, self.exact, resp))
 
     def close(self) -> Monoid:
         family, sums = self.kernel.family, self.sums

@@ -34,6 +34,8 @@ class GaussianKernel:
     Takes means (K, d) and covariances (C, d, d), where C is K, or 1 if they are tied.
     """
 
+    by_pattern = True
+
     def __init__(
         self,
         mean: Array,
@@ -261,6 +263,11 @@ class GaussianWalk:
                 self.block = block
                 yield chosen
 
+    @property
+    def linear_block(self) -> _PatternBlock | None:
+        """The block at hand where it is linear in its features: of one pattern, and not tied."""
+        return self.block if isinstance(self.block, _PatternBlock) else None
+
     def score(self) -> Array:
         log_p: Array = self.block.score()
         return log_p
@@ -328,8 +335,17 @@ class _PatternBlock:
         zero = marginal.constant(np.zeros(len(marginal.mean)))[k]
         return np.asarray(zero - 0.5 * np.einsum("in,in->n", z, z))
 
+    @property
+    def built(self) -> Array:
+        """(p, n) features of the block."""
+        return self.features
+
+    def add(self, sums: Array) -> None:
+        """Add (K, p) sums of features to those of the pattern."""
+        self.sums += sums
+
     def gather(self, resp: Array) -> None:
-        self.sums += self.linear.gather(self.features, self.exact, resp)
+        self.add(self.linear.gather(self.features, self.exact, resp))
 
     def finish(self) -> None:
         self.walk.add(self.marginal, self.sums)
