@@ -9,7 +9,7 @@ so that features are built and normalised along contiguous lanes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -224,6 +224,9 @@ class Family(Protocol):
     def rounding(self, params: Any) -> Array:
         """(K,) nats by which rounding may move a row's log-density, to first order."""
 
+    def describe(self, params: Any) -> Description:
+        """What the components are like in terms of columns, factors integrated out."""
+
     def n_parameters(self, n_components: int) -> int:
         """Free parameters of K components."""
 
@@ -244,6 +247,21 @@ class Levelled(Family, Protocol):
 
     def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
         """Statistics over that schema, in which no row had a new level."""
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """What a family's components are like, column by column, in data units.
+
+    `mean` and `sd` (K, d) are those of real and count columns, NaN elsewhere; `levels[j]` (K, L)
+    are level probabilities of a binary or categorical column. `covariance(k)` is the (d, d)
+    covariance within a component, None where columns are independent given the component.
+    """
+
+    mean: Array
+    sd: Array
+    levels: Mapping[int, Array] = field(default_factory=dict)
+    covariance: Callable[[int], Array] | None = None
 
 
 @dataclass(frozen=True, eq=False)

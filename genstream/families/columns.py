@@ -30,6 +30,7 @@ from genstream.families.blocks import (
     MAX_ROUNDING,
     UNSEEN,
     Array,
+    Description,
     Index,
     Linear,
     Pivot,
@@ -541,6 +542,20 @@ class IndependentColumns:
         exact = np.finfo(np.float64).eps
         counts = np.minimum(unit * counts, MAX_ROUNDING) + exact * counts
         return np.asarray((quadratic + moved).sum(axis=1) + counts)
+
+    def describe(self, params: Any) -> Description:
+        mean = np.full((len(params.mean), self.schema.n_features), np.nan)
+        sd = mean.copy()
+        mean[:, self.real], sd[:, self.real] = params.mean, np.sqrt(self.variances(params))
+        mean[:, self.count], sd[:, self.count] = params.rate, np.sqrt(params.rate)
+        success = params.probability
+        levels = {
+            int(j): np.column_stack([1 - success[:, i], success[:, i]])
+            for i, j in enumerate(self.binary)
+        }
+        for j in np.unique(self.level_column):
+            levels[int(j)] = params.level_probability[:, self.level_column == j]
+        return Description(mean, sd, levels)
 
     def n_parameters(self, n_components: int) -> int:
         real = len(self.real)

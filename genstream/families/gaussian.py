@@ -21,7 +21,15 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.families.blocks import LOG_2PI, MAX_ROUNDING, UNSEEN, Array, Pivot, moments
+from genstream.families.blocks import (
+    LOG_2PI,
+    MAX_ROUNDING,
+    UNSEEN,
+    Array,
+    Description,
+    Pivot,
+    moments,
+)
 from genstream.families.gaussian_walk import GaussianKernel, quadratic_rounding
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -353,6 +361,13 @@ class Gaussian:
         precision = np.broadcast_to(precision, (len(mean), *precision.shape[1:]))
         moved = np.einsum("ki,kij,kj->k", lost, precision, lost)
         return np.asarray(np.minimum(blur, MAX_ROUNDING) + moved)
+
+    def describe(self, params: Any) -> Description:
+        covariance = np.broadcast_to(
+            params.covariance, (len(params.mean), *2 * params.mean.shape[1:])
+        )
+        sd = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))
+        return Description(params.mean, sd, covariance=lambda k: covariance[k])
 
     def n_parameters(self, n_components: int) -> int:
         d = self.n_features

@@ -521,10 +521,12 @@ class ProductWalk:
                 self.kernel.dtype,
             )
         self.edges = np.cumsum([len(block.built) for block in self.linear_blocks])
-        starts = [self.slots[b].start for b in at]
-        first, total = starts[0], int(self.edges[-1])
-        if starts[1:] == [first + edge for edge in self.edges[:-1]]:
-            self.features = self.buffer[first : first + total, :n]
+        # Side by side in the buffer, as a rule: but a part that did not lead and has gaps builds
+        # its features elsewhere.
+        first = self.slots[next(iter(at))].start
+        places = [(first + edge - len(block.built), block) for edge, block in zip(self.edges, self.linear_blocks, strict=True)]
+        if all(np.may_share_memory(self.buffer[place], block.built[0]) for place, block in places):
+            self.features = self.buffer[first : first + int(self.edges[-1]), :n]
         else:
             self.features = np.concatenate([block.built for block in self.linear_blocks])
         self._exact: Array | None = None
