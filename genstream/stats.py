@@ -12,7 +12,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,11 +185,13 @@ def side_by_side(base: type[J], *inner: type[Record]) -> type[J]:
     Axes of one block are not those of another, though their names be the same: all but `component`
     are called `block0.feature`, `block1.feature`, ... in datasets.
     """
-    return cast("type[J]", _side_by_side(base, inner))
+    key: Any = base
+    made: type[J] = _side_by_side(key, inner)
+    return made
 
 
 @functools.cache
-def _side_by_side(base: type[Joint], inner: tuple[type[Record], ...]) -> type[Any]:
+def _side_by_side(base: Any, inner: tuple[Any, ...]) -> Any:
     blocks = []
     for i, kind in enumerate(inner):
         about = {"record": kind, "scope": f"block{i}."}

@@ -372,7 +372,9 @@ class GaussianWalk:
         if len(nothing):
             self.block.parts.append((nothing, _NoBlock(self.kernel, len(nothing))))
 
-    def _load_frequent(self, pattern: int, marginal: Marginal, chosen: Index, values: Array) -> None:
+    def _load_frequent(
+        self, pattern: int, marginal: Marginal, chosen: Index, values: Array
+    ) -> None:
         """Add the rows `chosen` of the block at hand, which share a pattern."""
         work = self._works.setdefault(pattern, self._work(marginal))
         y, features = self._room.take(marginal.n_observed, work.width, len(values))

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from genstream.errors import ConfigError
 from genstream.families.blocks import (
     Array,
+    Description,
     Family,
     Index,
     Kernel,
@@ -55,9 +56,8 @@ class Part:
         return np.array(self.columns, dtype=np.intp)
 
     def rows(self, rows: Rows) -> Rows:
-        """The part's columns of some rows, without a mask where nothing is missing, without weights.
-
-        Neighbouring columns are a view.
+        """The part's columns of some rows, without a mask where nothing is missing, and without
+        weights. Neighbouring columns are a view.
         """
         first, last = self.columns[0], self.columns[-1] + 1
         chosen: Any = slice(first, last) if last - first == len(self.columns) else self.index
@@ -101,7 +101,7 @@ class Product:
         for part in self.parts:
             if list(part.columns) != sorted(part.columns):
                 raise ConfigError(f"the columns {part.columns} of a block are not in order")
-            if part.family.n_factors or isinstance(part.family, Product):
+            if part.family.n_factors or part.family.name == self.name:
                 raise ConfigError(
                     f"a block cannot be {part.family.name!r}: products take families without "
                     "factors, and no further products"
@@ -318,7 +318,7 @@ class Product:
         return self._some(columns, left)
 
     def condition(self, params: Any, x: Array, given: Array) -> tuple[Family, Record, Array]:
-        """Each part given its own columns: nothing else bears on it, once the component is known."""
+        """Each part given its own columns: no others bear on it once the component is known."""
         left = []
         total: Any = 0.0
         for part, theta in self._blocks(params):
@@ -345,7 +345,8 @@ class Product:
             for own, family, _ in left
         ]
         product = Product(_columns(self.schema, columns), tuple(parts))
-        return product, product.params_type(*(theta for _, _, theta in left))
+        together: Family = product
+        return together, product.params_type(*(theta for _, _, theta in left))
 
     def embed(self, rows: Rows) -> tuple[Array, Array]:
         """The parts' coordinates side by side: each column is as wide as it would be in its part
@@ -360,7 +361,28 @@ class Product:
         )
 
     def rounding(self, params: Any) -> Array:
-        return np.sum([part.family.rounding(theta) for part, theta in self._blocks(params)], axis=0)
+        every = [part.family.rounding(theta) for part, theta in self._blocks(params)]
+        return np.asarray(np.sum(every, axis=0))
+
+    def describe(self, params: Any) -> Description:
+        """The parts' descriptions; columns of different parts have covariance 0."""
+        told = [(p.index, p.family.describe(theta)) for p, theta in self._blocks(params)]
+        mean = np.full((len(told[0][1].mean), self.schema.n_features), np.nan)
+        sd = mean.copy()
+        levels: dict[int, Array] = {}
+        for index, one in told:
+            mean[:, index], sd[:, index] = one.mean, one.sd
+            levels |= {int(index[j]): p for j, p in one.levels.items()}
+
+        def covariance(k: int) -> Array:
+            out = np.diag(sd[k] ** 2)
+            for index, one in told:
+                if one.covariance is not None:
+                    out[np.ix_(index, index)] = one.covariance(k)
+            return out
+
+        dependent = any(one.covariance is not None for _, one in told)
+        return Description(mean, sd, levels, covariance if dependent else None)
 
     def n_parameters(self, n_components: int) -> int:
         return sum(part.family.n_parameters(n_components) for part in self.parts)
@@ -524,7 +546,10 @@ class ProductWalk:
         # Side by side in the buffer, as a rule: but a part that did not lead and has gaps builds
         # its features elsewhere.
         first = self.slots[next(iter(at))].start
-        places = [(first + edge - len(block.built), block) for edge, block in zip(self.edges, self.linear_blocks, strict=True)]
+        places = [
+            (first + edge - len(block.built), block)
+            for edge, block in zip(self.edges, self.linear_blocks, strict=True)
+        ]
         if all(np.may_share_memory(self.buffer[place], block.built[0]) for place, block in places):
             self.features = self.buffer[first : first + int(self.edges[-1]), :n]
         else:
