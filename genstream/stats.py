@@ -192,16 +192,17 @@ def side_by_side(base: type[J], *inner: type[Record]) -> type[J]:
 
 @functools.cache
 def _side_by_side(base: Any, inner: tuple[Any, ...]) -> Any:
-    blocks = []
+    blocks: list[Any] = []
+    place = {"__module__": base.__module__}
     for i, kind in enumerate(inner):
         about = {"record": kind, "scope": f"block{i}."}
         blocks.append((f"block{i}", kind, dataclasses.field(default=None, metadata=about)))
     return dataclasses.make_dataclass(
-        base.__name__, blocks, bases=(base,), frozen=True, eq=False, module=base.__module__
+        base.__name__, blocks, bases=(base,), frozen=True, eq=False, namespace=place
     )
 
 
-def _joined(base: type[Joint], inner: tuple[type[Record], ...], blocks: tuple[Any, ...]) -> Joint:
+def _joined(base: Any, inner: tuple[Any, ...], blocks: tuple[Any, ...]) -> Joint:
     joined: Joint = _side_by_side(base, inner)(*blocks)
     return joined
 

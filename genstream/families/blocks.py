@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,19 +78,14 @@ class Walk(Protocol):
 
 
 class LinearBlock(Protocol):
-    """A block of rows that is scored by `linear` from its features, and gathered as sums of them.
-
-    Walks that have such blocks have a property `linear_block`, the one at hand or None, and build
-    its features in their buffer `features` (p, size), which a product of families replaces by a
-    piece of its own. `size` is the number of rows it holds.
-    """
+    """A block of rows, scored by `linear` from its features and gathered as sums of them."""
 
     @property
     def linear(self) -> Linear:
         """The natural parameters."""
 
     @property
-    def built(self) -> Array:
+    def features(self) -> Array:
         """(p, n) features of the block."""
 
     def exact(self) -> Array:
@@ -98,6 +93,24 @@ class LinearBlock(Protocol):
 
     def add(self, sums: Array) -> None:
         """Add (K, p) `resp @ T.T` to the statistics."""
+
+
+@runtime_checkable
+class LinearWalk(Walk, Protocol):
+    """A walk that has such blocks, which a product of families scores and gathers together."""
+
+    @property
+    def width(self) -> int:
+        """The most features a block has."""
+
+    @property
+    def linear_block(self) -> LinearBlock | None:
+        """The block at hand, where it is linear."""
+
+    def build_in(self, buffer: Array) -> None:
+        """Build features of complete blocks, and of blocks of one pattern, in the first rows of a
+        buffer (width, size).
+        """
 
 
 class Kernel(Protocol):

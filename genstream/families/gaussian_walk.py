@@ -381,6 +381,9 @@ class GaussianWalk:
         work.load(values, y, features)
         self.block.parts.append((chosen, work))
 
+    def build_in(self, buffer: Array) -> None:
+        self.features = buffer
+
     @property
     def linear_block(self) -> _PatternBlock | None:
         """The block at hand where it is linear in its features: of one pattern, and not tied."""
@@ -495,11 +498,6 @@ class _PatternBlock:
         whiten = np.linalg.cholesky(precision).T
         z = whiten @ (self.y - marginal.mean[k][:, None])
         return np.asarray(marginal.peak[k] - 0.5 * np.einsum("in,in->n", z, z))
-
-    @property
-    def built(self) -> Array:
-        """(p, n) features of the block."""
-        return self.features
 
     def add(self, sums: Array) -> None:
         """Add (K, p) sums of features to those of the pattern."""

@@ -33,8 +33,8 @@ from genstream.families.blocks import (
     Levelled,
     Linear,
     LinearBlock,
+    LinearWalk,
     Pivot,
-    Walk,
     block_rows,
     slices,
 )
@@ -476,8 +476,13 @@ class ProductWalk:
         # Features of parts that sort come last: their number changes with the pattern.
         last = sorted(sorting, key=lambda b: b != self.leader)
         self.order = [b for b in range(len(self.parts)) if b not in sorting] + last
-        joint = [b for b in self.order if _is_linear(self.walks[b], kernel.dtype)]
-        widths = np.cumsum([0] + [len(self.walks[b].features) for b in joint])
+        joint = [
+            b
+            for b in self.order
+            if isinstance(self.walks[b], LinearWalk)
+            and getattr(kernel.kernels[b], "dtype", None) == kernel.dtype
+        ]
+        widths = np.cumsum([0] + [self.walks[b].width for b in joint])
         self.slots = {b: slice(*widths[i : i + 2]) for i, b in enumerate(joint)}
         self.width = int(widths[-1])
         size = block_rows(self.width + 2 * kernel.n_components, kernel.dtype.itemsize)
@@ -491,7 +496,7 @@ class ProductWalk:
         self.buffer = np.empty((self.width, n_rows), dtype=self.kernel.dtype)
         self.log_p = np.empty((self.kernel.n_components, n_rows), dtype=self.kernel.dtype)
         for b, slot in self.slots.items():
-            self.walks[b].features = self.buffer[slot]
+            self.walks[b].build_in(self.buffer[slot])
 
     def blocks(self) -> Iterator[Index]:
         useful = None if self.observed is None else self.observed.any(axis=1)
@@ -542,18 +547,20 @@ class ProductWalk:
                 np.sum([one.rounding for one in linears], axis=0),
                 self.kernel.dtype,
             )
-        self.edges = np.cumsum([len(block.built) for block in self.linear_blocks])
+        self.edges = np.cumsum([len(block.features) for block in self.linear_blocks])
         # Side by side in the buffer, as a rule: but a part that did not lead and has gaps builds
         # its features elsewhere.
         first = self.slots[next(iter(at))].start
         places = [
-            (first + edge - len(block.built), block)
+            (first + edge - len(block.features), block)
             for edge, block in zip(self.edges, self.linear_blocks, strict=True)
         ]
-        if all(np.may_share_memory(self.buffer[place], block.built[0]) for place, block in places):
+        if all(
+            np.may_share_memory(self.buffer[place], block.features[0]) for place, block in places
+        ):
             self.features = self.buffer[first : first + int(self.edges[-1]), :n]
         else:
-            self.features = np.concatenate([block.built for block in self.linear_blocks])
+            self.features = np.concatenate([block.features for block in self.linear_blocks])
         self._exact: Array | None = None
 
     def exact(self) -> Array:
@@ -610,10 +617,3 @@ class ProductWalk:
 
     def close(self) -> Monoid:
         return self.kernel.family.stats_type(*(walk.close() for walk in self.walks))
-
-
-def _is_linear(walk: Walk, dtype: np.dtype[Any]) -> bool:
-    """Whether a walk's blocks may be linear in features of this type, which can be built in a
-    buffer of the product's.
-    """
-    return hasattr(walk, "linear_block") and walk.features.dtype == dtype  # type: ignore[attr-defined]
