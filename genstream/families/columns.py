@@ -16,7 +16,7 @@ columns only; `spherical` shares one variance among a component's real columns.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -31,13 +31,11 @@ from genstream.families.blocks import (
     UNSEEN,
     Array,
     Description,
-    Index,
     Linear,
     Pivot,
-    block_rows,
     moments,
-    slices,
 )
+from genstream.families.columns_walk import LinearWalk
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record
@@ -212,7 +210,8 @@ class IndependentColumns:
         return np.repeat(sums, sizes, axis=-1)
 
     @property
-    def _pivot(self) -> Pivot:
+    def pivot_at(self) -> Pivot:
+        """The pivot, neutral before `anchored`."""
         return self.pivot if self.pivot is not None else Pivot.none(self.schema.n_features)
 
     def anchored(self, sample: Rows, n_components: int, weak_prior: bool) -> IndependentColumns:
@@ -248,7 +247,7 @@ class IndependentColumns:
         return replace(self, pivot=pivot, prior=prior)
 
     def vague(self, n_components: int) -> Record:
-        pivot = self._pivot
+        pivot = self.pivot_at
         shape = (n_components, len(self.real))
         mean = np.broadcast_to(pivot.shift[self.real], shape).copy()
         variance = np.broadcast_to(pivot.scale[self.real] ** 2, shape).copy()
@@ -299,7 +298,7 @@ class IndependentColumns:
         Others: `(sum + rows * prior) / (n + rows)`. Without a prior these are the plain averages;
         a column that a component never observed keeps its previous parameters.
         """
-        pivot, prior = self._pivot, self.prior
+        pivot, prior = self.pivot_at, self.prior
         shift, scale = pivot.shift[self.real], pivot.scale[self.real]
         rows = prior.rows if prior else 0.0
         tiny = UNSEEN * float(stats.sum_w.sum(axis=0).max())
@@ -443,7 +442,7 @@ class IndependentColumns:
 
     def place(self, params: Any, component: int, x: Array, observed: Array) -> Record:
         """Real and count columns move to the row, categories lean half towards it."""
-        pivot = self._pivot
+        pivot = self.pivot_at
         mean, rate = params.mean.copy(), params.rate.copy()
         probability, levels = params.probability.copy(), params.level_probability.copy()
         mean[component] = np.where(observed[self.real], x[self.real], pivot.shift[self.real])
@@ -486,7 +485,7 @@ class IndependentColumns:
     def embed(self, rows: Rows) -> tuple[Array, Array]:
         """Standardised reals and log-counts; binaries and one-hot levels by their spread."""
         observed = rows.is_observed
-        pivot = self._pivot
+        pivot = self.pivot_at
         parts, masks = [], []
         seen = observed[:, self.real]
         parts.append((rows.values[:, self.real] - pivot.shift[self.real]) / pivot.scale[self.real])
@@ -509,10 +508,30 @@ class IndependentColumns:
         mask = np.concatenate(masks, axis=1)
         return np.where(mask, np.concatenate(parts, axis=1), 0.0), mask
 
+    def with_levels(
+        self, schema: Schema, params: Any, seen: Array
+    ) -> tuple[IndependentColumns, Record]:
+        family = replace(self, schema=schema)
+        index = np.array(_level_index(self.schema, schema))
+        sizes = family.level_totals(np.ones(len(index)))
+        fresh = np.where(index < 0, 0.5 / (seen[family.level_column] + 0.5 * sizes), 0.0)
+        rest = 1.0 - family.level_totals(fresh)
+
+        def grown(record: Any) -> Any:
+            wide = record.take(index, "level")
+            return replace(wide, level_probability=wide.level_probability * rest + fresh)
+
+        prior = None if self.prior is None else grown(self.prior)
+        return replace(family, prior=prior), grown(params)
+
+    def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
+        wide: Monoid = stats.take(_level_index(self.schema, schema), "level")
+        return wide
+
     def rounding(self, params: Any) -> Array:
-        scale = self._pivot.scale[self.real]
+        scale = self.pivot_at.scale[self.real]
         variance = self.variances(params)
-        mean = params.mean - self._pivot.shift[self.real]
+        mean = params.mean - self.pivot_at.shift[self.real]
         # Means are kept in data units, where a large offset takes digits from them.
         lost = np.finfo(np.float64).eps * params.mean / scale
         moved = lost**2 * scale**2 / variance
@@ -545,7 +564,7 @@ class IndependentColumns:
 
     def floored(self, params: Any) -> list[tuple[int, int]]:
         """(component, column position) whose variance sits on its floor or ridge."""
-        floor = np.maximum(FLOOR * self._pivot.scale[self.real] ** 2, self.ridge) * 1.5
+        floor = np.maximum(FLOOR * self.pivot_at.scale[self.real] ** 2, self.ridge) * 1.5
         at = np.argwhere(self.variances(params) <= floor)
         return [(int(k), int(self.real[j])) for k, j in at]
 
@@ -565,6 +584,17 @@ def _poisson_rounding(rate: Array) -> Array:
     return np.asarray((rate * (1.0 + np.abs(_log(rate)))).sum(axis=1))
 
 
+def _level_index(old: Schema, new: Schema) -> list[int]:
+    """Where each level of the new schema stood among the old ones, -1 for new levels."""
+    index: list[int] = []
+    at = 0
+    for before, after in zip(old.columns, new.columns, strict=True):
+        index += range(at, at + before.n_levels)
+        index += [-1] * (after.n_levels - before.n_levels)
+        at += before.n_levels
+    return index
+
+
 def _level_sums(family: IndependentColumns, rows: Rows) -> Array:
     """(L,) weight of each level in some rows."""
     hit = rows.values[:, family.level_column] == family.level_code
@@ -576,11 +606,11 @@ class ColumnsKernel:
     """Independent columns prepared for a pass."""
 
     def __init__(self, family: IndependentColumns, params: Any, log_weights: Array) -> None:
-        self.family, self.log_weights = family, log_weights
+        self.family, self.params, self.log_weights = family, params, log_weights
         self.dtype = np.dtype(family.dtype)
         self.n_components = len(log_weights)
-        self.pivot = family._pivot
-        shift, scale = self.pivot.shift[family.real], self.pivot.scale[family.real]
+        shift, scale = family.pivot_at.shift[family.real], family.pivot_at.scale[family.real]
+        self.real_pivot = Pivot(shift, scale)
         self.mean = (params.mean - shift) / scale
         self.variance = family.variances(params) / scale**2
         slope = self.mean / self.variance
@@ -616,7 +646,6 @@ class ColumnsKernel:
         self.n_square = curvature.shape[1]
 
     def linear(self, gaps: bool) -> Linear:
-        """Natural parameters of the features of complete blocks, or of blocks with gaps."""
         constant = self.log_weights
         if not gaps:
             constant = constant + self.normaliser.sum(axis=1)
@@ -625,52 +654,23 @@ class ColumnsKernel:
             pieces.append(self.normaliser)
         return Linear(np.concatenate(pieces, axis=1), self.rounding, self.dtype)
 
-    def walk(self, rows: Rows) -> ColumnsWalk:
-        return ColumnsWalk(self, rows)
+    def walk(self, rows: Rows) -> LinearWalk:
+        return LinearWalk(self, rows)
 
-
-class ColumnsWalk:
-    """A walk over one chunk in consecutive blocks."""
-
-    def __init__(self, kernel: ColumnsKernel, rows: Rows) -> None:
-        self.kernel, self.rows = kernel, rows
-        # Rows with nothing observed say nothing: they are in no block.
-        self.index: Array | None = None
-        if rows.observed is not None:
-            useful = rows.observed.any(axis=1)
-            if not useful.all():
-                self.index = np.flatnonzero(useful)
-                self.rows = rows[self.index]
-        family = kernel.family
-        gaps = rows.observed is not None
-        self.linear = kernel.linear(gaps)
-        self.width = self.linear.eta.shape[1]
-        k = kernel.n_components
-        self.size = block_rows(self.width + k, kernel.dtype.itemsize)
-        self.features = np.empty((self.width, self.size), dtype=kernel.dtype)
-        self.y = np.empty((len(family.real), self.size))
-        self.log_p = np.empty((k, self.size), dtype=kernel.dtype)
-        self.sums = np.zeros((k, self.width))
-        self.pivot = Pivot(kernel.pivot.shift[family.real], kernel.pivot.scale[family.real])
-
-    def blocks(self) -> Iterator[Index]:
-        for piece in slices(self.rows.n_rows, self.size):
-            self.piece = piece
-            self._exact: Array | None = None
-            self.block = self._fill(self.features)
-            yield piece if self.index is None else self.index[piece]
-
-    def _fill(self, buffer: Array) -> Array:
-        family = self.kernel.family
-        values = self.rows.values[self.piece]
-        n = len(values)
-        features = buffer[:, :n]
-        observed = None if self.rows.observed is None else self.rows.observed[self.piece].T
-        real, columns = len(family.real), values.T
-        y = self.pivot.block(values[:, family.real], self.y)
+    def _centred(self, values: Array, observed: Array | None) -> Array:
+        """(real, n) real columns in pivot coordinates, zero where missing."""
+        real = self.family.real
+        y = self.real_pivot.block(values[:, real], np.empty((len(real), len(values))))
         if observed is not None:
-            y *= observed[family.real]
-        self.block_y = y
+            y *= observed[:, real].T
+        return y
+
+    def features(self, values: Array, observed: Array | None, out: Array) -> Array:
+        family = self.family
+        n = len(values)
+        features = out[:, :n]
+        real, columns = len(family.real), values.T
+        y = self._centred(values, observed)
         features[0] = 1.0
         at = 1
         features[at : at + real] = y
@@ -679,74 +679,51 @@ class ColumnsWalk:
             np.einsum("in,in->n", y, y, out=features[at], casting="same_kind")
         else:
             np.multiply(y, y, out=features[at : at + real], casting="same_kind")
-        at += self.kernel.n_square
+        at += self.n_square
         for positions in (family.binary, family.count):
             features[at : at + len(positions)] = columns[positions]
             at += len(positions)
         for j, code in zip(family.level_column, family.level_code, strict=True):
             np.equal(columns[j], code, out=features[at], casting="unsafe")
             if observed is not None and code == 0.0:
-                features[at] *= observed[j]
+                features[at] *= observed[:, j]
             at += 1
         if observed is not None:
-            features[at:] = observed
+            features[at:] = observed.T
         return features
 
-    def exact(self) -> Array:
-        """Features in float64."""
-        if self.block.dtype == np.float64:
-            return self.block
-        if self._exact is None:
-            self._exact = self._fill(np.empty(self.features.shape))
-        return self._exact
-
-    def score(self) -> Array:
-        log_p = self.linear.score(self.block, self.exact, self.log_p)
-        for k in self.linear.direct:
-            log_p[k] = self._direct(int(k))
-        return log_p
-
-    def _direct(self, k: int) -> Array:
-        """Score of one component by squared distances, for a mean far out in pivot units."""
-        kernel = self.kernel
-        real = len(kernel.mean[k])
-        features = self.exact()
-        eta = np.concatenate([kernel.log_weights[k : k + 1], kernel.slopes[k]])
-        eta[1 : 1 + real + kernel.n_square] = 0.0
+    def direct(self, k: int, values: Array, observed: Array | None, features: Array) -> Array:
+        """Squared distances, for a mean far out in pivot units."""
+        real = len(self.mean[k])
+        eta = np.concatenate([self.log_weights[k : k + 1], self.slopes[k]])
+        eta[1 : 1 + real + self.n_square] = 0.0
         log_p = eta @ features[: len(eta)]
-        constant = kernel.normaliser[k].copy()
-        constant[kernel.family.real] = kernel.about_mean[k]
-        gap = (self.block_y - kernel.mean[k][:, None]) ** 2 / kernel.variance[k][:, None]
-        if self.rows.observed is None:
+        constant = self.normaliser[k].copy()
+        constant[self.family.real] = self.about_mean[k]
+        y = self._centred(values, observed)
+        gap = (y - self.mean[k][:, None]) ** 2 / self.variance[k][:, None]
+        if observed is None:
             return np.asarray(log_p + constant.sum() - 0.5 * gap.sum(axis=0))
-        observed = self.rows.observed[self.piece].T
-        gap *= observed[kernel.family.real]
-        return np.asarray(log_p + constant @ observed - 0.5 * gap.sum(axis=0))
+        gap *= observed[:, self.family.real].T
+        return np.asarray(log_p + constant @ observed.T - 0.5 * gap.sum(axis=0))
 
-    def base(self) -> Array | None:
+    def base(self, values: Array, observed: Array | None) -> Array | None:
         """`-sum log x!` over the observed counts of each row."""
-        counts = self.kernel.family.count
+        counts = self.family.count
         if not len(counts):
             return None
-        x = self.rows.values[self.piece][:, counts].astype(np.float64)
-        factorials = gammaln(x + 1.0)
-        if self.rows.observed is not None:
-            factorials *= self.rows.observed[self.piece][:, counts]
+        factorials = gammaln(values[:, counts].astype(np.float64) + 1.0)
+        if observed is not None:
+            factorials *= observed[:, counts]
         return np.asarray(-factorials.sum(axis=1))
 
-    def gather(self, resp: Array) -> None:
-        self.sums += self.linear.gather(self.block, self.exact, resp)
-
-    def close(self) -> Monoid:
-        family, sums = self.kernel.family, self.sums
-        real = len(family.real)
-        sizes = [1, real, self.kernel.n_square, len(family.binary), len(family.count)]
+    def statistics(self, sums: Array, gaps: bool) -> Monoid:
+        family = self.family
+        sizes = [1, len(family.real), self.n_square, len(family.binary), len(family.count)]
         sizes.append(len(family.level_column))
         edges = np.cumsum(sizes)
         n, first, second, binary, count, level = np.split(sums[:, : edges[-1]], edges[:-1], axis=1)
-        observed = sums[:, edges[-1] :]
-        if self.rows.observed is None:
-            observed = np.repeat(n, family.schema.n_features, axis=1)
+        observed = sums[:, edges[-1] :] if gaps else np.repeat(n, family.schema.n_features, axis=1)
         return family.stats_type(
             observed, first, second[:, 0] if family.spherical else second, binary, count, level
         )
