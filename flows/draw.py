@@ -18,7 +18,8 @@ from genstream.families.gaussian import FullParams
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.sources import CHUNK_ROWS
-from genstream.story import Params, Story, mixture
+from genstream.stories import mixture
+from genstream.story import Params, Story
 from genstream.threads import one_blas_thread
 
 Array = NDArray[Any]

@@ -21,7 +21,7 @@ _HOME = {
     "Schema": "schema",
     "Rows": "rows",
     "Story": "story",
-    "mixture": "story",
+    "mixture": "stories",
     "fit": "learn",
     "Passes": "passes",
     "warm_start": "start",

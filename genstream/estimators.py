@@ -35,7 +35,8 @@ from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS, DaskSource, NumpySource, Source
 from genstream.start import cluster, draw_sample, rescue_rows, seed_centres, seed_params, warm_start
-from genstream.story import COVARIANCES, Params, Story, mixture
+from genstream.stories import COVARIANCES, mixture
+from genstream.story import Params, Story
 from genstream.tables import Encoder, TableSource, open_source
 from genstream.threads import one_blas_thread
 
@@ -354,13 +355,12 @@ class MixtureEstimator(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _check_same(self, story: Story) -> None:
         """Raise ConfigError where parameters no longer describe what was learned so far."""
-        now = self._make_story(story.schema).to_json()
-        before = story.to_json()
-        for name in ("n_components", "covariance", "prior", "reg_covar", "dtype"):
-            if now[name] != before[name]:
+        now, before = _settings(self._make_story(story.schema)), _settings(story)
+        for name in before:
+            if now.get(name) != before[name]:
                 raise ConfigError(
-                    f"{name} is {now[name]!r}, and what was learned so far has {before[name]!r}: "
-                    "partial_fit goes on with the same model, fit begins anew"
+                    f"{name} is {now.get(name)!r}, and what was learned so far has "
+                    f"{before[name]!r}: partial_fit goes on with the same model, fit begins anew"
                 )
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:  # noqa: ARG002
@@ -1068,6 +1068,12 @@ def _as_read(_chunk: int, rows: Rows) -> Rows:
 
 def _generator(random_state: np.random.RandomState) -> np.random.Generator:
     return np.random.default_rng(random_state.randint(2**31 - 1))
+
+
+def _settings(story: Story) -> dict[str, Any]:
+    """What a caller chose of a story, by name."""
+    chosen = {"n_components": story.n_components, "prior": story.prior, "kind": story.family.name}
+    return chosen | story.family.options()
 
 
 def _alike(one: Story, other: Story) -> bool:

@@ -823,7 +823,7 @@ def _fit_words(train: HeldOut | None, test: HeldOut | None) -> str:
 
 
 def _model_facts(story: Story, state: FitState) -> dict[str, str]:
-    told = story.to_json()
+    told = story.family.options()
     prior = "weak conjugate priors (MAP)" if story.prior else "none (maximum likelihood)"
     facts = {
         "Story": f"{story.n_components} components, {told['covariance']} covariance",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -57,6 +58,22 @@ class Column:
     def n_levels(self) -> int:
         """Number of values a categorical column can take; 0 for other kinds."""
         return len(self.levels) if self.kind == "categorical" else 0
+
+    def code(self, value: float | str) -> float:
+        """The number that stands for a value in `Rows`: a level's position, or the number itself.
+
+        Raises DataError where the value is neither a level nor a number.
+        """
+        if self.levels and str(value) in self.levels:
+            return float(self.levels.index(str(value)))
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if (self.levels and isinstance(value, str)) or not math.isfinite(number):
+            allowed = f"the levels {', '.join(self.levels[:8])}" if self.levels else "a number"
+            raise DataError(f"column {self.name!r} cannot be {value!r}: it takes {allowed}")
+        return number
 
 
 @dataclass(frozen=True)

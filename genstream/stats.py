@@ -174,3 +174,19 @@ def _zip(left: R, right: R) -> R:
         else:
             values[field.name] = None if a is None else a + b
     return dataclasses.replace(left, **values)
+
+
+def record_to_json(item: Record | None) -> dict[str, Any] | None:
+    """The arrays and numbers of a record without records in it, as plain lists and numbers."""
+    if item is None:
+        return None
+    return {name: np.asarray(value).tolist() for name, _, value in item.leaves()}
+
+
+def record_from_json(kind: type[R], data: Mapping[str, Any] | None) -> R | None:
+    """Inverse of `record_to_json`, to the bit."""
+    if data is None:
+        return None
+    return kind(
+        **{k: np.array(v, dtype=np.float64) if isinstance(v, list) else v for k, v in data.items()}
+    )

@@ -14,7 +14,8 @@ from scipy import special, stats
 
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
-from genstream.story import Params, Story, mixture
+from genstream.stories import mixture
+from genstream.story import Params, Story
 
 
 def column(kind: Kind, n_levels: int = 4) -> Column:

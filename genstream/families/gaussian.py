@@ -14,9 +14,9 @@ conditional moments (Ghahramani & Jordan 1994)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from genstream.families.blocks import LOG_2PI, MAX_ROUNDING, UNSEEN, Array, Pivot, moments
 from genstream.families.gaussian_walk import GaussianKernel, quadratic_rounding
 from genstream.rows import Rows
+from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record
 
 # Below this share of a column's raw second moment a variance is rounding error.
@@ -113,6 +114,27 @@ class Gaussian:
     pivot: Pivot | None = record(Pivot)
     prior: NormalWishart | None = record(NormalWishart)
 
+    name: ClassVar[str] = "gaussian"
+    bound: ClassVar[bool] = False
+    n_factors: ClassVar[int] = 0
+    param_names: ClassVar[tuple[str, ...]] = ("mean", "covariance")
+    prior_type: ClassVar[type[Record]] = NormalWishart
+
+    def options(self) -> dict[str, Any]:
+        covariance = "tied" if self.tied else "full"
+        return {"covariance": covariance, "reg_covar": self.ridge, "dtype": self.dtype}
+
+    @classmethod
+    def of(
+        cls, schema: Schema, options: Mapping[str, Any], pivot: Pivot | None, prior: Any
+    ) -> Gaussian:
+        tied = {"full": False, "tied": True}[options["covariance"]]
+        ridge, dtype = options["reg_covar"], options["dtype"]
+        return cls(schema.n_features, tied, ridge, dtype, pivot, prior)
+
+    def with_dtype(self, dtype: str) -> Gaussian:
+        return replace(self, dtype=dtype)
+
     @property
     def params_type(self) -> type[Record]:
         return TiedParams if self.tied else FullParams
@@ -157,6 +179,16 @@ class Gaussian:
             -1, self.n_features, self.n_features
         )
 
+    def start(
+        self,
+        params: Any,
+        sample: Rows,  # noqa: ARG002
+        responsibilities: Array,  # noqa: ARG002
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> Record:
+        started: Record = params
+        return started
+
     def prepare(self, params: Any, log_weights: Array) -> GaussianKernel:
         """Factors every covariance. Raises numpy.linalg.LinAlgError where one is not positive
         definite, before any data are touched.
@@ -172,7 +204,9 @@ class Gaussian:
             self.stats_type,
         )
 
-    def maximise(self, stats: Any, previous: Any) -> tuple[Record, NDArray[np.bool_]]:
+    def maximise(
+        self, stats: Any, previous: Any, frozen: frozenset[str] = frozenset()
+    ) -> tuple[Record, NDArray[np.bool_]]:
         """Mode of the Normal-inverse-Wishart posterior (Fraley & Raftery 2007, eq. 7-9).
 
             mean_k = (strength m0 + sum_wx) / (strength + n_k)
@@ -294,14 +328,16 @@ class Gaussian:
             covariance[component] = np.eye(self.n_features) / share
         return self._params(mean, covariance)
 
-    def draw(self, params: Any, component: Array, rng: np.random.Generator) -> Array:
+    def draw(
+        self, params: Any, component: Array, rng: np.random.Generator
+    ) -> tuple[Array, Array | None]:
         out = np.empty((len(component), self.n_features))
         noise = rng.standard_normal(out.shape)
         for k in np.unique(component):
             chosen = component == k
             covariance = params.covariance if self.tied else params.covariance[k]
             out[chosen] = params.mean[k] + noise[chosen] @ np.linalg.cholesky(covariance).T
-        return out
+        return out, None
 
     def embed(self, rows: Rows) -> tuple[Array, Array]:
         observed = rows.is_observed
