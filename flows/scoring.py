@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from flows.data import expand
 from flows.run import Run
+from genstream.dreams import draws
 from genstream.errors import ConfigError, DataError
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -158,6 +159,7 @@ def sample_rows(
     others are drawn from. Raises DataError where a column cannot have its value.
     """
     story, params = load_model(model)
+<<<<<<< HEAD
     whole = story.schema
     fixed = {name: whole[name].code(value) for name, value in (given or {}).items()}
     if fixed:
@@ -166,6 +168,10 @@ def sample_rows(
         for i, first in enumerate(range(0, n_rows, CHUNK_ROWS)):
             rng = np.random.default_rng([seed, i])
             drawn = story.draw(params, min(CHUNK_ROWS, n_rows - first), rng)
+=======
+    with _sink(output, overwrite) as write:
+        for drawn in draws(story, params, n_rows, seed, CHUNK_ROWS):
+>>>>>>> main
             columns: dict[str, Any] = {"component": drawn.component} if with_component else {}
             values = np.empty((len(drawn.values), whole.n_features))
             for name, value in fixed.items():
