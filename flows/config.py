@@ -885,12 +885,12 @@ def _model_contradictions(
             "mixed columns use full, tied or diag, or leave it out"
         )
         found.append((("model", "covariance"), message))
-    kinds = {spec.kind for spec in columns.values()}
-    if model.kind == "factors" and len(kinds) > 1:
-        names = " and ".join(sorted(kinds))
+    found_kinds = {spec.kind for spec in columns.values()}
+    if model.kind == "factors" and len(found_kinds) > 1:
+        names = " and ".join(sorted(found_kinds))
         message = f"factors are of columns of one kind, and data.columns has {names}"
         found.append((("model", "kind"), message))
-    if model.kind == "factors" and "categorical" in kinds:
+    if model.kind == "factors" and "categorical" in found_kinds:
         message = "factors are of real, binary or count columns, not of categorical ones"
         found.append((("model", "kind"), message))
     for name in model.counts or {}:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from flows.data import expand
 from flows.run import Run
-from genstream.dreams import draws
+from genstream.dreams import draws, generator_of_chunk
 from genstream.errors import ConfigError, DataError
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -54,9 +54,9 @@ def score_rows(
     `responsibility` (its posterior probability) and `log_prob`, and `assign-all` the
     responsibility of every component besides; a story with factors adds `factor_0`, ..., their
     posterior means given the likeliest component. Where the story has a bound in place of the
-    log-likelihood, the column is called `log_prob_bound`. A row is known by its number in `data`, from 0, or
-    by the column `id_column`. One chunk is in memory at a time. Raises DataError where `data` do
-    not fit the model's columns, naming row, column and level.
+    log-likelihood, the column is called `log_prob_bound`. A row is known by its number in `data`,
+    from 0, or by the column `id_column`. One chunk is in memory at a time. Raises DataError where
+    `data` do not fit the model's columns, naming row, column and level.
     """
     story, params = load_model(model)
     if output is not None and output.exists() and Path(data).exists() and output.samefile(data):
@@ -124,7 +124,7 @@ def impute_rows(
     rows_done = gaps = 0
     with one_blas_thread(), _sink(output, overwrite) as write:
         for i, (rows, ids) in enumerate(_read(data, story.schema, id_column, unseen_as_missing)):
-            rng = np.random.default_rng([seed, i]) if draw else None
+            rng = generator_of_chunk(seed, i) if draw else None
             values = story.impute(params, rows, rng)
             columns: dict[str, Any] = (
                 {"row": np.arange(rows_done, rows_done + rows.n_rows)}
@@ -159,19 +159,12 @@ def sample_rows(
     others are drawn from. Raises DataError where a column cannot have its value.
     """
     story, params = load_model(model)
-<<<<<<< HEAD
     whole = story.schema
     fixed = {name: whole[name].code(value) for name, value in (given or {}).items()}
     if fixed:
         story, params = story.condition(params, fixed)
-    with one_blas_thread(), _sink(output, overwrite) as write:
-        for i, first in enumerate(range(0, n_rows, CHUNK_ROWS)):
-            rng = np.random.default_rng([seed, i])
-            drawn = story.draw(params, min(CHUNK_ROWS, n_rows - first), rng)
-=======
     with _sink(output, overwrite) as write:
         for drawn in draws(story, params, n_rows, seed, CHUNK_ROWS):
->>>>>>> main
             columns: dict[str, Any] = {"component": drawn.component} if with_component else {}
             values = np.empty((len(drawn.values), whole.n_features))
             for name, value in fixed.items():
