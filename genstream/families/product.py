@@ -185,7 +185,7 @@ class Product:
             columns = tuple(told["columns"])
             own = pivot.take(columns, "feature") if pivot is not None and told["pivot"] else None
             family = FAMILIES[told["family"]].of(
-                _columns(schema, columns),
+                schema.at(columns),
                 told["options"],
                 own,
                 None if prior is None else prior.blocks[i],
@@ -205,7 +205,7 @@ class Product:
         return {
             f"block{i}.{axis}": names
             for i, part in enumerate(self.parts)
-            for axis, names in _columns(self.schema, part.columns).labels().items()
+            for axis, names in self.schema.at(part.columns).labels().items()
         }
 
     def anchored(self, sample: Rows, n_components: int, weak_prior: bool) -> Product:
@@ -344,7 +344,7 @@ class Product:
             Part(tuple(int(j) for j in np.searchsorted(columns, own)), family)
             for own, family, _ in left
         ]
-        product = Product(_columns(self.schema, columns), tuple(parts))
+        product = Product(self.schema.at(columns), tuple(parts))
         together: Family = product
         return together, product.params_type(*(theta for _, _, theta in left))
 
@@ -398,8 +398,8 @@ class Product:
         families, found = [], []
         for part, theta in self._blocks(params):
             family, wide = part.family, theta
-            new = _columns(schema, part.columns)
-            if new != _columns(self.schema, part.columns):
+            new = schema.at(part.columns)
+            if new != self.schema.at(part.columns):
                 grown = cast("Levelled", family).with_levels(new, theta, seen[part.index])
                 family, wide = grown
             families.append(family)
@@ -410,17 +410,12 @@ class Product:
     def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
         found = []
         for part, sums in self._blocks(stats):
-            new = _columns(schema, part.columns)
-            if new == _columns(self.schema, part.columns):
+            new = schema.at(part.columns)
+            if new == self.schema.at(part.columns):
                 found.append(sums)
             else:
                 found.append(cast("Levelled", part.family).stats_with_levels(new, sums))
         return self.stats_type(*found)
-
-
-def _columns(schema: Schema, columns: Sequence[int] | Array) -> Schema:
-    """The schema of some columns, by position."""
-    return Schema(tuple(schema.columns[j] for j in columns))
 
 
 def _log_prob(family: Family, params: Any, x: Array) -> Array:
