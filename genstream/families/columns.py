@@ -10,7 +10,9 @@ so a missing entry is simply left out of the product, exactly. The features of a
 
 with `y` the real columns in pivot coordinates; a block with gaps adds one row of ones where a
 column is observed, which carries that column's normaliser. A diagonal Gaussian is the case of real
-columns only; `spherical` shares one variance among a component's real columns.
+columns only; `spherical` shares one variance among a component's real columns, `shared` one among
+those of all components. With equal weights kept and responsibilities of 0 or 1 the latter is
+K-means.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from genstream.families.blocks import (
     Pivot,
     moments,
 )
-from genstream.families.columns_walk import LinearWalk
+from genstream.families.columns_walk import LinearWalk, log_prob_given
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record
@@ -52,8 +54,9 @@ SINGULAR = 1e-14
 class ColumnsParams(Record):
     """Parameters of K components over independent columns, in data units.
 
-    `variance` is (K,) where the real columns share one. `level_probability` holds the levels of all
-    categorical columns side by side; those of one column sum to 1.
+    `variance` is (K,) where the real columns share one, and the same K times where the components
+    do too. `level_probability` holds the levels of all categorical columns side by side; those of
+    one column sum to 1.
     """
 
     mean: Array = axes("component", "real")
@@ -126,6 +129,8 @@ class IndependentColumns:
         Arithmetic of the E-step, float64 or float32; sums are float64 always.
     pivot, prior
         Fixed by `anchored`; the pivot has an entry for every column, neutral where not real.
+    shared
+        One variance for the real columns of all components; only where `spherical`.
     """
 
     schema: Schema
@@ -134,6 +139,7 @@ class IndependentColumns:
     dtype: str = "float64"
     pivot: Pivot | None = record(Pivot)
     prior: ColumnsPrior | None = record(ColumnsPrior)
+    shared: bool = False
 
     name: ClassVar[str] = "columns"
     bound: ClassVar[bool] = False
@@ -148,15 +154,16 @@ class IndependentColumns:
     prior_type: ClassVar[type[Record]] = ColumnsPrior
 
     def options(self) -> dict[str, Any]:
-        covariance = "spherical" if self.spherical else "diag"
+        covariance = "shared" if self.shared else "spherical" if self.spherical else "diag"
         return {"covariance": covariance, "reg_covar": self.ridge, "dtype": self.dtype}
 
     @classmethod
     def of(
         cls, schema: Schema, options: Mapping[str, Any], pivot: Pivot | None, prior: Any
     ) -> IndependentColumns:
-        spherical = {"diag": False, "spherical": True}[options["covariance"]]
-        return cls(schema, spherical, options["reg_covar"], options["dtype"], pivot, prior)
+        kind = ("diag", "spherical", "shared").index(options["covariance"])
+        ridge, dtype = options["reg_covar"], options["dtype"]
+        return cls(schema, kind > 0, ridge, dtype, pivot, prior, kind > 1)
 
     def with_dtype(self, dtype: str) -> IndependentColumns:
         return replace(self, dtype=dtype)
@@ -292,87 +299,91 @@ class IndependentColumns:
     ) -> tuple[Record, NDArray[np.bool_]]:
         """Mode of the conjugate posterior, column by column, over the rows that observed it.
 
-        Real, with `n` the observed weight, `S` the scatter about the weighted mean, `D` its squared
-        distance from the prior mean: `variance = (scatter + S + strength n / (strength + n) D) /
-        (dof + n + 3)`; shared variances sum over the d columns and divide by `dof + n + 2 + d`.
-        Others: `(sum + rows * prior) / (n + rows)`. Without a prior these are the plain averages;
-        a column that a component never observed keeps its previous parameters.
+        Real, with `n` the observed weight, `S` the scatter about the weighted mean and `D` its
+        squared distance from the prior mean: `mean = (strength m0 + sum) / (strength + n)` and
+        `variance = (scatter + S + strength n / (strength + n) D) / (dof + n + 3)`. A spherical
+        variance sums over the d columns, a shared one over the components too, and divides by
+        `dof + n + 2` and the number of means it is about. About a frozen mean, `S` and the last
+        term are `S + n (average - mean)^2` and `strength (mean - m0)^2`. Others:
+        `(sum + rows * prior) / (n + rows)`. Without a prior these are the plain averages; a column
+        that a component never observed keeps its previous parameters.
         """
-        pivot, prior = self.pivot_at, self.prior
-        shift, scale = pivot.shift[self.real], pivot.scale[self.real]
+        prior = self.prior
         rows = prior.rows if prior else 0.0
         tiny = UNSEEN * float(stats.sum_w.sum(axis=0).max())
 
-        def average(sums: Array, n: Array, centre: Any, old: Array) -> Array:
-            total = n + rows
-            value = (sums + (rows * centre if prior else 0.0)) / np.where(total > tiny, total, 1.0)
-            return np.where(total > tiny, value, old)
+        def average(name: str, sums: Array, positions: Array) -> Array:
+            old = np.asarray(getattr(previous, name))
+            if name in frozen:
+                return old
+            total = stats.sum_w[:, positions] + rows
+            if prior is not None:
+                sums = sums + rows * getattr(prior, name)
+            return np.where(total > tiny, sums / np.where(total > tiny, total, 1.0), old)
 
+        mean, variance = self._maximise_real(stats, previous, tiny, frozen)
+        levels = average("level_probability", stats.sum_level, self.level_column)
+        if "level_probability" not in frozen:
+            levels = levels / self.level_totals(levels)
+        params = self.params_type(
+            mean,
+            variance,
+            np.clip(average("probability", stats.sum_binary, self.binary), 0.0, 1.0),
+            average("rate", stats.sum_count, self.count),
+            levels,
+        )
+        faulty = stats.sum_w.max(axis=1) <= tiny
+        # A prior knows what no row does, and what is frozen is not to be moved to other rows.
+        return params, np.zeros_like(faulty) if prior is not None or frozen else faulty
+
+    def _maximise_real(
+        self, stats: Any, previous: Any, tiny: float, frozen: frozenset[str]
+    ) -> tuple[Array, Array]:
+        """Means (K, real) in data units, and variances (K, real) or (K,)."""
+        prior, pivot = self.prior, self.pivot_at
+        shift, scale = pivot.shift[self.real], pivot.scale[self.real]
         n = stats.sum_w[:, self.real]
         known = n > tiny
         safe = np.where(known, n, 1.0)
-        mean = stats.sum_real / safe
-        about = safe * mean**2
+        average = stats.sum_real / safe
+        about = np.where(known, safe * average**2, 0.0)
         if self.spherical:
-            scatter = stats.sum_square - np.where(known, about, 0.0).sum(axis=1)
-            rounding = SINGULAR * stats.sum_square
+            about = about.sum(axis=1)
+        scatter = np.maximum(stats.sum_square - about, SINGULAR * stats.sum_square)
+        fixed = (previous.mean - shift) / scale
+        if "mean" in frozen:
+            pull = np.where(known, n * (average - fixed) ** 2, 0.0)
+            mean = fixed
         else:
-            scatter = stats.sum_square - about
-            rounding = SINGULAR * stats.sum_square
-        scatter = np.maximum(scatter, rounding)
+            pull = np.zeros_like(n)
+            mean = np.where(known, average, fixed)
         if prior is not None:
             m0 = (prior.mean - shift) / scale
-            gap = np.where(known, mean - m0, 0.0)
-            pull = prior.strength * n / (prior.strength + n) * gap**2
-            psi = prior.scatter / scale**2
-            mean = (prior.strength * m0 + stats.sum_real) / (prior.strength + n)
-            if self.spherical:
-                variance = (psi.mean() + scatter + pull.sum(axis=1)) / (
-                    prior.dof + n.sum(axis=1) + 2 + len(self.real)
-                )
+            if "mean" in frozen:
+                pull += prior.strength * (fixed - m0) ** 2
             else:
-                variance = (psi + scatter + pull) / (prior.dof + n + 3)
+                gap = np.where(known, average - m0, 0.0)
+                pull = prior.strength * n / (prior.strength + n) * gap**2
+                mean = (prior.strength * m0 + stats.sum_real) / (prior.strength + n)
+        centre = previous.mean if "mean" in frozen else shift + mean * scale
+        if "variance" in frozen:
+            return centre, previous.variance
+        if self.spherical:
+            unit: Any = scale[0] ** 2
+            scatter, n, n_means = scatter + pull.sum(axis=1), n.sum(axis=1), len(self.real)
+            if self.shared:
+                n_means *= len(n)
+                scatter, n = np.full_like(n, scatter.sum()), np.full_like(n, n.sum())
         else:
-            mean = np.where(known, mean, (previous.mean - shift) / scale)
-            if self.spherical:
-                total = n.sum(axis=1)
-                old = previous.variance / scale[0] ** 2
-                variance = np.where(total > tiny, scatter / np.where(total > tiny, total, 1), old)
-            else:
-                variance = np.where(known, scatter / safe, previous.variance / scale**2)
-        unit = scale[0] ** 2 if self.spherical else scale**2
-        variance = np.maximum(variance * unit + self.ridge, FLOOR * unit)
-        weight = stats.sum_w.max(axis=1)
-        level_n = stats.sum_w[:, self.level_column]
-        levels = average(
-            stats.sum_level,
-            level_n,
-            prior.level_probability if prior else None,
-            previous.level_probability,
-        )
-        params = self.params_type(
-            shift + mean * scale,
-            variance,
-            np.clip(
-                average(
-                    stats.sum_binary,
-                    stats.sum_w[:, self.binary],
-                    prior.probability if prior else None,
-                    previous.probability,
-                ),
-                0.0,
-                1.0,
-            ),
-            average(
-                stats.sum_count,
-                stats.sum_w[:, self.count],
-                prior.rate if prior else None,
-                previous.rate,
-            ),
-            levels / self.level_totals(levels),
-        )
-        faulty = weight <= tiny if prior is None else np.zeros(len(weight), dtype=bool)
-        return params, faulty
+            unit, scatter, n_means = scale**2, scatter + pull, 1
+        if prior is not None:
+            psi = prior.scatter / scale**2
+            variance = (psi.mean() if self.spherical else psi) + scatter
+            variance = variance / (prior.dof + n + 2 + n_means)
+        else:
+            variance = scatter / np.where(n > tiny, n, 1.0)
+            variance = np.where(n > tiny, variance, previous.variance / unit)
+        return centre, np.maximum(variance * unit + self.ridge, FLOOR * unit)
 
     def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
         kept: Monoid = stats.take(components)
@@ -423,8 +434,9 @@ class IndependentColumns:
             pull = prior.strength * (params.mean - prior.mean) ** 2 / variance
             total -= 0.5 * float(pull.sum())
             if self.spherical:
-                width = prior.dof + 2 + len(self.real)
-                shared = params.variance
+                shared = params.variance[:1] if self.shared else params.variance
+                n_means = len(self.real) * len(params.variance) // len(shared)
+                width = prior.dof + 2 + n_means
                 total -= 0.5 * float((width * np.log(shared) + prior.scatter.mean() / shared).sum())
             else:
                 total -= 0.5 * float(
@@ -448,7 +460,8 @@ class IndependentColumns:
         mean[component] = np.where(observed[self.real], x[self.real], pivot.shift[self.real])
         variance = params.variance.copy()
         scale = pivot.scale[self.real] ** 2
-        variance[component] = scale[0] if self.spherical else scale
+        if not self.shared:
+            variance[component] = scale[0] if self.spherical else scale
         pooled = params.rate.mean(axis=0)
         rate[component] = np.where(observed[self.count], 0.5 * (x[self.count] + pooled), pooled)
         pooled = params.probability.mean(axis=0)
@@ -481,6 +494,39 @@ class IndependentColumns:
             code = (uniform[:, None] >= below[component]).sum(axis=1)
             out[:, self.level_column[start]] = code
         return out, None
+
+    def fill(self, params: Any, resp: Array, rng: np.random.Generator | None = None) -> Array:
+        if rng is not None:
+            return self.draw(params, resp.argmax(axis=0), rng)[0]
+        out = np.empty((resp.shape[1], self.schema.n_features))
+        out[:, self.real] = resp.T @ params.mean
+        out[:, self.binary] = resp.T @ params.probability > 0.5
+        out[:, self.count] = resp.T @ params.rate
+        levels = resp.T @ params.level_probability
+        edges = np.append(self.level_start, len(self.level_column))
+        for start, stop in itertools.pairwise(edges):
+            out[:, self.level_column[start]] = levels[:, start:stop].argmax(axis=1)
+        return out
+
+    def marginal(self, params: Any, columns: Array) -> tuple[IndependentColumns, Record]:
+        schema = Schema(tuple(self.schema.columns[j] for j in columns))
+        pivot = None
+        if self.pivot is not None:
+            pivot = Pivot(self.pivot.shift[columns], self.pivot.scale[columns])
+        real = np.isin(self.real, columns)
+        return replace(self, schema=schema, pivot=pivot, prior=None), self.params_type(
+            params.mean[:, real],
+            params.variance if self.spherical else params.variance[:, real],
+            params.probability[:, np.isin(self.binary, columns)],
+            params.rate[:, np.isin(self.count, columns)],
+            params.level_probability[:, np.isin(self.level_column, columns)],
+        )
+
+    def condition(
+        self, params: Any, x: Array, given: Array
+    ) -> tuple[IndependentColumns, Record, Array]:
+        rest, kept = self.marginal(params, np.flatnonzero(~given))
+        return rest, kept, log_prob_given(self, params, x, given)
 
     def embed(self, rows: Rows) -> tuple[Array, Array]:
         """Standardised reals and log-counts; binaries and one-hot levels by their spread."""
@@ -559,8 +605,10 @@ class IndependentColumns:
     def n_parameters(self, n_components: int) -> int:
         real = len(self.real)
         levels = len(self.level_column) - len(self.level_start)
-        spread = 1 if self.spherical else real
-        return n_components * (real + spread + len(self.binary) + len(self.count) + levels)
+        means = n_components * (real + len(self.binary) + len(self.count) + levels)
+        if self.shared:
+            return means + 1
+        return means + n_components * (1 if self.spherical else real)
 
     def floored(self, params: Any) -> list[tuple[int, int]]:
         """(component, column position) whose variance sits on its floor or ridge."""

@@ -19,10 +19,21 @@ from genstream.stats import Monoid
 
 
 class Filling(Protocol):
-    """A family that fills in columns from the component alone."""
+    """A family of columns that do not depend on one another given the component."""
 
     def fill(self, params: Any, resp: Array, rng: np.random.Generator | None = None) -> Array:
         """(n, d) values of columns under responsibilities (K, n)."""
+
+
+def log_prob_given(family: Any, params: Any, x: Array, given: Array) -> Array:
+    """(K,) `log p(x_given | k)` in float64, of the columns `given` (d,) of one row (d,)."""
+    columns = np.flatnonzero(given)
+    part, known = family.with_dtype("float64").marginal(params, columns)
+    n_components = len(next(known.leaves())[2])
+    walk = part.prepare(known, np.zeros(n_components)).walk(Rows(x[None, columns]))
+    walk.load(slice(0, 1))
+    base = walk.base()
+    return np.asarray(walk.score()[:, 0] + (0.0 if base is None else base[0]))
 
 
 class ConsecutiveWalk:
@@ -77,10 +88,12 @@ class LinearKernel(Protocol):
     a column is observed and take what an observed entry adds whatever its value.
     """
 
-    family: Filling
     params: Any
     dtype: np.dtype[Any]
     n_components: int
+
+    @property
+    def family(self) -> Filling: ...
 
     def linear(self, gaps: bool) -> Linear:
         """Natural parameters of the features of complete blocks, or of blocks with gaps."""

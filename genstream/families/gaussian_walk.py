@@ -339,7 +339,7 @@ class GaussianWalk:
 
     def load(self, index: Index) -> None:
         values = self.rows.values[index]
-        n, d = values.shape
+        n = len(values)
         if self.log_p.shape[1] < n:
             self.log_p = np.empty((len(self.log_p), n), dtype=self.kernel.dtype)
         self.block, self.index = _MixedBlock(self, n), index
@@ -646,8 +646,8 @@ def _completed(
     """Fill the gaps of rows (n, d), in place: `sum_k r_k E[x_M | x_O, k]`.
 
     With precision `P` and distance `e` from the mean, zero where missing, `x_M` given `x_O` has
-    mean `mean_M - inv(P_MM) (P e)_M` and covariance `inv(P_MM)`; standard normal `noise` (n, d) adds
-    a deviation of it. Rows that miss equally many columns are worked on at a time.
+    mean `mean_M - inv(P_MM) (P e)_M` and covariance `inv(P_MM)`; standard normal `noise` (n, d)
+    adds a deviation of it. Rows that miss equally many columns are worked on at a time.
     """
     shift, scale = kernel.pivot.shift, kernel.pivot.scale
     gaps = (~observed).sum(axis=1)
