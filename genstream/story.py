@@ -11,14 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from genstream.errors import ConfigError, CorruptError, DataError
 from genstream.families import FAMILIES
-from genstream.families.blocks import MAX_BLOCK, Array, Family, Index, Pivot, Walk, slices
+from genstream.families.blocks import (
+    MAX_BLOCK,
+    Array,
+    FactorWalk,
+    Family,
+    Index,
+    Pivot,
+    Walk,
+    slices,
+)
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
@@ -372,7 +381,7 @@ class Story:
             chosen[:] = component
         mean = np.zeros((rows.n_rows, self.n_factors))
         covariance = np.zeros((rows.n_rows, self.n_factors, self.n_factors))
-        walk = self._walk(params, rows)
+        walk = cast(FactorWalk, self._walk(params, rows))
 
         def note(index: Index, log_joint: Array) -> None:
             if component is None:

@@ -70,11 +70,12 @@ class Walk(Protocol):
         `p(x_M | x_O, k)`. What was observed stays to the bit.
         """
 
-    def factors(self, component: Array) -> tuple[Array, Array]:
-        """(n, q) mean and (n, q, q) covariance of `p(t | x, k)` with the components (n,) given.
 
-        Only of families that have factors.
-        """
+class FactorWalk(Walk, Protocol):
+    """A walk of a family that has factors."""
+
+    def factors(self, component: Array) -> tuple[Array, Array]:
+        """(n, q) mean and (n, q, q) covariance of `p(t | x, k)` with the components (n,) given."""
 
 
 class LinearBlock(Protocol):

@@ -295,7 +295,7 @@ class GaussianWalk:
         order = np.argsort(found.of_row, kind="stable")
         starts = np.concatenate([[0], np.cumsum(found.counts)])
         for p in np.flatnonzero(found.frequent):
-            yield from self._dense(self._marginal(p), order[starts[p] : starts[p + 1]])
+            yield from self._dense(self._marginal(int(p)), order[starts[p] : starts[p + 1]])
         width = np.where(found.frequent, 0, found.width)[found.of_row[order]]
         for chosen in self._lanes(order, width):
             block = _LaneBlock(self, observed[chosen])
@@ -361,7 +361,7 @@ class GaussianWalk:
         for p in np.unique(of_row[frequent]):
             chosen = np.flatnonzero(of_row == p)
             known = self._works.get(int(p))
-            marginal = self._marginal(p) if known is None else known.marginal
+            marginal = self._marginal(int(p)) if known is None else known.marginal
             self._load_frequent(int(p), marginal, chosen, values[chosen])
         width = np.where(frequent, 0, found.width[of_row])
         for chosen in self._lanes(np.arange(n), width):
