@@ -38,6 +38,7 @@ from genstream.families.blocks import (
     block_rows,
     slices,
 )
+from genstream.families.columns_walk import log_prob_given
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Joint, JointStats, Monoid, Record, side_by_side
@@ -324,7 +325,7 @@ class Product:
         for part, theta in self._blocks(params):
             known = given[part.index]
             if known.all():
-                total = total + _log_prob(part.family, theta, x[part.index])
+                total = total + log_prob_given(part.family, theta, x[part.index], known)
             elif known.any():
                 family, rest, log_p = part.family.condition(theta, x[part.index], known)
                 total = total + log_p
@@ -416,19 +417,6 @@ class Product:
             else:
                 found.append(cast("Levelled", part.family).stats_with_levels(new, sums))
         return self.stats_type(*found)
-
-
-def _log_prob(family: Family, params: Any, x: Array) -> Array:
-    """(K,) `log p(x | k)` of one complete row (d,)."""
-    k = next(len(v) for _, names, v in params.leaves() if names[:1] == ("component",))
-    walk = family.with_dtype("float64").prepare(params, np.zeros(k)).walk(Rows(x[None]))
-    found = np.zeros(k)
-    for _ in walk.blocks():
-        found += walk.score()[:, 0]
-        base = walk.base()
-        if base is not None:
-            found += base[0]
-    return found
 
 
 class ProductKernel:
