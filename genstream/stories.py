@@ -6,15 +6,45 @@ returns a `Story` that any learner can learn.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
 from genstream.errors import ConfigError
+from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.gaussian import Gaussian
-from genstream.schema import Schema
+from genstream.families.product import Part, Product
+from genstream.schema import Kind, Schema
 from genstream.story import Story
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 DTYPES = ("float64", "float32")
 PRIORS = ("weak", None)
+# What a block's columns may be, and the kinds of column each takes; None stands for all kinds.
+BLOCKS: dict[str, Kind | None] = {
+    "full": "real",
+    "tied": "real",
+    "diag": "real",
+    "spherical": "real",
+    "independent": None,
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns that a family describes together, independent of all others given the component.
+
+    Parameters
+    ----------
+    columns
+        Their names, in any order.
+    family
+        `full`, `tied`, `diag` or `spherical` Gaussians of real columns; or `independent` columns
+        of any kind.
+    """
+
+    columns: Sequence[str]
+    family: str = "full"
 
 
 def mixture(
@@ -25,24 +55,35 @@ def mixture(
     prior: str | None = "weak",
     reg_covar: float = 0.0,
     dtype: str = "float64",
+    blocks: Sequence[Block] = (),
+    frozen: Collection[str] = (),
 ) -> Story:
     """The story of a mixture over the columns of `schema`.
+
+    Given the component, real columns are jointly Gaussian as `covariance` says, and all others
+    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical. `blocks` says
+    otherwise for the columns it names.
 
     Parameters
     ----------
     schema
-        Real columns only, or columns of any kind.
+        The columns, of any kind.
     n_components
         K, at least 1.
     covariance
-        `full`, `tied`, `diag` or `spherical`; `full` and `tied` need real columns throughout.
-        None stands for `full` where all columns are real and for `diag` elsewhere.
+        What the real columns have: a `full` covariance a component, one `tied` covariance, `diag`
+        for a variance a column, `spherical` for a variance a component. None stands for `full`
+        where all columns are real and for `diag` elsewhere.
     prior
         `weak` for MAP under weak conjugate priors, None for maximum likelihood.
     reg_covar
         Added to every variance after each M-step, in squared data units.
     dtype
         Arithmetic of the E-step: `float64` or `float32`.
+    blocks
+        Columns that depend on one another, and how. Columns in no block go by their kind.
+    frozen
+        Parameters that learning leaves as they are: `weights`, or names of the family's.
 
     Raises
     ------
@@ -62,16 +103,62 @@ def mixture(
         raise ConfigError(f"n_components is {n_components}: a mixture needs at least 1 component")
     if reg_covar < 0:
         raise ConfigError(f"reg_covar is {reg_covar:g}: it must not be negative")
-    if not real and covariance != "diag":
-        other = next(c for c in schema.columns if c.kind != "real")
+    told = _told(schema, blocks)
+    rest = [j for j in range(schema.n_features) if not any(j in columns for columns, _ in told)]
+    joint = [j for j in rest if schema.kinds[j] == "real" and covariance != "diag"]
+    if joint:
+        told.append((joint, covariance))
+    elif covariance != "diag" and not told:
         raise ConfigError(
-            f"covariance {covariance!r} needs real columns throughout, but {other.name!r} is "
-            f"{other.kind}: use 'diag', under which columns are independent given the component"
+            f"covariance {covariance!r} needs real columns, and there are none: leave it out"
         )
-    if covariance in ("full", "tied"):
-        family: Gaussian | IndependentColumns = Gaussian(
-            schema.n_features, covariance == "tied", reg_covar, dtype
-        )
-    else:
-        family = IndependentColumns(schema, covariance == "spherical", reg_covar, dtype)
-    return Story(schema, family, n_components, prior)
+    others = [j for j in rest if j not in joint]
+    if others:
+        told.append((others, "independent"))
+    parts = [
+        Part(tuple(columns), _family(kind, schema.at(columns), reg_covar, dtype))
+        for columns, kind in sorted(told)
+    ]
+    family: Family = parts[0].family if len(parts) == 1 else Product(schema, tuple(parts))
+    return Story(schema, family, n_components, prior, frozenset(frozen))
+
+
+def _told(schema: Schema, blocks: Sequence[Block]) -> list[tuple[list[int], str]]:
+    """Sorted positions and family of each block. Raises ConfigError where one does not fit."""
+    told: list[tuple[list[int], str]] = []
+    held: set[str] = set()
+    for block in blocks:
+        if block.family not in BLOCKS:
+            raise ConfigError(
+                f"block {_listed(block)}: family {block.family!r} is not one of {', '.join(BLOCKS)}"
+            )
+        if not block.columns:
+            raise ConfigError(f"a {block.family} block names no columns")
+        for name in block.columns:
+            if name not in schema.names:
+                raise ConfigError(
+                    f"block {_listed(block)}: there is no column {name!r}; the columns are "
+                    f"{', '.join(schema.names)}"
+                )
+            if name in held:
+                raise ConfigError(f"blocks: column {name!r} is named twice")
+            held.add(name)
+            kind = BLOCKS[block.family]
+            if kind is not None and schema[name].kind != kind:
+                raise ConfigError(
+                    f"block {_listed(block)}: {block.family} takes {kind} columns, and {name!r} "
+                    f"is {schema[name].kind}"
+                )
+        told.append((sorted(schema.index(name) for name in block.columns), block.family))
+    return told
+
+
+def _listed(block: Block) -> str:
+    return f"({', '.join(block.columns)})"
+
+
+def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
+    """The family of one block of columns."""
+    if kind in ("full", "tied"):
+        return Gaussian(schema.n_features, kind == "tied", reg_covar, dtype)
+    return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)

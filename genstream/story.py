@@ -431,7 +431,7 @@ class Story:
         if not len(columns):
             raise ConfigError("a marginal needs at least one column")
         family, theta = self.family.marginal(params.family, columns)
-        schema = Schema(tuple(self.schema.columns[j] for j in columns))
+        schema = self.schema.at(columns)
         story = Story(schema, family, self.n_components, None)
         return story, Params(params.weights, theta)
 
@@ -455,7 +455,7 @@ class Story:
         log_joint = (log_p + np.log(np.maximum(params.weights, 1e-300)))[:, None]
         soft(log_joint)
         weights = log_joint[:, 0] / log_joint.sum()
-        schema = Schema(tuple(self.schema.columns[j] for j in np.flatnonzero(~known)))
+        schema = self.schema.at(np.flatnonzero(~known))
         return Story(schema, family, self.n_components, None), Params(weights, theta)
 
     def place(self, params: Params, component: int, x: Array, observed: Array) -> Params:

@@ -345,7 +345,7 @@ class GaussianWalk:
         self.block, self.index = _MixedBlock(self, n), index
         if self.rows.observed is None:
             if self.y.shape[1] < n:
-                self.y = np.empty((self.kernel.n_features, n))
+                self.y = np.empty((len(self.y), n))
             if self.features.shape[1] < n:
                 self.features = np.empty((self.width, n), dtype=self.kernel.dtype)
             work = self._works.setdefault(-1, self._work(self.kernel.complete))
