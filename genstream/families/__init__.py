@@ -17,8 +17,9 @@ from __future__ import annotations
 
 from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
+from genstream.families.factors import Factors
 from genstream.families.gaussian import Gaussian
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (Gaussian, IndependentColumns)
+    family.name: family for family in (Gaussian, IndependentColumns, Factors)
 }
