@@ -6,12 +6,17 @@ returns a `Story` that any learner can learn.
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+=======
+from collections.abc import Iterable
+>>>>>>> factors
 
 from genstream.errors import ConfigError
 from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
+from genstream.families.factors import NOISES, STATISTICS, Factors
 from genstream.families.gaussian import Gaussian
 from genstream.families.product import Part, Product
 from genstream.schema import Kind, Schema
@@ -20,6 +25,7 @@ from genstream.story import Story
 COVARIANCES = ("full", "tied", "diag", "spherical")
 DTYPES = ("float64", "float32")
 PRIORS = ("weak", None)
+<<<<<<< HEAD
 # What a block's columns may be, and the kinds of column each takes; None stands for all kinds.
 BLOCKS: dict[str, Kind | None] = {
     "full": "real",
@@ -45,6 +51,12 @@ class Block:
 
     columns: Sequence[str]
     family: str = "full"
+=======
+# Moments of d columns are summed where those of all components fit a core's share of the cache,
+# and where their features of a block do: beyond that a pass through the latent is shorter.
+MOMENT_NUMBERS = 1 << 20
+MOMENT_COLUMNS = 256
+>>>>>>> factors
 
 
 def mixture(
@@ -112,6 +124,7 @@ def mixture(
         raise ConfigError(
             f"covariance {covariance!r} needs real columns, and there are none: leave it out"
         )
+<<<<<<< HEAD
     others = [j for j in rest if j not in joint]
     if others:
         told.append((others, "independent"))
@@ -162,3 +175,84 @@ def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
     if kind in ("full", "tied"):
         return Gaussian(schema.n_features, kind == "tied", reg_covar, dtype)
     return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
+=======
+    if covariance in ("full", "tied"):
+        family: Gaussian | IndependentColumns = Gaussian(
+            schema.n_features, covariance == "tied", reg_covar, dtype
+        )
+    else:
+        family = IndependentColumns(schema, covariance == "spherical", reg_covar, dtype)
+    return Story(schema, family, n_components, prior)
+
+
+def factors(
+    schema: Schema,
+    n_factors: int,
+    n_components: int = 1,
+    *,
+    noise: str = "diagonal",
+    shared_noise: bool = False,
+    prior: str | None = "weak",
+    dtype: str = "float64",
+    frozen: Iterable[str] = (),
+    statistics: str = "auto",
+) -> Story:
+    """Factor analysis, probabilistic PCA, and mixtures of them, over real columns.
+
+        t ~ N(0, I),    x | k, t ~ N(mean_k + W_k t, noise_k)
+
+    Parameters
+    ----------
+    schema
+        Real columns only.
+    n_factors
+        q, the number of factors, from 1 to one less than there are columns.
+    n_components
+        K; 1 is plain factor analysis.
+    noise
+        `diagonal`: a variance a column (factor analysis); `isotropic`: one for all (PPCA).
+    shared_noise
+        Whether all components have the same noise.
+    prior
+        `weak` for MAP under weak priors of mean and noise, None for maximum likelihood, under
+        which noise may sit on its floor.
+    dtype
+        Arithmetic of the E-step: `float64` or `float32`.
+    frozen
+        Parameters that learning leaves as they are: `weights`, `mean`, `loadings`, `noise`.
+    statistics
+        `moments`: sums of `x x'`, with which complete data of one component need a single pass;
+        `latent`: sums through the factors, for many columns. `auto` takes moments of up to 256
+        columns where those of all components make at most 2^20 numbers.
+
+    Raises
+    ------
+    ConfigError
+        Where an argument is not one of those, or does not fit the columns.
+    """
+    other = next((c for c in schema.columns if c.kind != "real"), None)
+    if other is not None:
+        raise ConfigError(
+            f"factors need real columns throughout, but {other.name!r} is {other.kind}"
+        )
+    d = schema.n_features
+    if not 1 <= n_factors < d:
+        raise ConfigError(
+            f"n_factors is {n_factors}: with {d} columns it must be at least 1 and less than {d}"
+        )
+    if noise not in NOISES:
+        raise ConfigError(f"noise {noise!r} is not one of {', '.join(NOISES)}")
+    if statistics not in ("auto", *STATISTICS):
+        raise ConfigError(f"statistics {statistics!r} is not one of auto, {', '.join(STATISTICS)}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if prior not in PRIORS:
+        raise ConfigError(f"prior {prior!r} is not one of weak, None")
+    if n_components < 1:
+        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    if statistics == "auto":
+        few = d <= MOMENT_COLUMNS and n_components * d**2 <= MOMENT_NUMBERS
+        statistics = "moments" if few else "latent"
+    family = Factors(d, n_factors, noise == "isotropic", shared_noise, statistics, dtype)
+    return Story(schema, family, n_components, prior, frozenset(frozen))
+>>>>>>> factors
