@@ -32,6 +32,7 @@ from genstream.families.blocks import (
     MAX_ROUNDING,
     UNSEEN,
     Array,
+    Description,
     Linear,
     Pivot,
     moments,
@@ -553,6 +554,26 @@ class IndependentColumns:
         mask = np.concatenate(masks, axis=1)
         return np.where(mask, np.concatenate(parts, axis=1), 0.0), mask
 
+    def with_levels(
+        self, schema: Schema, params: Any, seen: Array
+    ) -> tuple[IndependentColumns, Record]:
+        family = replace(self, schema=schema)
+        index = np.array(_level_index(self.schema, schema))
+        sizes = family.level_totals(np.ones(len(index)))
+        fresh = np.where(index < 0, 0.5 / (seen[family.level_column] + 0.5 * sizes), 0.0)
+        rest = 1.0 - family.level_totals(fresh)
+
+        def grown(record: Any) -> Any:
+            wide = record.take(index, "level")
+            return replace(wide, level_probability=wide.level_probability * rest + fresh)
+
+        prior = None if self.prior is None else grown(self.prior)
+        return replace(family, prior=prior), grown(params)
+
+    def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
+        wide: Monoid = stats.take(_level_index(self.schema, schema), "level")
+        return wide
+
     def rounding(self, params: Any) -> Array:
         scale = self.pivot_at.scale[self.real]
         variance = self.variances(params)
@@ -566,6 +587,20 @@ class IndependentColumns:
         exact = np.finfo(np.float64).eps
         counts = np.minimum(unit * counts, MAX_ROUNDING) + exact * counts
         return np.asarray((quadratic + moved).sum(axis=1) + counts)
+
+    def describe(self, params: Any) -> Description:
+        mean = np.full((len(params.mean), self.schema.n_features), np.nan)
+        sd = mean.copy()
+        mean[:, self.real], sd[:, self.real] = params.mean, np.sqrt(self.variances(params))
+        mean[:, self.count], sd[:, self.count] = params.rate, np.sqrt(params.rate)
+        success = params.probability
+        levels = {
+            int(j): np.column_stack([1 - success[:, i], success[:, i]])
+            for i, j in enumerate(self.binary)
+        }
+        for j in np.unique(self.level_column):
+            levels[int(j)] = params.level_probability[:, self.level_column == j]
+        return Description(mean, sd, levels)
 
     def n_parameters(self, n_components: int) -> int:
         real = len(self.real)
@@ -595,6 +630,17 @@ def _log1m(p: Array) -> Array:
 def _poisson_rounding(rate: Array) -> Array:
     """(K,) size of the terms of `x log rate - rate` near `x = rate`, which cancel."""
     return np.asarray((rate * (1.0 + np.abs(_log(rate)))).sum(axis=1))
+
+
+def _level_index(old: Schema, new: Schema) -> list[int]:
+    """Where each level of the new schema stood among the old ones, -1 for new levels."""
+    index: list[int] = []
+    at = 0
+    for before, after in zip(old.columns, new.columns, strict=True):
+        index += range(at, at + before.n_levels)
+        index += [-1] * (after.n_levels - before.n_levels)
+        at += before.n_levels
+    return index
 
 
 def _level_sums(family: IndependentColumns, rows: Rows) -> Array:

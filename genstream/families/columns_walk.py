@@ -114,8 +114,8 @@ class LinearKernel(Protocol):
 class LinearWalk(ConsecutiveWalk):
     """A walk whose blocks are scored and gathered by one matrix product each.
 
-    A product of families puts `features` of its walks below one another, and their `linear`
-    parameters side by side; it hands each its share of the sums by `add`.
+    All blocks are alike, so that the walk itself stands for the one at hand where a product of
+    families asks for it.
     """
 
     def __init__(self, kernel: LinearKernel, rows: Rows) -> None:
@@ -129,8 +129,16 @@ class LinearWalk(ConsecutiveWalk):
         self._allocate(size)
 
     def _allocate(self, n_rows: int) -> None:
-        self._buffer = np.empty((self.width, n_rows), dtype=self.kernel.dtype)
-        self._log_p = np.empty((self.kernel.n_components, n_rows), dtype=self.kernel.dtype)
+        self.build_in(np.empty((self.width, n_rows), dtype=self.kernel.dtype))
+
+    def build_in(self, buffer: Array) -> None:
+        self._buffer = buffer
+        shape = (self.kernel.n_components, buffer.shape[1])
+        self._log_p = np.empty(shape, dtype=self.kernel.dtype)
+
+    @property
+    def linear_block(self) -> LinearWalk:
+        return self
 
     def load(self, index: Index) -> None:
         super().load(index)
