@@ -27,11 +27,12 @@ from genstream.learn import (
     story_of,
 )
 from genstream.passes import Passes
+from genstream.responsibility import hard
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
 from genstream.start import params_from_labels, warm_start
-from genstream.story import Params, Story, StoryStats, hard, mixture
+from genstream.story import Params, Story, StoryStats, mixture
 
 K = 3
 
