@@ -27,7 +27,8 @@ from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.sources import NpySource, NumpySource, Source
 from genstream.start import default_learner, warm_start
-from genstream.story import Story, mixture
+from genstream.stories import mixture
+from genstream.story import Story
 
 SLACK = 0.01
 MAX_STEPS = 200

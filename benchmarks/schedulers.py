@@ -26,7 +26,7 @@ from genstream.passes import Passes
 from genstream.schema import Schema
 from genstream.sources import ZarrSource
 from genstream.start import warm_start
-from genstream.story import mixture
+from genstream.stories import mixture
 
 
 def digest(array: Path, schema: Schema, n_components: int, **passes: Any) -> tuple[str, float]:

@@ -24,7 +24,8 @@ from genstream.learn import BatchEM, FitState, fit
 from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.sources import NumpySource
-from genstream.story import Params, mixture
+from genstream.stories import mixture
+from genstream.story import Params
 
 
 def power_rows(n_rows: int) -> np.ndarray[Any, np.dtype[np.float64]]:

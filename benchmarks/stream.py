@@ -47,7 +47,8 @@ from genstream.schema import Schema
 from genstream.sources import NumpySource
 from genstream.start import warm_start
 from genstream.store import load_checkpoint, save_checkpoint
-from genstream.story import Params, Story, mixture
+from genstream.stories import mixture
+from genstream.story import Params, Story
 from genstream.updates import TableDelivery, recoded
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

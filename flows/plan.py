@@ -163,7 +163,7 @@ def make_plan(config: Config) -> Plan:
 
     Raises DataError where the data are not there or lack a column.
     """
-    from genstream.story import mixture
+    from genstream.stories import mixture
 
     extent = _extent(config)
     story = mixture(

@@ -168,7 +168,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
     """
     from genstream import learn, start, store
     from genstream.sources import n_rows
-    from genstream.story import mixture
+    from genstream.stories import mixture
 
     config = run.config
     data = open_data(config, pinned(run))

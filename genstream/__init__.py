@@ -25,7 +25,7 @@ _HOME = {
     "hard": "responsibility",
     "soft": "responsibility",
     "Story": "story",
-    "mixture": "story",
+    "mixture": "stories",
     "fit": "learn",
     "Passes": "passes",
     "warm_start": "start",

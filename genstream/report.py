@@ -35,7 +35,6 @@ from genstream.evaluate import (
     PredictiveCheck,
     criteria,
 )
-from genstream.families.gaussian import Gaussian
 from genstream.learn import FitState, StepInfo
 from genstream.rows import Rows
 from genstream.schema import Column
@@ -246,7 +245,7 @@ class Portrait:
     weights: Array
     mean: Array
     sd: Array
-    levels: dict[int, Array]
+    levels: Mapping[int, Array]
     covariance: Callable[[int], Array] | None
     overall: Array
     spread: Array
@@ -255,31 +254,9 @@ class Portrait:
     @classmethod
     def of(cls, story: Story, params: Params) -> Portrait:
         """Read off the parameters, in data units."""
-        d, weights, family = story.schema.n_features, params.weights, story.family
-        theta: Any = params.family
-        mean = np.full((story.n_components, d), np.nan)
-        sd = mean.copy()
-        levels: dict[int, Array] = {}
-        covariance: Callable[[int], Array] | None = None
-        if isinstance(family, Gaussian):
-            mean[:] = theta.mean
-            sd[:] = np.sqrt(np.diagonal(theta.covariance, axis1=-2, axis2=-1))
-            tied = family.tied
-
-            def covariance(k: int) -> Array:
-                matrix: Array = theta.covariance if tied else theta.covariance[k]
-                return matrix
-
-        else:
-            mean[:, family.real] = theta.mean
-            sd[:, family.real] = np.sqrt(family.variances(theta))
-            mean[:, family.count] = theta.rate
-            sd[:, family.count] = np.sqrt(theta.rate)
-            for i, j in enumerate(family.binary):
-                p = theta.probability[:, i]
-                levels[int(j)] = np.column_stack([1 - p, p])
-            for j in np.unique(family.level_column):
-                levels[int(j)] = theta.level_probability[:, family.level_column == j]
+        weights = params.weights
+        told = story.family.describe(params.family)
+        mean, sd, levels = told.mean, told.sd, told.levels
         overall = weights @ mean
         between = weights @ (mean - overall) ** 2
         total = between + weights @ sd**2
@@ -290,7 +267,7 @@ class Portrait:
             possible = float((average * (1 - average)).sum())
             separation[j] = apart / possible if possible > 0 else 0.0
         return cls(
-            story, weights, mean, sd, levels, covariance, overall, np.sqrt(total), separation
+            story, weights, mean, sd, levels, told.covariance, overall, np.sqrt(total), separation
         )
 
     @property
@@ -823,7 +800,7 @@ def _fit_words(train: HeldOut | None, test: HeldOut | None) -> str:
 
 
 def _model_facts(story: Story, state: FitState) -> dict[str, str]:
-    told = story.to_json()
+    told = story.family.options()
     prior = "weak conjugate priors (MAP)" if story.prior else "none (maximum likelihood)"
     facts = {
         "Story": f"{story.n_components} components, {told['covariance']} covariance",

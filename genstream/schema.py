@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -10,6 +11,7 @@ from genstream.errors import ConfigError, DataError
 
 Kind = Literal["real", "binary", "count", "categorical"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+NUMERIC: tuple[Kind, ...] = ("real", "binary", "count")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,22 @@ class Column:
         """Number of values a categorical column can take; 0 for other kinds."""
         return len(self.levels) if self.kind == "categorical" else 0
 
+    def code(self, value: float | str) -> float:
+        """The number that stands for a value in `Rows`: a level's position, or the number itself.
+
+        Raises DataError where the value is neither a level nor a number.
+        """
+        if self.levels and str(value) in self.levels:
+            return float(self.levels.index(str(value)))
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if (self.levels and isinstance(value, str)) or not math.isfinite(number):
+            allowed = f"the levels {', '.join(self.levels[:8])}" if self.levels else "a number"
+            raise DataError(f"column {self.name!r} cannot be {value!r}: it takes {allowed}")
+        return number
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -105,6 +123,19 @@ class Schema:
     def of_kind(self, kind: Kind) -> tuple[int, ...]:
         """Positions of the columns of one kind."""
         return tuple(j for j, column in enumerate(self.columns) if column.kind == kind)
+
+    def labels(self) -> dict[str, list[str]]:
+        """Labels of the axes of records over these columns: of each kind, of all and of levels."""
+        labels: dict[str, list[str]] = {
+            kind: [self.columns[j].name for j in self.of_kind(kind)] for kind in NUMERIC
+        }
+        labels["feature"] = list(self.names)
+        labels["level"] = [
+            f"{self.columns[j].name}={level}"
+            for j in self.of_kind("categorical")
+            for level in self.columns[j].levels
+        ]
+        return labels
 
     def select(self, names: Sequence[str]) -> Schema:
         """The schema of some columns, in the order named."""

@@ -148,15 +148,21 @@ def seed_params(story: Story, sample: Rows, rng: np.random.Generator) -> Params:
     centres = seed_centres(x[small], observed[small], weight[small], story.n_components, rng)
     centres, _ = cluster(x[small], observed[small], weight[small], centres)
     labels = _distances(x, observed, centres).argmin(axis=1)
-    return params_from_labels(story, sample, labels)
+    return params_from_labels(story, sample, labels, rng)
 
 
-def params_from_labels(story: Story, sample: Rows, labels: NDArray[np.intp]) -> Params:
-    """One M-step on a hard assignment (n,) of the sample to components."""
+def params_from_labels(
+    story: Story, sample: Rows, labels: NDArray[np.intp], rng: np.random.Generator
+) -> Params:
+    """One M-step on a hard assignment (n,) of the sample to components, with what symmetry it
+    leaves broken by the family.
+    """
     responsibilities = np.zeros((sample.n_rows, story.n_components))
     responsibilities[np.arange(sample.n_rows), labels] = 1.0
     vague = story.vague()
-    return story.m_step(story.e_step(vague, sample, responsibilities), vague)
+    params = story.m_step(story.e_step(vague, sample, responsibilities), vague)
+    begun = story.family.start(params.family, sample, responsibilities, rng)
+    return replace(params, family=begun)
 
 
 def warm_start(

@@ -1,8 +1,10 @@
 """A story: how a row comes to be, and the two steps that learn it.
 
-    k ~ Categorical(weights),    x | k ~ family(theta_k)
+    k ~ Categorical(weights),    t | k ~ the family's prior,    x | k, t ~ family(theta_k)
 
-The E-step of any rows returns sufficient statistics, which add; the M-step sees statistics only.
+A row's latent is `z = (k, t)`: a component and, in families that have them, factors. `q = 0`
+factors make a mixture, `K = 1` component factor analysis, both a mixture of factor analysers. The
+E-step of any rows returns sufficient statistics, which add; the M-step sees statistics only.
 """
 
 from __future__ import annotations
@@ -15,18 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genstream.errors import ConfigError, CorruptError, DataError
-from genstream.families.blocks import Array, Index, Pivot, Walk
-from genstream.families.columns import ColumnsPrior, IndependentColumns
-from genstream.families.gaussian import Gaussian, NormalWishart
+from genstream.families import FAMILIES
+from genstream.families.blocks import MAX_BLOCK, Array, Family, Index, Pivot, Walk, slices
 from genstream.responsibility import Key, Responsibility, rule_of, soft
 from genstream.rows import Rows
-from genstream.schema import Kind, Schema
-from genstream.stats import Monoid, Record, axes
-
-COVARIANCES = ("full", "tied", "diag", "spherical")
-DTYPES = ("float64", "float32")
-PRIORS = ("weak", None)
-NUMERIC: tuple[Kind, ...] = ("real", "binary", "count")
+from genstream.schema import Schema
+from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,11 +70,27 @@ class Posterior:
 
 
 @dataclass(frozen=True)
+class FactorPosterior:
+    """What the model says of each row's factors `t`, given the row and a component.
+
+    `mean` (n, q) and `covariance` (n, q, q) are those of `p(t | x, k)`, exact where the story is
+    and of its approximation where the story has a bound; `component` (n,) is the k asked for.
+    """
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+    component: NDArray[np.intp]
+
+
+@dataclass(frozen=True)
 class Draw:
-    """Rows drawn from a story: their components (n,) and values (n, d), categories as codes."""
+    """Rows drawn from a story: their components (n,), values (n, d) with categories as codes, and
+    factors (n, q) where the story has any.
+    """
 
     component: NDArray[np.intp]
     values: NDArray[np.float64]
+    factors: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,15 +107,25 @@ class Story:
         K.
     prior
         `weak`: weak conjugate priors, so that learning is MAP; None: maximum likelihood.
+    frozen
+        Names of parameters that learning leaves as they are: `weights`, or what the family calls
+        its own (`mean`, `covariance`, ...). Raises ConfigError where there is no such name.
     """
 
     schema: Schema
-    family: Gaussian | IndependentColumns
+    family: Family
     n_components: int
     prior: str | None = "weak"
+    frozen: frozenset[str] = frozenset()
     weight_prior: float = field(init=False)
 
     def __post_init__(self) -> None:
+        names = ("weights", *self.family.param_names)
+        unknown = sorted(self.frozen.difference(names))
+        if unknown:
+            raise ConfigError(
+                f"frozen: there is no parameter {unknown[0]!r}; there are {', '.join(names)}"
+            )
         # One pseudo-row in all, spread evenly: a Dirichlet prior with exponents 1 + 1/K.
         share = 1.0 / self.n_components if self.prior == "weak" else 0.0
         object.__setattr__(self, "weight_prior", share)
@@ -117,6 +139,16 @@ class Story:
     def monotone(self) -> bool:
         """Whether EM can never decrease the objective: true unless a ridge is added."""
         return self.family.ridge == 0.0
+
+    @property
+    def bound(self) -> bool:
+        """Whether log-probabilities and objectives are lower bounds, not exact."""
+        return self.family.bound
+
+    @property
+    def n_factors(self) -> int:
+        """q, the number of factors of a row; 0 for plain mixtures."""
+        return self.family.n_factors
 
     @property
     def dtype(self) -> str:
@@ -203,7 +235,10 @@ class Story:
 
     def maximise(self, stats: StoryStats, previous: Params) -> tuple[Params, NDArray[np.bool_]]:
         """The M-step, and (K,) which components were empty or singular and need rescue."""
-        family, faulty = self.family.maximise(stats.family, previous.family)
+        kept = self.frozen - {"weights"}
+        family, faulty = self.family.maximise(stats.family, previous.family, kept)
+        if "weights" in self.frozen:
+            return Params(previous.weights, family), faulty
         weights = stats.sum_r + self.weight_prior
         total = weights.sum()
         even = np.full(self.n_components, 1 / self.n_components)
@@ -252,7 +287,7 @@ class Story:
             yield index, log_joint, value if base is None else value + base
 
     def _in_float64(self) -> Story:
-        return replace(self, family=replace(self.family, dtype="float64"))
+        return replace(self, family=self.family.with_dtype("float64"))
 
     @np.errstate(over="ignore", invalid="ignore")
     def infer(self, params: Params, rows: Rows) -> Posterior:
@@ -301,7 +336,100 @@ class Story:
     def draw(self, params: Params, n_rows: int, rng: np.random.Generator) -> Draw:
         """`n_rows` rows dreamt up by the model."""
         component = rng.choice(self.n_components, size=n_rows, p=params.weights)
-        return Draw(component, self.family.draw(params.family, component, rng))
+        values, factors = self.family.draw(params.family, component, rng)
+        return Draw(component, values, factors)
+
+    def factors(
+        self, params: Params, rows: Rows, component: int | Array | None = None
+    ) -> FactorPosterior:
+        """The posterior of each row's factors, given its likeliest component.
+
+        `component` names another one, for all rows or for each (n,). A row with nothing observed
+        has the factors' prior. Raises ConfigError where the story has no factors.
+        """
+        if not self.n_factors:
+            raise ConfigError(f"a {self.family.name} story has no factors: it is a mixture")
+        chosen = np.zeros(rows.n_rows, dtype=np.intp)
+        if component is not None:
+            chosen[:] = component
+        mean = np.zeros((rows.n_rows, self.n_factors))
+        covariance = np.zeros((rows.n_rows, self.n_factors, self.n_factors))
+        walk = self._walk(params, rows)
+
+        def note(index: Index, log_joint: Array) -> None:
+            if component is None:
+                chosen[index] = log_joint.argmax(axis=0)
+            mean[index], covariance[index] = walk.factors(chosen[index])
+
+        for index in walk.blocks():
+            note(index, walk.score())
+        for piece in _unobserved(rows):
+            walk.load(piece)
+            note(piece, walk.score())
+        return FactorPosterior(mean, covariance, chosen)
+
+    def impute(
+        self, params: Params, rows: Rows, rng: np.random.Generator | None = None
+    ) -> NDArray[np.float64]:
+        """(n, d) the rows with their gaps filled; what was observed stays to the bit.
+
+        Without `rng` a gap holds `E[x | observed]` of a real or count column and the likeliest
+        value of a binary or categorical one. With it the gaps of a row are one draw from
+        `p(x_missing | x_observed)`, for multiple imputation (Rubin 1987). Computed in float64.
+        """
+        values = rows.values.astype(np.float64)
+        if rows.observed is None:
+            return values
+        story = self._in_float64()
+        walk = story._walk(params, rows)
+        for index in walk.blocks():
+            responsibilities = walk.score()
+            soft(responsibilities)
+            if rng is not None:
+                responsibilities = _drawn(responsibilities, rng)
+            values[index] = walk.complete(responsibilities, rng)
+        for piece in _unobserved(rows):
+            responsibilities = np.repeat(params.weights[:, None], len(piece), axis=1)
+            if rng is not None:
+                responsibilities = _drawn(responsibilities, rng)
+            values[piece] = story.family.fill(params.family, responsibilities, rng)
+        return np.where(rows.observed, rows.values, values)
+
+    def marginal(self, params: Params, names: Sequence[str]) -> tuple[Story, Params]:
+        """The story of some of the columns, in the order of the schema, and its parameters.
+
+        Raises DataError where a column is not there, ConfigError where none is named.
+        """
+        columns = np.unique([self.schema.index(name) for name in names]).astype(np.intp)
+        if not len(columns):
+            raise ConfigError("a marginal needs at least one column")
+        family, theta = self.family.marginal(params.family, columns)
+        schema = Schema(tuple(self.schema.columns[j] for j in columns))
+        story = Story(schema, family, self.n_components, None)
+        return story, Params(params.weights, theta)
+
+    def condition(self, params: Params, given: Mapping[str, float | str]) -> tuple[Story, Params]:
+        """The story of the columns that are not given, given the values of others.
+
+        `weights_k` become `p(k | given)`, and each component becomes what the family makes of it.
+        Levels may be named by their label. Approximate where the story has a bound. Raises
+        DataError where a column is not there or cannot hold the value, ConfigError where no column
+        or every column is given.
+        """
+        x = np.zeros(self.schema.n_features)
+        known = np.zeros(self.schema.n_features, dtype=bool)
+        for name, value in given.items():
+            j = self.schema.index(name)
+            x[j], known[j] = self.schema.columns[j].code(value), True
+        if not known.any() or known.all():
+            raise ConfigError("condition: give values of at least one column, and not of all")
+        Rows(x[None], known[None]).check(self.schema)
+        family, theta, log_p = self.family.condition(params.family, x, known)
+        log_joint = (log_p + np.log(np.maximum(params.weights, 1e-300)))[:, None]
+        soft(log_joint)
+        weights = log_joint[:, 0] / log_joint.sum()
+        schema = Schema(tuple(self.schema.columns[j] for j in np.flatnonzero(~known)))
+        return Story(schema, family, self.n_components, None), Params(weights, theta)
 
     def place(self, params: Params, component: int, x: Array, observed: Array) -> Params:
         """The parameters with one component re-seeded at a row (d,), weighing an even share."""
@@ -323,17 +451,12 @@ class Story:
         ]
 
     def labels(self) -> dict[str, Sequence[str]]:
-        """Labels of the axes of `Params`, for `Params.to_dataset`."""
-        columns = self.schema.columns
-        labels: dict[str, Sequence[str]] = {
-            kind: [columns[j].name for j in self.schema.of_kind(kind)] for kind in NUMERIC
-        }
-        levels = [
-            f"{columns[j].name}={level}"
-            for j in self.schema.of_kind("categorical")
-            for level in columns[j].levels
-        ]
-        return labels | {"feature": list(self.schema.names), "level": levels}
+        """Labels of the axes of `Params`, for `Params.to_dataset`.
+
+        A family whose axes are not those of the schema has `labels` of its own.
+        """
+        labels: dict[str, Sequence[str]] = {**self.schema.labels()}
+        return labels | getattr(self.family, "labels", dict)()
 
     def params_from(self, dataset: Any, prefix: str = "") -> Params:
         """Parameters from `Params.to_dataset`. Raises CorruptError where a variable is missing."""
@@ -346,112 +469,60 @@ class Story:
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary that `from_json` turns back into an equal story, to the bit."""
         family = self.family
-        if isinstance(family, Gaussian):
-            covariance = "tied" if family.tied else "full"
-        else:
-            covariance = "spherical" if family.spherical else "diag"
         return {
-            "kind": "mixture",
             "schema": self.schema.to_json(),
             "n_components": self.n_components,
-            "covariance": covariance,
             "prior": self.prior,
-            "reg_covar": family.ridge,
-            "dtype": family.dtype,
-            "pivot": _record_to_json(family.pivot),
-            "family_prior": _record_to_json(family.prior),
+            "frozen": sorted(self.frozen),
+            "family": {
+                "name": family.name,
+                "options": family.options(),
+                "pivot": record_to_json(family.pivot),
+                "prior": record_to_json(family.prior),
+            },
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Story:
         """Inverse of `to_json`. Raises CorruptError where a key is missing or wrong."""
         try:
-            story = mixture(
-                Schema.from_json(data["schema"]),
-                data["n_components"],
-                covariance=data["covariance"],
-                prior=data["prior"],
-                reg_covar=data["reg_covar"],
-                dtype=data["dtype"],
-            )
-            family = story.family
-            kind = NormalWishart if isinstance(family, Gaussian) else ColumnsPrior
-            pivot = _record_from_json(Pivot, data["pivot"])
-            prior = _record_from_json(kind, data["family_prior"])
-        except (KeyError, TypeError, ValueError) as error:
+            schema = Schema.from_json(data["schema"])
+            told = data["family"] if "family" in data else _told_before(data)
+            kind: Any = FAMILIES[told["name"]]
+            pivot = record_from_json(Pivot, told["pivot"])
+            family = kind.of(schema, told["options"], pivot, None)
+            if told["prior"] is not None:
+                prior = record_from_json(family.prior_type, told["prior"])
+                family = kind.of(schema, told["options"], pivot, prior)
+            frozen = frozenset(data.get("frozen", ()))
+            return cls(schema, family, data["n_components"], data["prior"], frozen)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorruptError(f"the stored story is not valid: {error!r}") from error
-        return replace(story, family=replace(family, pivot=pivot, prior=prior))
 
 
-def mixture(
-    schema: Schema,
-    n_components: int,
-    *,
-    covariance: str | None = None,
-    prior: str | None = "weak",
-    reg_covar: float = 0.0,
-    dtype: str = "float64",
-) -> Story:
-    """The story of a mixture over the columns of `schema`.
-
-    Parameters
-    ----------
-    schema
-        Real columns only, or columns of any kind.
-    n_components
-        K, at least 1.
-    covariance
-        `full`, `tied`, `diag` or `spherical`; `full` and `tied` need real columns throughout.
-        None stands for `full` where all columns are real and for `diag` elsewhere.
-    prior
-        `weak` for MAP under weak conjugate priors, None for maximum likelihood.
-    reg_covar
-        Added to every variance after each M-step, in squared data units.
-    dtype
-        Arithmetic of the E-step: `float64` or `float32`.
-
-    Raises
-    ------
-    ConfigError
-        Where an argument is not one of those, or does not fit the columns.
-    """
-    real = all(kind == "real" for kind in schema.kinds)
-    if covariance is None:
-        covariance = "full" if real else "diag"
-    if covariance not in COVARIANCES:
-        raise ConfigError(f"covariance {covariance!r} is not one of {', '.join(COVARIANCES)}")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if prior not in PRIORS:
-        raise ConfigError(f"prior {prior!r} is not one of weak, None")
-    if n_components < 1:
-        raise ConfigError(f"n_components is {n_components}: a mixture needs at least 1 component")
-    if reg_covar < 0:
-        raise ConfigError(f"reg_covar is {reg_covar:g}: it must not be negative")
-    if not real and covariance != "diag":
-        other = next(c for c in schema.columns if c.kind != "real")
-        raise ConfigError(
-            f"covariance {covariance!r} needs real columns throughout, but {other.name!r} is "
-            f"{other.kind}: use 'diag', under which columns are independent given the component"
-        )
-    if covariance in ("full", "tied"):
-        family: Gaussian | IndependentColumns = Gaussian(
-            schema.n_features, covariance == "tied", reg_covar, dtype
-        )
-    else:
-        family = IndependentColumns(schema, covariance == "spherical", reg_covar, dtype)
-    return Story(schema, family, n_components, prior)
+def _told_before(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The family of a story stored when there were two, which went by their covariance."""
+    names = ("covariance", "reg_covar", "dtype")
+    return {
+        "name": "gaussian" if data["covariance"] in ("full", "tied") else "columns",
+        "options": {name: data[name] for name in names},
+        "pivot": data["pivot"],
+        "prior": data["family_prior"],
+    }
 
 
-def _record_to_json(item: Record | None) -> dict[str, Any] | None:
-    if item is None:
-        return None
-    return {name: np.asarray(value).tolist() for name, _, value in item.leaves()}
+def _unobserved(rows: Rows) -> Iterator[NDArray[np.intp]]:
+    """Blocks of the rows with nothing observed."""
+    if rows.observed is not None:
+        index = np.flatnonzero(~rows.observed.any(axis=1))
+        for piece in slices(len(index), MAX_BLOCK):
+            yield index[piece]
 
 
-def _record_from_json(kind: type[Any], data: Mapping[str, Any] | None) -> Any:
-    if data is None:
-        return None
-    return kind(
-        **{k: np.array(v, dtype=np.float64) if isinstance(v, list) else v for k, v in data.items()}
-    )
+def _drawn(responsibilities: Array, rng: np.random.Generator) -> Array:
+    """(K, n) one component a row, drawn from its responsibilities, as ones among zeros."""
+    below = np.cumsum(responsibilities, axis=0)
+    chosen = (below < rng.random(below.shape[1]) * below[-1]).sum(axis=0)
+    one_hot = np.zeros_like(responsibilities)
+    one_hot[np.minimum(chosen, len(below) - 1), np.arange(below.shape[1])] = 1.0
+    return one_hot

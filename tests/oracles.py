@@ -15,7 +15,8 @@ from scipy import optimize, special, stats
 from genstream.families.columns import ColumnsParams, SphericalParams
 from genstream.families.gaussian import FullParams, TiedParams
 from genstream.schema import Column, Schema
-from genstream.story import Params, Story, mixture
+from genstream.stories import mixture
+from genstream.story import Params, Story
 
 Array = NDArray[Any]
 

@@ -19,7 +19,8 @@ from genstream.learn import FitState
 from genstream.manifests import LocalStorage
 from genstream.rows import Rows
 from genstream.schema import Schema
-from genstream.story import Story, mixture
+from genstream.stories import mixture
+from genstream.story import Story
 
 pytestmark = pytest.mark.crash
 REAL = Schema.real(2)

@@ -15,7 +15,8 @@ from genstream.rows import Rows
 from genstream.sources import NumpySource
 from genstream.start import warm_start
 from genstream.stats import Record
-from genstream.story import Params, mixture
+from genstream.stories import mixture
+from genstream.story import Params
 
 SMALL = Drawn(gigabytes=0.0005, n_components=3, n_features=4, separation=4.0, seed=3)
 

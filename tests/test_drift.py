@@ -25,7 +25,8 @@ from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
 from genstream.start import warm_start
-from genstream.story import Story, mixture
+from genstream.stories import mixture
+from genstream.story import Story
 
 SCHEMA = Schema(
     (

@@ -24,9 +24,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
-import genstream.estimators
 from genstream.errors import ConfigError, DataError, GenstreamError
-from genstream.estimators import GaussianMixture, Mixture
+from genstream.estimators import GaussianMixture, Mixture, face
 from genstream.learn import FitState, Outcome
 from genstream.online import OnlineEM
 from genstream.passes import Passes
@@ -344,7 +343,7 @@ def test_threads_and_workers_change_no_bit() -> None:
 
 
 def test_many_rows_start_from_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(genstream.estimators, "START_ROWS", 500)
+    monkeypatch.setattr(face, "START_ROWS", 500)
     X, component = two_groups(5000)
     for init_params in ("kmeans", "k-means++", "random", "random_from_data"):
         model = GaussianMixture(2, init_params=init_params, n_init=3, random_state=0)
@@ -464,7 +463,7 @@ def test_out_of_core_rows(
     kind: str, few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not few:
-        monkeypatch.setattr(genstream.estimators, "RESIDENT_NUMBERS", 0)
+        monkeypatch.setattr(face, "RESIDENT_NUMBERS", 0)
     X = with_gaps(two_groups(1000)[0], 0.05)
     lazy = out_of_core(kind, X, tmp_path)
     options: dict[str, Any] = {"n_components": 2, "random_state": 0, "tol": 1e-7, "n_init": 2}
@@ -784,7 +783,7 @@ def test_tables_beyond_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     in_memory = Mixture(2, columns=FLIGHT_COLUMNS, random_state=0).fit(frame)
     resident = clone(in_memory).fit(path)
     assert same_params(resident, in_memory)
-    monkeypatch.setattr(genstream.estimators, "RESIDENT_NUMBERS", 0)
+    monkeypatch.setattr(face, "RESIDENT_NUMBERS", 0)
     model = clone(in_memory).fit(path)
     assert model.schema_ == in_memory.schema_
     labels = model.predict(path)

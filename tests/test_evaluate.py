@@ -38,7 +38,8 @@ from genstream.learn import Resident
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
-from genstream.story import Params, Story, mixture
+from genstream.stories import mixture
+from genstream.story import Params, Story
 
 MIXED = Schema(
     (

@@ -13,7 +13,8 @@ from scipy import stats
 from genstream.families import gaussian_walk
 from genstream.rows import Rows
 from genstream.schema import Schema
-from genstream.story import Params, Story, mixture
+from genstream.stories import mixture
+from genstream.story import Params, Story
 
 KINDS = ("full", "tied")
 

@@ -32,7 +32,8 @@ from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
 from genstream.start import params_from_labels, warm_start
-from genstream.story import Params, Story, StoryStats, mixture
+from genstream.stories import mixture
+from genstream.story import Params, Story, StoryStats
 
 K = 3
 
@@ -54,7 +55,9 @@ def started(story: Story, values: np.ndarray, labels: np.ndarray, **rows: Any) -
     wrong = rng.random(len(labels)) < 1 / 3
     labels = np.where(wrong, rng.integers(0, K, len(labels)), labels)
     sample = Rows.of(values, **rows)
-    return FitState(params_from_labels(story, sample, labels), sample=sample)
+    return FitState(
+        params_from_labels(story, sample, labels, np.random.default_rng(0)), sample=sample
+    )
 
 
 def aligned(params: Params, truth: Params) -> Params:
@@ -222,7 +225,7 @@ class TestRescue:
         story, truth, values, labels = problem("full", 600)
         rows = Rows.of(values)
         story = story.anchored(rows)
-        good = params_from_labels(story, rows, labels)
+        good = params_from_labels(story, rows, labels, np.random.default_rng(0))
         family: Any = good.family
         # Component 2 sits where no row is; its own rows are badly explained by the other two.
         mean = family.mean.copy()
@@ -245,7 +248,9 @@ class TestRescue:
         labels[labels == 0] = np.where(np.flatnonzero(labels == 0) < 20, 0, 1)
         rows = Rows.of(values)
         story = story.anchored(rows)
-        start = FitState(params_from_labels(story, rows, labels), sample=rows)
+        start = FitState(
+            params_from_labels(story, rows, labels, np.random.default_rng(0)), sample=rows
+        )
         state = fit(story, BatchEM(60), Resident(rows), start)
         assert state.outcome in (Outcome.CONVERGED, Outcome.MAX_STEPS)
         assert oracles.is_possible(story, state.params)
@@ -255,7 +260,7 @@ class TestRescue:
         story, _, values, labels = problem("full", 600)
         rows = Rows.of(values)
         story = story.anchored(rows)
-        params = params_from_labels(story, rows, np.minimum(labels, 1))
+        params = params_from_labels(story, rows, np.minimum(labels, 1), np.random.default_rng(0))
         family: Any = params.family
         mean = family.mean.copy()
         mean[2] = 1e6
@@ -273,7 +278,7 @@ class TestRescue:
         rows = Rows.of(values)
         story = mixture(Schema.real(1), 3, prior=None).anchored(rows)
         labels = np.minimum(np.arange(80) // 20, 2)
-        start = FitState(params_from_labels(story, rows, labels))
+        start = FitState(params_from_labels(story, rows, labels, np.random.default_rng(0)))
         state = fit(story, BatchEM(40), Resident(rows), start)
         assert state.events == []
         assert oracles.is_possible(story, state.params)
@@ -309,7 +314,9 @@ class TestStored:
         rows = Rows.of(values)
         story = mixture(Schema.real(2), 4, prior=None).anchored(rows)
         labels = np.minimum(np.arange(80) // 10, 3)
-        start = FitState(params_from_labels(story, rows, labels), sample=rows, seed=5)
+        start = FitState(
+            params_from_labels(story, rows, labels, np.random.default_rng(0)), sample=rows, seed=5
+        )
         whole = fit(story, BatchEM(12, 0.0), Resident(rows), start)
         assert len(whole.events) > 3
         state = start

@@ -15,7 +15,8 @@ from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
-from genstream.story import Story, mixture
+from genstream.stories import mixture
+from genstream.story import Story
 
 CHUNK, COLUMNS = 16_384, 8
 

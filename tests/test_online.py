@@ -20,7 +20,8 @@ from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
 from genstream.start import warm_start
-from genstream.story import Params, mixture
+from genstream.stories import mixture
+from genstream.story import Params
 
 MEANS = np.array([[-4.0, 0.0], [4.0, 2.0], [0.0, 8.0]])
 

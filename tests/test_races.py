@@ -23,7 +23,7 @@ from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.start import seed_params
 from genstream.store import fsck, gc
-from genstream.story import mixture
+from genstream.stories import mixture
 from genstream.threads import one_blas_thread
 from genstream.updates import Learned, Options, RowsDelivery, caller_id, learn_batch, update
 

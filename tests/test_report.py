@@ -42,7 +42,8 @@ from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource, Split
 from genstream.start import warm_start
-from genstream.story import Params, Story, mixture
+from genstream.stories import mixture
+from genstream.story import Params, Story
 from genstream.updates import Learned
 
 NASTY = ("<b>bold</b>", "$x_1$ & \\alpha^", '"><script>alert(1)</script>', "naïve 列 {{ 7 * 7 }}")

@@ -19,7 +19,8 @@ from genstream.responsibility import RULES, Sampled, Truncated, hard, named, rul
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.start import warm_start
-from genstream.story import Params, Story, mixture
+from genstream.stories import mixture
+from genstream.story import Params, Story
 
 DTYPES = pytest.mark.parametrize("dtype", [np.float32, np.float64])
 

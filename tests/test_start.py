@@ -25,7 +25,8 @@ from genstream.start import (
     seed_params,
     warm_start,
 )
-from genstream.story import Story, mixture
+from genstream.stories import mixture
+from genstream.story import Story
 
 
 def passes_over(values: Any, schema: Any = None, weights: Any = None, chunk: int = 50) -> Passes:
@@ -167,7 +168,7 @@ class TestSeeding:
     def test_labels_make_one_m_step(self) -> None:
         x, z = self.corners()
         story = mixture(Schema.real(3), 4, prior=None).anchored(Rows.of(x))
-        family: Any = params_from_labels(story, Rows.of(x), z).family
+        family: Any = params_from_labels(story, Rows.of(x), z, np.random.default_rng(0)).family
         for k in range(4):
             np.testing.assert_allclose(family.mean[k], x[z == k].mean(axis=0), rtol=1e-10)
             np.testing.assert_allclose(

@@ -22,7 +22,8 @@ from genstream.online import OnlineEM
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import Split
-from genstream.story import Story, mixture
+from genstream.stories import mixture
+from genstream.story import Story
 
 REAL = Schema.real(3)
 

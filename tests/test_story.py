@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from genstream.errors import ConfigError, CorruptError, DataError
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
-from genstream.story import Params, Story, StoryStats, mixture
+from genstream.stories import mixture
+from genstream.story import Params, Story, StoryStats
 
 STORIES = oracles.STORIES
 GAPS = (0.0, 0.35)
@@ -415,12 +416,33 @@ class TestStored:
         dataset = params.to_dataset(story.labels())
         assert list(dataset["feature_other"].values) == ["x0", "x1", "x2"]
 
-    @pytest.mark.parametrize("key", ["schema", "covariance", "pivot", "dtype"])
-    def test_a_missing_key_is_named(self, key: str) -> None:
+    @pytest.mark.parametrize("path", ["schema", "family.name", "family.pivot", "family.options"])
+    def test_a_missing_key_is_named(self, path: str) -> None:
         data = drawn("full", 20)[0].to_json()
-        del data[key]
+        *outer, key = path.split(".")
+        within: Any = data
+        for name in outer:
+            within = within[name]
+        del within[key]
         with pytest.raises(CorruptError, match=key):
             Story.from_json(data)
+
+    @pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+    def test_a_story_stored_when_covariance_named_the_family_still_loads(self, kind: str) -> None:
+        story = drawn(kind, 50)[0]
+        now = story.to_json()
+        before = {
+            "kind": "mixture",
+            "schema": now["schema"],
+            "n_components": story.n_components,
+            "covariance": kind,
+            "prior": story.prior,
+            "reg_covar": 0.0,
+            "dtype": "float64",
+            "pivot": now["family"]["pivot"],
+            "family_prior": now["family"]["prior"],
+        }
+        assert Story.from_json(before).to_json() == now
 
     def test_a_missing_variable_is_named(self) -> None:
         story, params, _ = drawn("diag", 20)
@@ -484,8 +506,8 @@ class TestArguments:
             mixture(schema, 2, covariance=covariance)
 
     def test_covariance_by_default(self) -> None:
-        assert mixture(Schema.real(2), 2).to_json()["covariance"] == "full"
-        assert mixture(oracles.MIXED, 2).to_json()["covariance"] == "diag"
+        assert mixture(Schema.real(2), 2).family.options()["covariance"] == "full"
+        assert mixture(oracles.MIXED, 2).family.options()["covariance"] == "diag"
 
     @pytest.mark.parametrize("kind", STORIES)
     def test_another_number_of_columns(self, kind: str) -> None:

@@ -28,7 +28,7 @@ from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.start import seed_params
 from genstream.store import Dataset, fsck, gc
-from genstream.story import mixture
+from genstream.stories import mixture
 from genstream.updates import Learned, Options, RowsDelivery, caller_id, update
 
 pytestmark = pytest.mark.crash

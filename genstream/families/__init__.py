@@ -1,4 +1,4 @@
-"""Families `p(x | k, theta)`: what a component makes of a row, and what it needs summed.
+"""Families `p(x | k, t, theta)`: what a component makes of a row, and what it needs summed.
 
 Each family stacks the parameters of all K components in arrays and offers
 
@@ -7,7 +7,19 @@ Each family stacks the parameters of all K components in arrays and offers
 - `kernel.walk(rows)`: a walk over one chunk in cache-sized blocks, that scores blocks, gathers
   statistics and returns their sum;
 - `maximise(stats, previous)`: the parameters that maximise the expected log-posterior;
-- `log_prior(params)`, `draw(params, component, rng)`.
+- `draw`, `fill`, `marginal`, `condition`, `log_prior` and more.
 
-See `genstream.families.blocks.Family` for the exact protocol.
+See `genstream.families.blocks.Family` for the exact protocol. `FAMILIES` is where a stored story
+finds its family again.
 """
+
+from __future__ import annotations
+
+from genstream.families.blocks import Family
+from genstream.families.columns import IndependentColumns
+from genstream.families.gaussian import Gaussian
+from genstream.families.product import Product
+
+FAMILIES: dict[str, type[Family]] = {
+    family.name: family for family in (Gaussian, IndependentColumns, Product)
+}

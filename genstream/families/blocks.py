@@ -8,14 +8,15 @@ so that features are built and normalised along contiguous lanes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from genstream.rows import Rows
+from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes
 
 Array = NDArray[Any]
@@ -53,19 +54,120 @@ class Walk(Protocol):
     def close(self) -> Monoid:
         """The statistics gathered, in pivot coordinates."""
 
+    def load(self, index: Index) -> None:
+        """Make these rows of the chunk the block at hand, in this order and whatever their gaps.
+
+        For products of families, where another family says which rows are a block. Rows with
+        nothing observed in this family's columns may be among them: they score `log_weight_k`
+        alone and add nothing to the statistics.
+        """
+
+    def complete(self, resp: Array, rng: np.random.Generator | None = None) -> Array:
+        """(n, d) the block's rows with their gaps filled, in data units.
+
+        Without `rng`: `sum_k r_k E[x_M | x_O, k]` under weights (K, n), the likeliest value of
+        binary and categorical columns. With it `resp` is one-hot, and the gaps are a draw from
+        `p(x_M | x_O, k)`. What was observed stays to the bit.
+        """
+
+    def factors(self, component: Array) -> tuple[Array, Array]:
+        """(n, q) mean and (n, q, q) covariance of `p(t | x, k)` with the components (n,) given.
+
+        Only of families that have factors.
+        """
+
+
+class LinearBlock(Protocol):
+    """A block of rows, scored by `linear` from its features and gathered as sums of them."""
+
+    @property
+    def linear(self) -> Linear:
+        """The natural parameters."""
+
+    @property
+    def features(self) -> Array:
+        """(p, n) features of the block."""
+
+    def exact(self) -> Array:
+        """(p, n) features in float64."""
+
+    def add(self, sums: Array) -> None:
+        """Add (K, p) `resp @ T.T` to the statistics."""
+
+
+@runtime_checkable
+class LinearWalk(Walk, Protocol):
+    """A walk that has such blocks, which a product of families scores and gathers together."""
+
+    @property
+    def width(self) -> int:
+        """The most features a block has."""
+
+    @property
+    def linear_block(self) -> LinearBlock | None:
+        """The block at hand, where it is linear."""
+
+    def build_in(self, buffer: Array) -> None:
+        """Build features of complete blocks, and of blocks of one pattern, in the first rows of a
+        buffer (width, size).
+        """
+
 
 class Kernel(Protocol):
-    """A family's parameters, prepared for a pass."""
+    """A family's parameters, prepared for a pass.
+
+    One whose walk takes rows with sparse values (scipy CSR) has an attribute `sparse` that is true;
+    one whose walk sorts rows by what they observed has an attribute `by_pattern` that is true, and
+    leads in products.
+    """
 
     def walk(self, rows: Rows) -> Walk:
         """Begin a walk over one chunk."""
 
 
 class Family(Protocol):
-    """A distribution of rows given the component, with stacked parameters of K components."""
+    """A distribution of rows given the component, with stacked parameters of K components.
 
-    params_type: type[Record]
-    stats_type: type[Monoid]
+    `name` is its key among `families.FAMILIES`. Where `bound` is true, scores are lower bounds of
+    `log p(x | k)`. `n_factors` is q, the length of `t`, and 0 where there are no factors.
+    `param_names` are the parameters that may be frozen. `ridge` is what is added to variances after
+    an M-step, 0 where that makes no sense.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def bound(self) -> bool: ...
+    @property
+    def n_factors(self) -> int: ...
+    @property
+    def param_names(self) -> tuple[str, ...]: ...
+    @property
+    def params_type(self) -> type[Record]: ...
+    @property
+    def stats_type(self) -> type[Monoid]: ...
+    @property
+    def prior_type(self) -> type[Record]: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def ridge(self) -> float: ...
+    @property
+    def pivot(self) -> Pivot | None: ...
+    @property
+    def prior(self) -> Record | None: ...
+
+    def options(self) -> dict[str, Any]:
+        """What `of` needs besides schema, pivot and prior, as plain JSON."""
+
+    @classmethod
+    def of(
+        cls, schema: Schema, options: Mapping[str, Any], pivot: Pivot | None, prior: Any
+    ) -> Self:
+        """The family with these options, equal to the bit to the one that gave them."""
+
+    def with_dtype(self, dtype: str) -> Self:
+        """The same family with another arithmetic."""
 
     def anchored(self, sample: Rows, n_components: int, weak_prior: bool) -> Self:
         """This family with its pivot, and a weak prior if asked, fixed from a sample of rows."""
@@ -73,12 +175,22 @@ class Family(Protocol):
     def vague(self, n_components: int) -> Record:
         """K equal components as wide as the sample: where a start begins."""
 
+    def start(
+        self, params: Any, sample: Rows, responsibilities: Array, rng: np.random.Generator
+    ) -> Record:
+        """Parameters that EM can begin with, from those of an M-step on a sample with (n, K)
+        responsibilities: breaks what symmetry that left, such as loadings of zero.
+        """
+
     def prepare(self, params: Any, log_weights: Array) -> Kernel:
         """Natural parameters for one pass; `log_weights` (K,) are added to every score."""
 
-    def maximise(self, stats: Any, previous: Any) -> tuple[Record, NDArray[np.bool_]]:
-        """MAP parameters (maximum likelihood without a prior), and (K,) whether each component
-        was singular or empty, and so could not be estimated from its statistics alone.
+    def maximise(
+        self, stats: Any, previous: Any, frozen: frozenset[str] = frozenset()
+    ) -> tuple[Record, NDArray[np.bool_]]:
+        """MAP parameters (maximum likelihood without a prior) given that those named `frozen` stay
+        what they are in `previous`, and (K,) whether each component was singular or empty, and so
+        could not be estimated from its statistics alone.
         """
 
     def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
@@ -101,8 +213,21 @@ class Family(Protocol):
     def place(self, params: Any, component: int, x: Array, observed: Array) -> Record:
         """The parameters with one component moved to a row, as wide as the sample's share."""
 
-    def draw(self, params: Any, component: Array, rng: np.random.Generator) -> Array:
-        """(n, d) rows drawn from the components (n,)."""
+    def draw(
+        self, params: Any, component: Array, rng: np.random.Generator
+    ) -> tuple[Array, Array | None]:
+        """(n, d) rows drawn from the components (n,), and their (n, q) factors if there are any."""
+
+    def fill(self, params: Any, resp: Array, rng: np.random.Generator | None = None) -> Array:
+        """(n, d) rows of which nothing was observed: as `Walk.complete`, from the components."""
+
+    def marginal(self, params: Any, columns: Array) -> tuple[Family, Record]:
+        """The family of some columns, by sorted positions, and its parameters. It has no prior."""
+
+    def condition(self, params: Any, x: Array, given: Array) -> tuple[Family, Record, Array]:
+        """The family of the columns not `given` (d,), given the others' values `x` (d,), its
+        parameters, and (K,) `log p(x_given | k)`. It has no prior. Approximate where `bound`.
+        """
 
     def embed(self, rows: Rows) -> tuple[Array, Array]:
         """(n, e) standardised coordinates for distances between rows, zero where missing, and
@@ -112,11 +237,44 @@ class Family(Protocol):
     def rounding(self, params: Any) -> Array:
         """(K,) nats by which rounding may move a row's log-density, to first order."""
 
+    def describe(self, params: Any) -> Description:
+        """What the components are like in terms of columns, factors integrated out."""
+
     def n_parameters(self, n_components: int) -> int:
         """Free parameters of K components."""
 
-    def floored(self, params: Any) -> list[tuple[int, str]]:
-        """(component, column) of every variance that sits on its floor."""
+    def floored(self, params: Any) -> list[tuple[int, int]]:
+        """(component, column position) of every variance that sits on its floor."""
+
+
+class Levelled(Family, Protocol):
+    """A family that takes categorical columns, whose levels may become more."""
+
+    def with_levels(self, schema: Schema, params: Any, seen: Array) -> tuple[Family, Record]:
+        """Family and parameters over a schema with further levels at the end of its columns.
+
+        A new level has probability `0.5 / (n + 0.5 L)` in every component and in the prior, with n
+        the weight that observed the column, of `seen` (d,), and L its levels (Krichevsky &
+        Trofimov 1981); the others keep their ratios.
+        """
+
+    def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
+        """Statistics over that schema, in which no row had a new level."""
+
+
+@dataclass(frozen=True, eq=False)
+class Description:
+    """What a family's components are like, column by column, in data units.
+
+    `mean` and `sd` (K, d) are those of real and count columns, NaN elsewhere; `levels[j]` (K, L)
+    are level probabilities of a binary or categorical column. `covariance(k)` is the (d, d)
+    covariance within a component, None where columns are independent given the component.
+    """
+
+    mean: Array
+    sd: Array
+    levels: Mapping[int, Array] = field(default_factory=dict)
+    covariance: Callable[[int], Array] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +356,7 @@ class Linear:
     """
 
     def __init__(self, eta: Array, rounding: Array, dtype: np.dtype[Any]) -> None:
+        self.whole, self.rounding = eta, rounding
         self.eta = eta.astype(dtype)
         self.dtype = dtype
         unit = float(np.finfo(dtype).eps) / 2
