@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from flows.data import expand
 from flows.run import Run
+from genstream.dreams import draws
 from genstream.errors import ConfigError, DataError
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -107,10 +108,8 @@ def sample_rows(
     Each chunk is drawn from the seed and its number.
     """
     story, params = load_model(model)
-    with one_blas_thread(), _sink(output, overwrite) as write:
-        for i, first in enumerate(range(0, n_rows, CHUNK_ROWS)):
-            rng = np.random.default_rng([seed, i])
-            drawn = story.draw(params, min(CHUNK_ROWS, n_rows - first), rng)
+    with _sink(output, overwrite) as write:
+        for drawn in draws(story, params, n_rows, seed, CHUNK_ROWS):
             columns: dict[str, Any] = {"component": drawn.component} if with_component else {}
             write(pa.RecordBatch.from_pydict(columns | decoded(story.schema, drawn.values)))
     return {"rows": n_rows, "seed": seed, "output": None if output is None else str(output)}

@@ -11,6 +11,7 @@ from genstream.errors import ConfigError, DataError
 
 Kind = Literal["real", "binary", "count", "categorical"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+NUMERIC: tuple[Kind, ...] = ("real", "binary", "count")
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,19 @@ class Schema:
     def of_kind(self, kind: Kind) -> tuple[int, ...]:
         """Positions of the columns of one kind."""
         return tuple(j for j, column in enumerate(self.columns) if column.kind == kind)
+
+    def labels(self) -> dict[str, list[str]]:
+        """Labels of the axes of records over these columns: of each kind, of all and of levels."""
+        labels: dict[str, list[str]] = {
+            kind: [self.columns[j].name for j in self.of_kind(kind)] for kind in NUMERIC
+        }
+        labels["feature"] = list(self.names)
+        labels["level"] = [
+            f"{self.columns[j].name}={level}"
+            for j in self.of_kind("categorical")
+            for level in self.columns[j].levels
+        ]
+        return labels
 
     def select(self, names: Sequence[str]) -> Schema:
         """The schema of some columns, in the order named."""

@@ -29,10 +29,8 @@ from genstream.families.blocks import (
     slices,
 )
 from genstream.rows import Rows
-from genstream.schema import Kind, Schema
+from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
-
-NUMERIC: tuple[Kind, ...] = ("real", "binary", "count")
 
 # A responsibility rule turns log-joints (K, n) into responsibilities in place, and returns the
 # (n,) contributions sum_k r (log joint - log r) to the objective.
@@ -480,17 +478,12 @@ class Story:
         ]
 
     def labels(self) -> dict[str, Sequence[str]]:
-        """Labels of the axes of `Params`, for `Params.to_dataset`."""
-        columns = self.schema.columns
-        labels: dict[str, Sequence[str]] = {
-            kind: [columns[j].name for j in self.schema.of_kind(kind)] for kind in NUMERIC
-        }
-        levels = [
-            f"{columns[j].name}={level}"
-            for j in self.schema.of_kind("categorical")
-            for level in columns[j].levels
-        ]
-        return labels | {"feature": list(self.schema.names), "level": levels}
+        """Labels of the axes of `Params`, for `Params.to_dataset`.
+
+        A family whose axes are not those of the schema has `labels` of its own.
+        """
+        labels: dict[str, Sequence[str]] = {**self.schema.labels()}
+        return labels | getattr(self.family, "labels", dict)()
 
     def params_from(self, dataset: Any, prefix: str = "") -> Params:
         """Parameters from `Params.to_dataset`. Raises CorruptError where a variable is missing."""
@@ -524,8 +517,10 @@ class Story:
             told = data["family"] if "family" in data else _told_before(data)
             kind: Any = FAMILIES[told["name"]]
             pivot = record_from_json(Pivot, told["pivot"])
-            prior = record_from_json(kind.prior_type, told["prior"])
-            family = kind.of(schema, told["options"], pivot, prior)
+            family = kind.of(schema, told["options"], pivot, None)
+            if told["prior"] is not None:
+                prior = record_from_json(family.prior_type, told["prior"])
+                family = kind.of(schema, told["options"], pivot, prior)
             frozen = frozenset(data.get("frozen", ()))
             return cls(schema, family, data["n_components"], data["prior"], frozen)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

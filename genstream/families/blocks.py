@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,10 +78,48 @@ class FactorWalk(Walk, Protocol):
         """(n, q) mean and (n, q, q) covariance of `p(t | x, k)` with the components (n,) given."""
 
 
+class LinearBlock(Protocol):
+    """A block of rows, scored by `linear` from its features and gathered as sums of them."""
+
+    @property
+    def linear(self) -> Linear:
+        """The natural parameters."""
+
+    @property
+    def features(self) -> Array:
+        """(p, n) features of the block."""
+
+    def exact(self) -> Array:
+        """(p, n) features in float64."""
+
+    def add(self, sums: Array) -> None:
+        """Add (K, p) `resp @ T.T` to the statistics."""
+
+
+@runtime_checkable
+class LinearWalk(Walk, Protocol):
+    """A walk that has such blocks, which a product of families scores and gathers together."""
+
+    @property
+    def width(self) -> int:
+        """The most features a block has."""
+
+    @property
+    def linear_block(self) -> LinearBlock | None:
+        """The block at hand, where it is linear."""
+
+    def build_in(self, buffer: Array) -> None:
+        """Build features of complete blocks, and of blocks of one pattern, in the first rows of a
+        buffer (width, size).
+        """
+
+
 class Kernel(Protocol):
     """A family's parameters, prepared for a pass.
 
-    One whose walk takes rows with sparse values (scipy CSR) has an attribute `sparse` that is true.
+    One whose walk takes rows with sparse values (scipy CSR) has an attribute `sparse` that is true;
+    one whose walk sorts rows by what they observed has an attribute `by_pattern` that is true, and
+    leads in products.
     """
 
     def walk(self, rows: Rows) -> Walk:
@@ -210,6 +248,21 @@ class Family(Protocol):
         """(component, column position) of every variance that sits on its floor."""
 
 
+class Levelled(Family, Protocol):
+    """A family that takes categorical columns, whose levels may become more."""
+
+    def with_levels(self, schema: Schema, params: Any, seen: Array) -> tuple[Family, Record]:
+        """Family and parameters over a schema with further levels at the end of its columns.
+
+        A new level has probability `0.5 / (n + 0.5 L)` in every component and in the prior, with n
+        the weight that observed the column, of `seen` (d,), and L its levels (Krichevsky &
+        Trofimov 1981); the others keep their ratios.
+        """
+
+    def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
+        """Statistics over that schema, in which no row had a new level."""
+
+
 @dataclass(frozen=True, eq=False)
 class Description:
     """What a family's components are like, column by column, in data units.
@@ -304,6 +357,7 @@ class Linear:
     """
 
     def __init__(self, eta: Array, rounding: Array, dtype: np.dtype[Any]) -> None:
+        self.whole, self.rounding = eta, rounding
         self.eta = eta.astype(dtype)
         self.dtype = dtype
         unit = float(np.finfo(dtype).eps) / 2

@@ -40,6 +40,8 @@ class GaussianKernel:
     Takes means (K, d) and covariances (C, d, d), where C is K, or 1 if they are tied.
     """
 
+    by_pattern = True
+
     def __init__(
         self,
         mean: Array,
@@ -340,13 +342,19 @@ class GaussianWalk:
         n = len(values)
         if self.log_p.shape[1] < n:
             self.log_p = np.empty((len(self.log_p), n), dtype=self.kernel.dtype)
+        self.block, self.index = _MixedBlock(self, n), index
+        if self.rows.observed is None:
+            if self.y.shape[1] < n:
+                self.y = np.empty((self.kernel.n_features, n))
+            if self.features.shape[1] < n:
+                self.features = np.empty((self.width, n), dtype=self.kernel.dtype)
+            work = self._works.setdefault(-1, self._work(self.kernel.complete))
+            work.load(values, self.y, self.features)
+            self.block.parts.append((slice(None), work))
+            return
         if self._room.size < n:
             self._room = _Room(self, n)
         self._room.clear()
-        self.block, self.index = _MixedBlock(self, n), index
-        if self.rows.observed is None:
-            self._load_frequent(-1, self.kernel.complete, slice(None), values)
-            return
         found, observed = self.patterns, self.rows.observed[index]
         of_row = found.of_row[index]
         frequent = found.frequent[of_row]
@@ -372,6 +380,17 @@ class GaussianWalk:
         y, features = self._room.take(marginal.n_observed, work.width, len(values))
         work.load(values, y, features)
         self.block.parts.append((chosen, work))
+
+    def build_in(self, buffer: Array) -> None:
+        self.features = buffer
+
+    @property
+    def linear_block(self) -> _PatternBlock | None:
+        """The block at hand where it is linear in its features: of one pattern, and not tied."""
+        block = self.block
+        if isinstance(block, _MixedBlock) and len(block.parts) == 1:
+            block = block.parts[0][1]
+        return block if isinstance(block, _PatternBlock) else None
 
     def score(self) -> Array:
         log_p: Array = self.block.score()
@@ -480,13 +499,16 @@ class _PatternBlock:
         z = whiten @ (self.y - marginal.mean[k][:, None])
         return np.asarray(marginal.peak[k] - 0.5 * np.einsum("in,in->n", z, z))
 
+    def add(self, sums: Array) -> None:
+        """Add (K, p) sums of features to those of the pattern."""
+        self.sums += sums
+
     def gather(self, resp: Array, scaled: Array | None = None) -> None:
         if scaled is not None and not self.whole:
             spared = resp.sum(axis=1, dtype=np.float64)
             self.spared = spared if self.spared is None else self.spared + spared
-        self.sums += self.linear.gather(
-            self.features, self.exact, resp if scaled is None else scaled
-        )
+        weights = resp if scaled is None else scaled
+        self.add(self.linear.gather(self.features, self.exact, weights))
 
     def finish(self) -> None:
         self.walk.add(self.marginal, self.sums, self.spared)
