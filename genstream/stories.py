@@ -7,7 +7,7 @@ returns a `Story` that any learner can learn.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from genstream.errors import ConfigError
 from genstream.families.blocks import Family
@@ -239,3 +239,21 @@ def factors(
         statistics = "moments" if few else "latent"
     family = Factors(d, n_factors, noise == "isotropic", shared_noise, statistics, dtype)
     return Story(schema, family, n_components, prior, frozenset(frozen))
+
+
+def kmeans(schema: Schema, n_components: int, *, dtype: str = "float64") -> Story:
+    """K-means as a story: equally likely spherical Gaussians that share one variance.
+
+        k ~ Uniform(1..K),    x | k ~ N(mean_k, variance I)
+
+    Learned by `hard` responsibilities every row goes to its nearest centre, and every centre to
+    the mean of its rows: Lloyd's algorithm. A gap counts for nothing in a distance.
+
+    Raises ConfigError where a column is not real, or as `mixture` does.
+    """
+    other = next((c for c in schema.columns if c.kind != "real"), None)
+    if other is not None:
+        raise ConfigError(f"k-means needs real columns, but {other.name!r} is {other.kind}")
+    story = mixture(schema, n_components, covariance="spherical", prior=None, dtype=dtype)
+    family = IndependentColumns(schema, spherical=True, dtype=dtype, shared=True)
+    return replace(story, family=family, frozen=frozenset({"weights"}))
