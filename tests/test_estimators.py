@@ -84,7 +84,15 @@ def test_constructor_is_scikit_learns_and_more() -> None:
     theirs = Reference().get_params()
     ours = GaussianMixture().get_params()
     assert {name: ours[name] for name in theirs} == theirs
-    assert set(ours) - set(theirs) == {"prior", "dtype", "chunk_rows", "scheduler", "workers"}
+    assert set(ours) - set(theirs) == {
+        "prior",
+        "start",
+        "frozen",
+        "dtype",
+        "chunk_rows",
+        "scheduler",
+        "workers",
+    }
 
 
 def test_clone_pickle_and_copy() -> None:
