@@ -80,7 +80,7 @@ def rescue_rows(sample: Rows, seed: int) -> Rows:
     if sample.n_rows > RESCUE_ROWS:
         rng = np.random.default_rng([seed, 1])
         sample = sample[np.sort(rng.choice(sample.n_rows, RESCUE_ROWS, replace=False))]
-    return Rows(sample.values, sample.observed)
+    return Rows(sample.dense().values, sample.observed)
 
 
 def seed_centres(
@@ -140,7 +140,7 @@ def cluster(
 
 def seed_params(story: Story, sample: Rows, rng: np.random.Generator) -> Params:
     """Parameters from clusters of the sample: seeding, a few Lloyd steps, and one M-step."""
-    x, observed = story.family.embed(sample)
+    x, observed = story.family.embed(story.readable(sample))
     weight = sample.row_weights
     small = np.arange(len(x))
     if len(x) > SEED_ROWS:

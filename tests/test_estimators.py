@@ -763,7 +763,7 @@ def test_wrong_tables_are_named() -> None:
     with pytest.raises(ValueError, match="'whole' is not one of real, binary, count, categorical"):
         Mixture(2, columns={"seats": "whole"}).fit(frame)
     with pytest.raises(ValueError, match="'full' needs real columns"):
-        Mixture(2, columns=FLIGHT_COLUMNS, covariance="full").fit(frame)
+        Mixture(2, columns={"seats": "count"}, covariance="full").fit(frame)
     with pytest.raises(DataError, match=r"shape \(200, 3\), but 6 columns are described"):
         model.predict(np.zeros((200, 3)))
     with pytest.raises(DataError, match="2 columns, but 1 are described: seats"):

@@ -107,6 +107,12 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         raise NotImplementedError
 
     def _new_story(self, schema: Schema) -> Story:
+        other = next((c for c in schema.columns if c.kind != "real"), None)
+        if other is not None and not self.takes_labels:
+            raise ConfigError(
+                f"{type(self).__name__} needs real columns throughout, but {other.name!r} is "
+                f"{other.kind}: use Mixture, which takes columns of any kind"
+            )
         story = self._make_story(schema)
         return replace(story, frozen=story.frozen.union(self.frozen))
 

@@ -13,8 +13,8 @@ from genstream.families.blocks import Array
 from genstream.stats import Record
 from genstream.story import Params, Story
 
-# Parameters that are variances, by the last part of their name.
-VARIANCES = ("variance", "noise", "scale")
+# Parameters that are variances or matrices of them, by the last part of their name.
+VARIANCES = ("covariance", "variance", "noise", "scale", "dof")
 
 
 def given_leaves(start: Any, story: Story) -> dict[str, Array]:
@@ -36,7 +36,7 @@ def given_leaves(start: Any, story: Story) -> dict[str, Array]:
             "The 'start' parameter must be Params, a dataset or mapping of parameters by name, or "
             f"a fitted estimator. Got {start!r} instead."
         )
-    expected = {name: np.shape(value) for name, _, value in story.vague().leaves()}
+    expected = {name: (axes, np.shape(x)) for name, axes, x in story.vague().leaves()}
     found = {}
     for key, value in given.items():
         name = key if key in expected else f"family.{key}"
@@ -44,7 +44,7 @@ def given_leaves(start: Any, story: Story) -> dict[str, Array]:
             raise ConfigError(
                 f"start: there is no parameter {key!r}; there are {', '.join(expected)}"
             )
-        found[name] = _checked(name, value, expected[name])
+        found[name] = _checked(name, value, *expected[name])
     return found
 
 
@@ -64,7 +64,7 @@ def _in_order(value: Any, labels: Mapping[str, Sequence[str]]) -> Any:
     return value
 
 
-def _checked(name: str, value: Any, shape: tuple[int, ...]) -> Array:
+def _checked(name: str, value: Any, axes: Sequence[str], shape: tuple[int, ...]) -> Array:
     try:
         array = np.array(value, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -76,12 +76,14 @@ def _checked(name: str, value: Any, shape: tuple[int, ...]) -> Array:
     last = name.rpartition(".")[2]
     if name == "weights" and ((array < 0).any() or abs(array.sum() - 1) > 1e-6):
         raise ConfigError(f"start: 'weights' must be shares that add up to 1, not {array.sum():g}")
-    if last in VARIANCES and not (array > 0).all():
-        raise ConfigError(f"start: {name!r} must be positive")
-    if last == "covariance":
+    if last not in VARIANCES:
+        return array
+    if axes[-2:] == ("feature", "feature_other"):
         symmetric = np.allclose(array, array.swapaxes(-1, -2))
         if not symmetric or not (np.linalg.eigvalsh(array) > 0).all():
             raise ConfigError(f"start: {name!r} must be symmetric and positive definite")
+    elif not (array > 0).all():
+        raise ConfigError(f"start: {name!r} must be positive")
     return array
 
 
