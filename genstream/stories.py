@@ -6,12 +6,8 @@ returns a `Story` that any learner can learn.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-=======
-from collections.abc import Iterable
->>>>>>> factors
 
 from genstream.errors import ConfigError
 from genstream.families.blocks import Family
@@ -25,7 +21,10 @@ from genstream.story import Story
 COVARIANCES = ("full", "tied", "diag", "spherical")
 DTYPES = ("float64", "float32")
 PRIORS = ("weak", None)
-<<<<<<< HEAD
+# Moments of d columns are summed where those of all components fit a core's share of the cache,
+# and where their features of a block do: beyond that a pass through the latent is shorter.
+MOMENT_NUMBERS = 1 << 20
+MOMENT_COLUMNS = 256
 # What a block's columns may be, and the kinds of column each takes; None stands for all kinds.
 BLOCKS: dict[str, Kind | None] = {
     "full": "real",
@@ -51,12 +50,6 @@ class Block:
 
     columns: Sequence[str]
     family: str = "full"
-=======
-# Moments of d columns are summed where those of all components fit a core's share of the cache,
-# and where their features of a block do: beyond that a pass through the latent is shorter.
-MOMENT_NUMBERS = 1 << 20
-MOMENT_COLUMNS = 256
->>>>>>> factors
 
 
 def mixture(
@@ -68,7 +61,7 @@ def mixture(
     reg_covar: float = 0.0,
     dtype: str = "float64",
     blocks: Sequence[Block] = (),
-    frozen: Collection[str] = (),
+    frozen: Iterable[str] = (),
 ) -> Story:
     """The story of a mixture over the columns of `schema`.
 
@@ -124,7 +117,6 @@ def mixture(
         raise ConfigError(
             f"covariance {covariance!r} needs real columns, and there are none: leave it out"
         )
-<<<<<<< HEAD
     others = [j for j in rest if j not in joint]
     if others:
         told.append((others, "independent"))
@@ -175,14 +167,6 @@ def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
     if kind in ("full", "tied"):
         return Gaussian(schema.n_features, kind == "tied", reg_covar, dtype)
     return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
-=======
-    if covariance in ("full", "tied"):
-        family: Gaussian | IndependentColumns = Gaussian(
-            schema.n_features, covariance == "tied", reg_covar, dtype
-        )
-    else:
-        family = IndependentColumns(schema, covariance == "spherical", reg_covar, dtype)
-    return Story(schema, family, n_components, prior)
 
 
 def factors(
@@ -255,4 +239,3 @@ def factors(
         statistics = "moments" if few else "latent"
     family = Factors(d, n_factors, noise == "isotropic", shared_noise, statistics, dtype)
     return Story(schema, family, n_components, prior, frozenset(frozen))
->>>>>>> factors
