@@ -18,8 +18,9 @@ from __future__ import annotations
 from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.gaussian import Gaussian
+from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Product
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (Gaussian, IndependentColumns, Product)
+    family.name: family for family in (Gaussian, IndependentColumns, NegativeBinomial, Product)
 }
