@@ -879,12 +879,12 @@ def _model_contradictions(
     if mixed and model.kind in ("mixture_of_factors", "kmeans"):
         message = f"{model.kind} needs real columns, and {mixed[0]!r} is {columns[mixed[0]].kind}"
         found.append((("model", "kind"), message))
-    if mixed and model.kind == "mixture" and model.covariance == "spherical":
-        message = (
-            f"spherical needs real columns, and {mixed[0]!r} is {columns[mixed[0]].kind}: with "
-            "mixed columns use full, tied or diag, or leave it out"
-        )
-        found.append((("model", "covariance"), message))
+    if columns and len(mixed) == len(columns) and model.kind == "mixture":
+        found += [
+            (("model", key), "is of real columns, and data.columns has none: leave it out")
+            for key in ("covariance", "tails")
+            if getattr(model, key) not in (getattr(plain, key), "diag")
+        ]
     found_kinds = {spec.kind for spec in columns.values()}
     if model.kind == "factors" and len(found_kinds) > 1:
         names = " and ".join(sorted(found_kinds))

@@ -6,7 +6,7 @@ returns a `Story` that any learner can learn.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from genstream.errors import ConfigError
@@ -14,7 +14,9 @@ from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.factors import NOISES, STATISTICS, Factors
 from genstream.families.gaussian import Gaussian
+from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Part, Product
+from genstream.families.student import Student
 from genstream.schema import Kind, Schema
 from genstream.story import Story
 
@@ -31,8 +33,13 @@ BLOCKS: dict[str, Kind | None] = {
     "tied": "real",
     "diag": "real",
     "spherical": "real",
+    "student": "real",
+    "negative_binomial": "count",
     "independent": None,
 }
+TAILS = ("gaussian", "student")
+# What count columns may be, given the component.
+COUNTS = ("poisson", "negative_binomial")
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,9 @@ class Block:
     columns
         Their names, in any order.
     family
-        `full`, `tied`, `diag` or `spherical` Gaussians of real columns; or `independent` columns
-        of any kind.
+        `full`, `tied`, `diag` or `spherical` Gaussians of real columns; `student`, which are
+        Student-t of full scale matrices; independent `negative_binomial` counts; or
+        `independent` columns of any kind.
     """
 
     columns: Sequence[str]
@@ -57,10 +65,12 @@ def mixture(
     n_components: int,
     *,
     covariance: str | None = None,
+    tails: str = "gaussian",
+    counts: Mapping[str, str] | None = None,
+    blocks: Sequence[Block] = (),
     prior: str | None = "weak",
     reg_covar: float = 0.0,
     dtype: str = "float64",
-    blocks: Sequence[Block] = (),
     frozen: Iterable[str] = (),
 ) -> Story:
     """The story of a mixture over the columns of `schema`.
@@ -79,14 +89,20 @@ def mixture(
         What the real columns have: a `full` covariance a component, one `tied` covariance, `diag`
         for a variance a column, `spherical` for a variance a component. None stands for `full`
         where all columns are real and for `diag` elsewhere.
+    tails
+        `gaussian`, or `student`: the real columns have heavy tails, as a multivariate Student-t
+        whose scale matrix has the form of `covariance`.
+    counts
+        What count columns are by name: `poisson`, as all others are, or `negative_binomial`, whose
+        variance exceeds the mean.
+    blocks
+        Columns that depend on one another, and how. Columns in no block go by their kind.
     prior
         `weak` for MAP under weak conjugate priors, None for maximum likelihood.
     reg_covar
         Added to every variance after each M-step, in squared data units.
     dtype
         Arithmetic of the E-step: `float64` or `float32`.
-    blocks
-        Columns that depend on one another, and how. Columns in no block go by their kind.
     frozen
         Parameters that learning leaves as they are: `weights`, or names of the family's.
 
@@ -110,14 +126,20 @@ def mixture(
         raise ConfigError(f"reg_covar is {reg_covar:g}: it must not be negative")
     told = _told(schema, blocks)
     rest = [j for j in range(schema.n_features) if not any(j in columns for columns, _ in told)]
-    joint = [j for j in rest if schema.kinds[j] == "real" and covariance != "diag"]
+    if tails not in TAILS:
+        raise ConfigError(f"tails {tails!r} is not one of {', '.join(TAILS)}")
+    together = covariance != "diag" or tails == "student"
+    joint = [j for j in rest if schema.kinds[j] == "real" and together]
     if joint:
-        told.append((joint, covariance))
+        told.append((joint, covariance if tails == "gaussian" else f"student {covariance}"))
     elif covariance != "diag" and not told:
         raise ConfigError(
             f"covariance {covariance!r} needs real columns, and there are none: leave it out"
         )
     others = [j for j in rest if j not in joint]
+    for kind, columns in _counted(schema, counts or {}, others):
+        others = [j for j in others if j not in columns]
+        told.append((columns, kind))
     if others:
         told.append((others, "independent"))
     parts = [
@@ -158,6 +180,27 @@ def _told(schema: Schema, blocks: Sequence[Block]) -> list[tuple[list[int], str]
     return told
 
 
+def _counted(
+    schema: Schema, counts: Mapping[str, str], free: Sequence[int]
+) -> Iterator[tuple[str, list[int]]]:
+    """Positions of the columns of each distribution of counts but Poisson's.
+
+    Raises ConfigError where a name is not one of a count column that is `free`.
+    """
+    found: dict[str, list[int]] = {}
+    for name, kind in counts.items():
+        if kind not in COUNTS:
+            raise ConfigError(f"counts: {name} is {kind!r}, not one of {', '.join(COUNTS)}")
+        if name not in schema.names or schema[name].kind != "count":
+            what = schema[name].kind if name in schema.names else "not there"
+            raise ConfigError(f"counts: column {name!r} is {what}, not a count column")
+        if schema.index(name) not in free:
+            raise ConfigError(f"counts: column {name!r} is in a block, which says what it is")
+        if kind != "poisson":
+            found.setdefault(kind, []).append(schema.index(name))
+    return ((kind, sorted(columns)) for kind, columns in found.items())
+
+
 def _listed(block: Block) -> str:
     return f"({', '.join(block.columns)})"
 
@@ -166,6 +209,11 @@ def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
     """The family of one block of columns."""
     if kind in ("full", "tied"):
         return Gaussian(schema.n_features, kind == "tied", reg_covar, dtype)
+    if kind.startswith("student"):
+        shape = kind.partition(" ")[2] or "full"
+        return Student(schema.n_features, shape, reg_covar, dtype)
+    if kind == "negative_binomial":
+        return NegativeBinomial(schema, dtype)
     return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
 
 
