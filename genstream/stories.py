@@ -61,7 +61,7 @@ def mixture(
     reg_covar: float = 0.0,
     dtype: str = "float64",
     blocks: Sequence[Block] = (),
-    frozen: Collection[str] = (),
+    frozen: Iterable[str] = (),
 ) -> Story:
     """The story of a mixture over the columns of `schema`.
 
