@@ -6,15 +6,50 @@ returns a `Story` that any learner can learn.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
 from genstream.errors import ConfigError
+from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
+from genstream.families.factors import NOISES, STATISTICS, Factors
 from genstream.families.gaussian import Gaussian
-from genstream.schema import Schema
+from genstream.families.product import Part, Product
+from genstream.schema import Kind, Schema
 from genstream.story import Story
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 DTYPES = ("float64", "float32")
 PRIORS = ("weak", None)
+# Moments of d columns are summed where those of all components fit a core's share of the cache,
+# and where their features of a block do: beyond that a pass through the latent is shorter.
+MOMENT_NUMBERS = 1 << 20
+MOMENT_COLUMNS = 256
+# What a block's columns may be, and the kinds of column each takes; None stands for all kinds.
+BLOCKS: dict[str, Kind | None] = {
+    "full": "real",
+    "tied": "real",
+    "diag": "real",
+    "spherical": "real",
+    "independent": None,
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns that a family describes together, independent of all others given the component.
+
+    Parameters
+    ----------
+    columns
+        Their names, in any order.
+    family
+        `full`, `tied`, `diag` or `spherical` Gaussians of real columns; or `independent` columns
+        of any kind.
+    """
+
+    columns: Sequence[str]
+    family: str = "full"
 
 
 def mixture(
@@ -25,24 +60,35 @@ def mixture(
     prior: str | None = "weak",
     reg_covar: float = 0.0,
     dtype: str = "float64",
+    blocks: Sequence[Block] = (),
+    frozen: Iterable[str] = (),
 ) -> Story:
     """The story of a mixture over the columns of `schema`.
+
+    Given the component, real columns are jointly Gaussian as `covariance` says, and all others
+    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical. `blocks` says
+    otherwise for the columns it names.
 
     Parameters
     ----------
     schema
-        Real columns only, or columns of any kind.
+        The columns, of any kind.
     n_components
         K, at least 1.
     covariance
-        `full`, `tied`, `diag` or `spherical`; `full` and `tied` need real columns throughout.
-        None stands for `full` where all columns are real and for `diag` elsewhere.
+        What the real columns have: a `full` covariance a component, one `tied` covariance, `diag`
+        for a variance a column, `spherical` for a variance a component. None stands for `full`
+        where all columns are real and for `diag` elsewhere.
     prior
         `weak` for MAP under weak conjugate priors, None for maximum likelihood.
     reg_covar
         Added to every variance after each M-step, in squared data units.
     dtype
         Arithmetic of the E-step: `float64` or `float32`.
+    blocks
+        Columns that depend on one another, and how. Columns in no block go by their kind.
+    frozen
+        Parameters that learning leaves as they are: `weights`, or names of the family's.
 
     Raises
     ------
@@ -62,16 +108,134 @@ def mixture(
         raise ConfigError(f"n_components is {n_components}: a mixture needs at least 1 component")
     if reg_covar < 0:
         raise ConfigError(f"reg_covar is {reg_covar:g}: it must not be negative")
-    if not real and covariance != "diag":
-        other = next(c for c in schema.columns if c.kind != "real")
+    told = _told(schema, blocks)
+    rest = [j for j in range(schema.n_features) if not any(j in columns for columns, _ in told)]
+    joint = [j for j in rest if schema.kinds[j] == "real" and covariance != "diag"]
+    if joint:
+        told.append((joint, covariance))
+    elif covariance != "diag" and not told:
         raise ConfigError(
-            f"covariance {covariance!r} needs real columns throughout, but {other.name!r} is "
-            f"{other.kind}: use 'diag', under which columns are independent given the component"
+            f"covariance {covariance!r} needs real columns, and there are none: leave it out"
         )
-    if covariance in ("full", "tied"):
-        family: Gaussian | IndependentColumns = Gaussian(
-            schema.n_features, covariance == "tied", reg_covar, dtype
+    others = [j for j in rest if j not in joint]
+    if others:
+        told.append((others, "independent"))
+    parts = [
+        Part(tuple(columns), _family(kind, schema.at(columns), reg_covar, dtype))
+        for columns, kind in sorted(told)
+    ]
+    family: Family = parts[0].family if len(parts) == 1 else Product(schema, tuple(parts))
+    return Story(schema, family, n_components, prior, frozenset(frozen))
+
+
+def _told(schema: Schema, blocks: Sequence[Block]) -> list[tuple[list[int], str]]:
+    """Sorted positions and family of each block. Raises ConfigError where one does not fit."""
+    told: list[tuple[list[int], str]] = []
+    held: set[str] = set()
+    for block in blocks:
+        if block.family not in BLOCKS:
+            raise ConfigError(
+                f"block {_listed(block)}: family {block.family!r} is not one of {', '.join(BLOCKS)}"
+            )
+        if not block.columns:
+            raise ConfigError(f"a {block.family} block names no columns")
+        for name in block.columns:
+            if name not in schema.names:
+                raise ConfigError(
+                    f"block {_listed(block)}: there is no column {name!r}; the columns are "
+                    f"{', '.join(schema.names)}"
+                )
+            if name in held:
+                raise ConfigError(f"blocks: column {name!r} is named twice")
+            held.add(name)
+            kind = BLOCKS[block.family]
+            if kind is not None and schema[name].kind != kind:
+                raise ConfigError(
+                    f"block {_listed(block)}: {block.family} takes {kind} columns, and {name!r} "
+                    f"is {schema[name].kind}"
+                )
+        told.append((sorted(schema.index(name) for name in block.columns), block.family))
+    return told
+
+
+def _listed(block: Block) -> str:
+    return f"({', '.join(block.columns)})"
+
+
+def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
+    """The family of one block of columns."""
+    if kind in ("full", "tied"):
+        return Gaussian(schema.n_features, kind == "tied", reg_covar, dtype)
+    return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
+
+
+def factors(
+    schema: Schema,
+    n_factors: int,
+    n_components: int = 1,
+    *,
+    noise: str = "diagonal",
+    shared_noise: bool = False,
+    prior: str | None = "weak",
+    dtype: str = "float64",
+    frozen: Iterable[str] = (),
+    statistics: str = "auto",
+) -> Story:
+    """Factor analysis, probabilistic PCA, and mixtures of them, over real columns.
+
+        t ~ N(0, I),    x | k, t ~ N(mean_k + W_k t, noise_k)
+
+    Parameters
+    ----------
+    schema
+        Real columns only.
+    n_factors
+        q, the number of factors, from 1 to one less than there are columns.
+    n_components
+        K; 1 is plain factor analysis.
+    noise
+        `diagonal`: a variance a column (factor analysis); `isotropic`: one for all (PPCA).
+    shared_noise
+        Whether all components have the same noise.
+    prior
+        `weak` for MAP under weak priors of mean and noise, None for maximum likelihood, under
+        which noise may sit on its floor.
+    dtype
+        Arithmetic of the E-step: `float64` or `float32`.
+    frozen
+        Parameters that learning leaves as they are: `weights`, `mean`, `loadings`, `noise`.
+    statistics
+        `moments`: sums of `x x'`, with which complete data of one component need a single pass;
+        `latent`: sums through the factors, for many columns. `auto` takes moments of up to 256
+        columns where those of all components make at most 2^20 numbers.
+
+    Raises
+    ------
+    ConfigError
+        Where an argument is not one of those, or does not fit the columns.
+    """
+    other = next((c for c in schema.columns if c.kind != "real"), None)
+    if other is not None:
+        raise ConfigError(
+            f"factors need real columns throughout, but {other.name!r} is {other.kind}"
         )
-    else:
-        family = IndependentColumns(schema, covariance == "spherical", reg_covar, dtype)
-    return Story(schema, family, n_components, prior)
+    d = schema.n_features
+    if not 1 <= n_factors < d:
+        raise ConfigError(
+            f"n_factors is {n_factors}: with {d} columns it must be at least 1 and less than {d}"
+        )
+    if noise not in NOISES:
+        raise ConfigError(f"noise {noise!r} is not one of {', '.join(NOISES)}")
+    if statistics not in ("auto", *STATISTICS):
+        raise ConfigError(f"statistics {statistics!r} is not one of auto, {', '.join(STATISTICS)}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if prior not in PRIORS:
+        raise ConfigError(f"prior {prior!r} is not one of weak, None")
+    if n_components < 1:
+        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    if statistics == "auto":
+        few = d <= MOMENT_COLUMNS and n_components * d**2 <= MOMENT_NUMBERS
+        statistics = "moments" if few else "latent"
+    family = Factors(d, n_factors, noise == "isotropic", shared_noise, statistics, dtype)
+    return Story(schema, family, n_components, prior, frozenset(frozen))

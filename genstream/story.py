@@ -11,14 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from genstream.errors import ConfigError, CorruptError, DataError
 from genstream.families import FAMILIES
-from genstream.families.blocks import MAX_BLOCK, Array, Family, Index, Pivot, Walk, slices
+from genstream.families.blocks import (
+    MAX_BLOCK,
+    Array,
+    FactorWalk,
+    Family,
+    Index,
+    Pivot,
+    Walk,
+    slices,
+)
 from genstream.responsibility import Key, Responsibility, rule_of, soft
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -166,13 +175,19 @@ class Story:
     def anchored(self, sample: Rows) -> Story:
         """This story with pivot and prior fixed from a sample of rows."""
         self._check(sample)
-        weak = self.prior == "weak"
-        return replace(self, family=self.family.anchored(sample, self.n_components, weak))
+        family = self.family.anchored(
+            self.readable(sample), self.n_components, self.prior == "weak"
+        )
+        return replace(self, family=family)
 
     def vague(self) -> Params:
         """Equal components as wide as the sample, from which a start is made."""
         weights = np.full(self.n_components, 1.0 / self.n_components)
         return Params(weights, self.family.vague(self.n_components))
+
+    def readable(self, rows: Rows) -> Rows:
+        """Rows as the family takes them: with sparse values only where it works on those."""
+        return rows if getattr(self.family, "sparse", False) else rows.dense()
 
     def _check(self, rows: Rows) -> None:
         if rows.n_features != self.schema.n_features:
@@ -184,7 +199,7 @@ class Story:
     def _walk(self, params: Params, rows: Rows) -> Walk:
         self._check(rows)
         weights = np.maximum(params.weights, 1e-300)
-        return self.family.prepare(params.family, np.log(weights)).walk(rows)
+        return self.family.prepare(params.family, np.log(weights)).walk(self.readable(rows))
 
     # Values too extreme for the arithmetic show in the objective, not as warnings on the way.
     @np.errstate(over="ignore", invalid="ignore")
@@ -357,7 +372,7 @@ class Story:
             chosen[:] = component
         mean = np.zeros((rows.n_rows, self.n_factors))
         covariance = np.zeros((rows.n_rows, self.n_factors, self.n_factors))
-        walk = self._walk(params, rows)
+        walk = cast(FactorWalk, self._walk(params, rows))
 
         def note(index: Index, log_joint: Array) -> None:
             if component is None:
@@ -380,7 +395,7 @@ class Story:
         value of a binary or categorical one. With it the gaps of a row are one draw from
         `p(x_missing | x_observed)`, for multiple imputation (Rubin 1987). Computed in float64.
         """
-        values = rows.values.astype(np.float64)
+        values = rows.dense().values.astype(np.float64)
         if rows.observed is None:
             return values
         story = self._in_float64()
@@ -407,7 +422,7 @@ class Story:
         if not len(columns):
             raise ConfigError("a marginal needs at least one column")
         family, theta = self.family.marginal(params.family, columns)
-        schema = Schema(tuple(self.schema.columns[j] for j in columns))
+        schema = self.schema.at(columns)
         story = Story(schema, family, self.n_components, None)
         return story, Params(params.weights, theta)
 
@@ -431,7 +446,7 @@ class Story:
         log_joint = (log_p + np.log(np.maximum(params.weights, 1e-300)))[:, None]
         soft(log_joint)
         weights = log_joint[:, 0] / log_joint.sum()
-        schema = Schema(tuple(self.schema.columns[j] for j in np.flatnonzero(~known)))
+        schema = self.schema.at(np.flatnonzero(~known))
         return Story(schema, family, self.n_components, None), Params(weights, theta)
 
     def place(self, params: Params, component: int, x: Array, observed: Array) -> Params:

@@ -157,7 +157,7 @@ class Gaussian:
         return replace(self, dtype=dtype)
 
     @property
-    def params_type(self) -> type[Record]:
+    def params_type(self) -> type[FullParams | TiedParams]:
         return TiedParams if self.tied else FullParams
 
     @property
@@ -293,7 +293,7 @@ class Gaussian:
         m0, psi, strength = self.pivoted_prior()
         gap = mean - m0
         pull = strength * gap[:, :, None] * gap[:, None, :]
-        scatter = self.scatter(stats, mean) + (pull.sum(axis=0) if self.tied else pull)
+        scatter: Array = self.scatter(stats, mean) + (pull.sum(axis=0) if self.tied else pull)
         diagonal = np.arange(self.n_features)
         scatter[..., diagonal, diagonal] += psi
         return scatter
@@ -347,7 +347,7 @@ class Gaussian:
         # By way of the weighted mean, so that one far from the pivot costs no digits.
         gap = centre - mean
         outer = n[:, None, None] * gap[:, :, None] * gap[:, None, :]
-        return scatter + (outer.sum(axis=0) if self.tied else outer)
+        return np.asarray(scatter + (outer.sum(axis=0) if self.tied else outer))
 
     def expected_log_prob(self, params: Any, stats: Any) -> float:
         pivot, d = self._pivot, self.n_features
@@ -402,7 +402,7 @@ class Gaussian:
 
     def _narrowed(self, columns: Array) -> Gaussian:
         """The family of some of the columns, without a prior."""
-        pivot = self.pivot and self.pivot.take(columns, axis="feature")
+        pivot = self.pivot and self.pivot.take(columns.tolist(), axis="feature")
         return replace(self, n_features=len(columns), pivot=pivot, prior=None)
 
     def marginal(self, params: Any, columns: Array) -> tuple[Family, Record]:
