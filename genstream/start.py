@@ -80,7 +80,7 @@ def rescue_rows(sample: Rows, seed: int) -> Rows:
     if sample.n_rows > RESCUE_ROWS:
         rng = np.random.default_rng([seed, 1])
         sample = sample[np.sort(rng.choice(sample.n_rows, RESCUE_ROWS, replace=False))]
-    return Rows(sample.values, sample.observed)
+    return Rows(sample.dense().values, sample.observed)
 
 
 def seed_centres(
@@ -102,14 +102,14 @@ def seed_centres(
         total = mass.sum()
         chance = mass / total if total > 0 else weight / weight.sum()
         trials = rng.choice(n, size=1 if k == 0 else n_trials, p=chance)
-        reached = np.minimum(nearest[:, None], _distances(x, observed, x[trials]))
+        reached = np.minimum(nearest[:, None], distances(x, observed, x[trials]))
         best = int((weight @ reached).argmin())
         nearest = reached[:, best]
         centres[k] = x[trials[best]]
     return centres
 
 
-def _distances(x: Array, observed: NDArray[np.bool_], centres: Array) -> Array:
+def distances(x: Array, observed: NDArray[np.bool_], centres: Array) -> Array:
     """(n, K) squared distances over the observed coordinates, scaled up to all of them."""
     seen = observed.astype(np.float64)
     squared = (x**2).sum(axis=1)[:, None] - 2 * x @ centres.T + seen @ (centres**2).T
@@ -127,7 +127,7 @@ def cluster(
     """Lloyd's algorithm from given centres, over observed entries: centres and labels (n,)."""
     labels = np.full(len(x), -1)
     for _ in range(max_steps):
-        fresh = _distances(x, observed, centres).argmin(axis=1)
+        fresh = distances(x, observed, centres).argmin(axis=1)
         if (fresh == labels).all():
             break
         labels = fresh
@@ -135,19 +135,19 @@ def cluster(
         member[labels, np.arange(len(x))] = weight
         mass = member @ observed
         centres = np.where(mass > 0, (member @ x) / np.where(mass > 0, mass, 1.0), centres)
-    return centres, _distances(x, observed, centres).argmin(axis=1)
+    return centres, distances(x, observed, centres).argmin(axis=1)
 
 
 def seed_params(story: Story, sample: Rows, rng: np.random.Generator) -> Params:
     """Parameters from clusters of the sample: seeding, a few Lloyd steps, and one M-step."""
-    x, observed = story.family.embed(sample)
+    x, observed = story.family.embed(story.readable(sample))
     weight = sample.row_weights
     small = np.arange(len(x))
     if len(x) > SEED_ROWS:
         small = np.sort(rng.choice(len(x), SEED_ROWS, replace=False))
     centres = seed_centres(x[small], observed[small], weight[small], story.n_components, rng)
     centres, _ = cluster(x[small], observed[small], weight[small], centres)
-    labels = _distances(x, observed, centres).argmin(axis=1)
+    labels = distances(x, observed, centres).argmin(axis=1)
     return params_from_labels(story, sample, labels, rng)
 
 

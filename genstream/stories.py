@@ -6,7 +6,7 @@ returns a `Story` that any learner can learn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from genstream.errors import ConfigError

@@ -16,8 +16,9 @@ import numpy as np
 import oracles
 from numpy.typing import NDArray
 
+from genstream.responsibility import hard, soft
 from genstream.rows import Rows
-from genstream.story import Params, Story, StoryStats, hard, soft
+from genstream.story import Params, Story, StoryStats
 
 Array = NDArray[Any]
 # Moves some leaves of a family's parameters a little, within what they may be.

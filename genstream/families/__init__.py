@@ -19,8 +19,18 @@ from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.factors import Factors
 from genstream.families.gaussian import Gaussian
+from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Product
+from genstream.families.student import Student
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (Gaussian, IndependentColumns, Product, Factors)
+    family.name: family
+    for family in (
+        Gaussian,
+        Student,
+        IndependentColumns,
+        NegativeBinomial,
+        Product,
+        Factors,
+    )
 }
