@@ -6,7 +6,7 @@ returns a `Story` that any learner can learn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from genstream.errors import ConfigError
@@ -27,7 +27,8 @@ PRIORS = ("weak", None)
 # and where their features of a block do: beyond that a pass through the latent is shorter.
 MOMENT_NUMBERS = 1 << 20
 MOMENT_COLUMNS = 256
-# What a block's columns may be, and the kinds of column each takes; None stands for all kinds.
+TAILS = ("gaussian", "student")
+# What a block's columns may be, and the kind of column each takes; None stands for all kinds.
 BLOCKS: dict[str, Kind | None] = {
     "full": "real",
     "tied": "real",
@@ -37,8 +38,6 @@ BLOCKS: dict[str, Kind | None] = {
     "negative_binomial": "count",
     "independent": None,
 }
-TAILS = ("gaussian", "student")
-# What count columns may be, given the component.
 COUNTS = ("poisson", "negative_binomial")
 
 
@@ -51,9 +50,9 @@ class Block:
     columns
         Their names, in any order.
     family
-        `full`, `tied`, `diag` or `spherical` Gaussians of real columns; `student`, which are
-        Student-t of full scale matrices; independent `negative_binomial` counts; or
-        `independent` columns of any kind.
+        `full`, `tied`, `diag` or `spherical` Gaussians, or `student` (multivariate t with full
+        scale matrices), of real columns; `negative_binomial` counts; or `independent` columns of
+        any kind.
     """
 
     columns: Sequence[str]
@@ -76,8 +75,9 @@ def mixture(
     """The story of a mixture over the columns of `schema`.
 
     Given the component, real columns are jointly Gaussian as `covariance` says, and all others
-    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical. `blocks` says
-    otherwise for the columns it names.
+    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical. `tails`,
+    `counts` and `blocks` say otherwise. Where that takes more than one family, the story's is their
+    product.
 
     Parameters
     ----------
@@ -90,11 +90,10 @@ def mixture(
         for a variance a column, `spherical` for a variance a component. None stands for `full`
         where all columns are real and for `diag` elsewhere.
     tails
-        `gaussian`, or `student`: the real columns have heavy tails, as a multivariate Student-t
-        whose scale matrix has the form of `covariance`.
+        `gaussian`; or `student` for real columns that are multivariate t, which outliers pull less,
+        with scale matrices of the form of `covariance`.
     counts
-        What count columns are by name: `poisson`, as all others are, or `negative_binomial`, whose
-        variance exceeds the mean.
+        What count columns are, by name: `poisson` (where nothing is said) or `negative_binomial`.
     blocks
         Columns that depend on one another, and how. Columns in no block go by their kind.
     prior
@@ -104,7 +103,8 @@ def mixture(
     dtype
         Arithmetic of the E-step: `float64` or `float32`.
     frozen
-        Parameters that learning leaves as they are: `weights`, or names of the family's.
+        Parameters that learning leaves as they are: `weights`, or names of the family's; in
+        products also those of one block, such as `block0.mean`.
 
     Raises
     ------
@@ -116,6 +116,8 @@ def mixture(
         covariance = "full" if real else "diag"
     if covariance not in COVARIANCES:
         raise ConfigError(f"covariance {covariance!r} is not one of {', '.join(COVARIANCES)}")
+    if tails not in TAILS:
+        raise ConfigError(f"tails {tails!r} is not one of {', '.join(TAILS)}")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if prior not in PRIORS:
@@ -124,94 +126,85 @@ def mixture(
         raise ConfigError(f"n_components is {n_components}: a mixture needs at least 1 component")
     if reg_covar < 0:
         raise ConfigError(f"reg_covar is {reg_covar:g}: it must not be negative")
-    told = _told(schema, blocks)
-    rest = [j for j in range(schema.n_features) if not any(j in columns for columns, _ in told)]
-    if tails not in TAILS:
-        raise ConfigError(f"tails {tails!r} is not one of {', '.join(TAILS)}")
-    together = covariance != "diag" or tails == "student"
-    joint = [j for j in rest if schema.kinds[j] == "real" and together]
-    if joint:
-        told.append((joint, covariance if tails == "gaussian" else f"student {covariance}"))
-    elif covariance != "diag" and not told:
-        raise ConfigError(
-            f"covariance {covariance!r} needs real columns, and there are none: leave it out"
-        )
-    others = [j for j in rest if j not in joint]
-    for kind, columns in _counted(schema, counts or {}, others):
-        others = [j for j in others if j not in columns]
-        told.append((columns, kind))
+    told = [*blocks, *_count_blocks(schema, counts or {})]
+    held = _check_blocks(schema, told)
+    rest = [c for c in schema.columns if c.name not in held]
+    joint = [c.name for c in rest if c.kind == "real"]
+    if (covariance != "diag" or tails == "student") and not joint and not blocks:
+        asked = f"tails {tails!r}" if covariance == "diag" else f"covariance {covariance!r}"
+        raise ConfigError(f"{asked} needs real columns, and there are none: leave it out")
+
+    def part(names: Iterable[str], kind: str) -> Part:
+        columns = tuple(sorted(schema.index(name) for name in names))
+        return Part(columns, _family(kind, schema.at(columns), reg_covar, dtype))
+
+    parts = [part(block.columns, block.family) for block in told]
+    if joint and tails == "student":
+        columns = tuple(schema.index(name) for name in joint)
+        parts.append(Part(columns, Student(len(joint), covariance, reg_covar, dtype)))
+    elif joint and covariance != "diag":
+        parts.append(part(joint, covariance))
+    else:
+        joint = []
+    others = [c.name for c in rest if c.name not in joint]
     if others:
-        told.append((others, "independent"))
-    parts = [
-        Part(tuple(columns), _family(kind, schema.at(columns), reg_covar, dtype))
-        for columns, kind in sorted(told)
-    ]
+        parts.append(part(others, "independent"))
+    parts.sort(key=lambda one: one.columns)
     family: Family = parts[0].family if len(parts) == 1 else Product(schema, tuple(parts))
     return Story(schema, family, n_components, prior, frozenset(frozen))
 
 
-def _told(schema: Schema, blocks: Sequence[Block]) -> list[tuple[list[int], str]]:
-    """Sorted positions and family of each block. Raises ConfigError where one does not fit."""
-    told: list[tuple[list[int], str]] = []
+def _count_blocks(schema: Schema, counts: Mapping[str, str]) -> list[Block]:
+    """The blocks of count columns that are not Poisson, those of one family together.
+
+    Raises ConfigError where a column is not there or is no count, or there is no such family.
+    """
+    told: dict[str, list[str]] = {}
+    for name, family in counts.items():
+        if family not in COUNTS:
+            raise ConfigError(f"counts: {name!r}: {family!r} is not one of {', '.join(COUNTS)}")
+        if name not in schema.names or schema[name].kind != "count":
+            known = ", ".join(schema.columns[j].name for j in schema.of_kind("count")) or "none"
+            raise ConfigError(f"counts: there is no count column {name!r}; there are {known}")
+        told.setdefault(family, []).append(name)
+    return [Block(names, family) for family, names in told.items() if family != "poisson"]
+
+
+def _check_blocks(schema: Schema, blocks: Sequence[Block]) -> set[str]:
+    """The names of all columns in blocks. Raises ConfigError where one does not fit."""
     held: set[str] = set()
     for block in blocks:
         if block.family not in BLOCKS:
             raise ConfigError(
-                f"block {_listed(block)}: family {block.family!r} is not one of {', '.join(BLOCKS)}"
+                f"block ({', '.join(block.columns)}): family {block.family!r} is not one of "
+                f"{', '.join(BLOCKS)}"
             )
         if not block.columns:
             raise ConfigError(f"a {block.family} block names no columns")
         for name in block.columns:
             if name not in schema.names:
                 raise ConfigError(
-                    f"block {_listed(block)}: there is no column {name!r}; the columns are "
-                    f"{', '.join(schema.names)}"
+                    f"block ({', '.join(block.columns)}): there is no column {name!r}; the columns "
+                    f"are {', '.join(schema.names)}"
                 )
             if name in held:
-                raise ConfigError(f"blocks: column {name!r} is named twice")
+                raise ConfigError(f"column {name!r} is named twice in blocks and counts")
             held.add(name)
             kind = BLOCKS[block.family]
             if kind is not None and schema[name].kind != kind:
                 raise ConfigError(
-                    f"block {_listed(block)}: {block.family} takes {kind} columns, and {name!r} "
-                    f"is {schema[name].kind}"
+                    f"block ({', '.join(block.columns)}): {block.family} takes {kind} columns, and "
+                    f"{name!r} is {schema[name].kind}"
                 )
-        told.append((sorted(schema.index(name) for name in block.columns), block.family))
-    return told
-
-
-def _counted(
-    schema: Schema, counts: Mapping[str, str], free: Sequence[int]
-) -> Iterator[tuple[str, list[int]]]:
-    """Positions of the columns of each distribution of counts but Poisson's.
-
-    Raises ConfigError where a name is not one of a count column that is `free`.
-    """
-    found: dict[str, list[int]] = {}
-    for name, kind in counts.items():
-        if kind not in COUNTS:
-            raise ConfigError(f"counts: {name} is {kind!r}, not one of {', '.join(COUNTS)}")
-        if name not in schema.names or schema[name].kind != "count":
-            what = schema[name].kind if name in schema.names else "not there"
-            raise ConfigError(f"counts: column {name!r} is {what}, not a count column")
-        if schema.index(name) not in free:
-            raise ConfigError(f"counts: column {name!r} is in a block, which says what it is")
-        if kind != "poisson":
-            found.setdefault(kind, []).append(schema.index(name))
-    return ((kind, sorted(columns)) for kind, columns in found.items())
-
-
-def _listed(block: Block) -> str:
-    return f"({', '.join(block.columns)})"
+    return held
 
 
 def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
     """The family of one block of columns."""
     if kind in ("full", "tied"):
         return Gaussian(schema.n_features, kind == "tied", reg_covar, dtype)
-    if kind.startswith("student"):
-        shape = kind.partition(" ")[2] or "full"
-        return Student(schema.n_features, shape, reg_covar, dtype)
+    if kind == "student":
+        return Student(schema.n_features, "full", reg_covar, dtype)
     if kind == "negative_binomial":
         return NegativeBinomial(schema, dtype)
     return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
