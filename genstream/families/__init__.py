@@ -20,7 +20,9 @@ from genstream.families.columns import IndependentColumns
 from genstream.families.gaussian import Gaussian
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Product
+from genstream.families.zero_inflated import ZeroInflated
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (Gaussian, IndependentColumns, NegativeBinomial, Product)
+    family.name: family
+    for family in (Gaussian, IndependentColumns, NegativeBinomial, Product, ZeroInflated)
 }
