@@ -22,6 +22,7 @@ from genstream.families.gaussian import Gaussian
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Product
 from genstream.families.student import Student
+from genstream.families.zero_inflated import ZeroInflated
 
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
@@ -30,6 +31,7 @@ FAMILIES: dict[str, type[Family]] = {
         Student,
         IndependentColumns,
         NegativeBinomial,
+        ZeroInflated,
         Product,
         Factors,
     )
