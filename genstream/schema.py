@@ -141,6 +141,10 @@ class Schema:
         """The schema of some columns, in the order named."""
         return Schema(tuple(self[name] for name in names))
 
+    def at(self, columns: Iterable[int]) -> Schema:
+        """The schema of some columns, by position."""
+        return Schema(tuple(self.columns[j] for j in columns))
+
     def to_json(self) -> list[dict[str, Any]]:
         """A list of plain dictionaries, one a column; `from_json` undoes it."""
         return [

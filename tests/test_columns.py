@@ -14,10 +14,11 @@ import pytest
 from scipy import special, stats
 
 from genstream.families.columns import IndependentColumns, SphericalParams
+from genstream.responsibility import hard
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.stories import mixture
-from genstream.story import Params, Story, hard
+from genstream.story import Params, Story
 
 
 def column(kind: Kind, n_levels: int = 4) -> Column:

@@ -117,8 +117,7 @@ class LinearWalk(Walk, Protocol):
 class Kernel(Protocol):
     """A family's parameters, prepared for a pass.
 
-    One whose walk takes rows with sparse values (scipy CSR) has an attribute `sparse` that is true;
-    one whose walk sorts rows by what they observed has an attribute `by_pattern` that is true, and
+    One whose walk sorts rows by what they observed has an attribute `by_pattern` that is true, and
     leads in products.
     """
 
@@ -132,7 +131,8 @@ class Family(Protocol):
     `name` is its key among `families.FAMILIES`. Where `bound` is true, scores are lower bounds of
     `log p(x | k)`. `n_factors` is q, the length of `t`, and 0 where there are no factors.
     `param_names` are the parameters that may be frozen. `ridge` is what is added to variances after
-    an M-step, 0 where that makes no sense.
+    an M-step, 0 where that makes no sense. One that takes rows with sparse values (scipy CSR) as
+    they are has an attribute `sparse` that is true.
     """
 
     @property
@@ -270,12 +270,15 @@ class Description:
     `mean` and `sd` (K, d) are those of real and count columns, NaN elsewhere; `levels[j]` (K, L)
     are level probabilities of a binary or categorical column. `covariance(k)` is the (d, d)
     covariance within a component, None where columns are independent given the component.
+    `loadings` (K, d, q) are what a factor's unit adds to a column, in the units of `mean` (logits
+    of a binary column); None without factors.
     """
 
     mean: Array
     sd: Array
     levels: Mapping[int, Array] = field(default_factory=dict)
     covariance: Callable[[int], Array] | None = None
+    loadings: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,6 +38,7 @@ from genstream.families.blocks import (
     block_rows,
     slices,
 )
+from genstream.families.columns_walk import log_prob_given
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Joint, JointStats, Monoid, Record, side_by_side
@@ -185,7 +186,7 @@ class Product:
             columns = tuple(told["columns"])
             own = pivot.take(columns, "feature") if pivot is not None and told["pivot"] else None
             family = FAMILIES[told["family"]].of(
-                _columns(schema, columns),
+                schema.at(columns),
                 told["options"],
                 own,
                 None if prior is None else prior.blocks[i],
@@ -205,7 +206,7 @@ class Product:
         return {
             f"block{i}.{axis}": names
             for i, part in enumerate(self.parts)
-            for axis, names in _columns(self.schema, part.columns).labels().items()
+            for axis, names in self.schema.at(part.columns).labels().items()
         }
 
     def anchored(self, sample: Rows, n_components: int, weak_prior: bool) -> Product:
@@ -324,7 +325,7 @@ class Product:
         for part, theta in self._blocks(params):
             known = given[part.index]
             if known.all():
-                total = total + _log_prob(part.family, theta, x[part.index])
+                total = total + log_prob_given(part.family, theta, x[part.index], known)
             elif known.any():
                 family, rest, log_p = part.family.condition(theta, x[part.index], known)
                 total = total + log_p
@@ -344,7 +345,7 @@ class Product:
             Part(tuple(int(j) for j in np.searchsorted(columns, own)), family)
             for own, family, _ in left
         ]
-        product = Product(_columns(self.schema, columns), tuple(parts))
+        product = Product(self.schema.at(columns), tuple(parts))
         together: Family = product
         return together, product.params_type(*(theta for _, _, theta in left))
 
@@ -398,8 +399,8 @@ class Product:
         families, found = [], []
         for part, theta in self._blocks(params):
             family, wide = part.family, theta
-            new = _columns(schema, part.columns)
-            if new != _columns(self.schema, part.columns):
+            new = schema.at(part.columns)
+            if new != self.schema.at(part.columns):
                 grown = cast("Levelled", family).with_levels(new, theta, seen[part.index])
                 family, wide = grown
             families.append(family)
@@ -410,30 +411,12 @@ class Product:
     def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
         found = []
         for part, sums in self._blocks(stats):
-            new = _columns(schema, part.columns)
-            if new == _columns(self.schema, part.columns):
+            new = schema.at(part.columns)
+            if new == self.schema.at(part.columns):
                 found.append(sums)
             else:
                 found.append(cast("Levelled", part.family).stats_with_levels(new, sums))
         return self.stats_type(*found)
-
-
-def _columns(schema: Schema, columns: Sequence[int] | Array) -> Schema:
-    """The schema of some columns, by position."""
-    return Schema(tuple(schema.columns[j] for j in columns))
-
-
-def _log_prob(family: Family, params: Any, x: Array) -> Array:
-    """(K,) `log p(x | k)` of one complete row (d,)."""
-    k = next(len(v) for _, names, v in params.leaves() if names[:1] == ("component",))
-    walk = family.with_dtype("float64").prepare(params, np.zeros(k)).walk(Rows(x[None]))
-    found = np.zeros(k)
-    for _ in walk.blocks():
-        found += walk.score()[:, 0]
-        base = walk.base()
-        if base is not None:
-            found += base[0]
-    return found
 
 
 class ProductKernel:
@@ -486,7 +469,8 @@ class ProductWalk:
         self.slots = {b: slice(*widths[i : i + 2]) for i, b in enumerate(joint)}
         self.width = int(widths[-1])
         size = block_rows(self.width + 2 * kernel.n_components, kernel.dtype.itemsize)
-        self.size = min([size] + [walk.size for walk in self.walks])
+        self.size = min(getattr(walk, "size", size) for walk in self.walks)
+        self.size = min(self.size, size)
         self.linear: Linear | None = None
         self.of: list[Linear] = []
         self._make_room(self.size)

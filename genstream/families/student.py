@@ -505,6 +505,8 @@ class StudentKernel:
     place of covariances.
     """
 
+    by_pattern = True
+
     def __init__(
         self,
         inner: GaussianKernel,
@@ -543,6 +545,15 @@ class StudentWalk:
         # (K, n) of v, log v and r / v.
         self.room = np.empty((3, *self.inner.log_p.shape), dtype=kernel.inner.dtype)
         self.terms: dict[int, _Terms] = {}
+
+    @property
+    def size(self) -> int:
+        """Rows in a block at most."""
+        return self.inner.size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        self.inner.size = size
 
     def blocks(self) -> Iterator[Index]:
         yield from self.inner.blocks()
