@@ -18,7 +18,8 @@ from __future__ import annotations
 from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.gaussian import Gaussian
+from genstream.families.logistic_factors import LogisticFactors
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (Gaussian, IndependentColumns)
+    family.name: family for family in (Gaussian, IndependentColumns, LogisticFactors)
 }
