@@ -19,6 +19,7 @@ from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.factors import Factors
 from genstream.families.gaussian import Gaussian
+from genstream.families.logistic_factors import LogisticFactors
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Product
 from genstream.families.student import Student
@@ -34,5 +35,6 @@ FAMILIES: dict[str, type[Family]] = {
         ZeroInflated,
         Product,
         Factors,
+        LogisticFactors,
     )
 }
