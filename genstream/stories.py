@@ -7,7 +7,7 @@ returns a `Story` that any learner can learn.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from genstream.errors import ConfigError
 from genstream.families.blocks import Family
@@ -17,6 +17,7 @@ from genstream.families.gaussian import Gaussian
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Part, Product
 from genstream.families.student import Student
+from genstream.families.zero_inflated import ZeroInflated
 from genstream.schema import Kind, Schema
 from genstream.story import Story
 
@@ -36,9 +37,10 @@ BLOCKS: dict[str, Kind | None] = {
     "spherical": "real",
     "student": "real",
     "negative_binomial": "count",
+    "zero_inflated": "count",
     "independent": None,
 }
-COUNTS = ("poisson", "negative_binomial")
+COUNTS = ("poisson", "negative_binomial", "zero_inflated")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def mixture(
         `gaussian`; or `student` for real columns that are multivariate t, which outliers pull less,
         with scale matrices of the form of `covariance`.
     counts
-        What count columns are, by name: `poisson` (where nothing is said) or `negative_binomial`.
+        What count columns are, by name: `poisson` (where nothing is said), `negative_binomial`, or
+        `zero_inflated`, a Poisson count or nought for another reason.
     blocks
         Columns that depend on one another, and how. Columns in no block go by their kind.
     prior
@@ -207,6 +210,8 @@ def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
         return Student(schema.n_features, "full", reg_covar, dtype)
     if kind == "negative_binomial":
         return NegativeBinomial(schema, dtype)
+    if kind == "zero_inflated":
+        return ZeroInflated(schema, dtype)
     return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
 
 
@@ -280,3 +285,21 @@ def factors(
         statistics = "moments" if few else "latent"
     family = Factors(d, n_factors, noise == "isotropic", shared_noise, statistics, dtype)
     return Story(schema, family, n_components, prior, frozenset(frozen))
+
+
+def kmeans(schema: Schema, n_components: int, *, dtype: str = "float64") -> Story:
+    """K-means as a story: equally likely spherical Gaussians that share one variance.
+
+        k ~ Uniform(1..K),    x | k ~ N(mean_k, variance I)
+
+    Learned by `hard` responsibilities every row goes to its nearest centre, and every centre to
+    the mean of its rows: Lloyd's algorithm. A gap counts for nothing in a distance.
+
+    Raises ConfigError where a column is not real, or as `mixture` does.
+    """
+    other = next((c for c in schema.columns if c.kind != "real"), None)
+    if other is not None:
+        raise ConfigError(f"k-means needs real columns, but {other.name!r} is {other.kind}")
+    story = mixture(schema, n_components, covariance="spherical", prior=None, dtype=dtype)
+    family = IndependentColumns(schema, spherical=True, dtype=dtype, shared=True)
+    return replace(story, family=family, frozen=frozenset({"weights"}))
