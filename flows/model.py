@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from genstream.errors import ConfigError
 
 if TYPE_CHECKING:
-    from genstream.responsibility import Responsibility
-
     from flows.config import Config
+    from genstream.responsibility import Responsibility
     from genstream.schema import Schema
     from genstream.story import Params, Story
 

@@ -138,11 +138,10 @@ class Checkpoints:
 
 def learner_of(config: Config, rows: int) -> Learner:
     """The learner that a configuration means for so many rows."""
-    from genstream.responsibility import soft
-
     from genstream.incremental import IncrementalEM
     from genstream.learn import BatchEM
     from genstream.online import OnlineEM
+    from genstream.responsibility import soft
     from genstream.start import default_learner
 
     options = config.fit

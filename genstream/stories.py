@@ -17,6 +17,7 @@ from genstream.families.gaussian import Gaussian
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Part, Product
 from genstream.families.student import Student
+from genstream.families.zero_inflated import ZeroInflated
 from genstream.schema import Kind, Schema
 from genstream.story import Story
 
@@ -36,9 +37,10 @@ BLOCKS: dict[str, Kind | None] = {
     "spherical": "real",
     "student": "real",
     "negative_binomial": "count",
+    "zero_inflated": "count",
     "independent": None,
 }
-COUNTS = ("poisson", "negative_binomial")
+COUNTS = ("poisson", "negative_binomial", "zero_inflated")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def mixture(
         `gaussian`; or `student` for real columns that are multivariate t, which outliers pull less,
         with scale matrices of the form of `covariance`.
     counts
-        What count columns are, by name: `poisson` (where nothing is said) or `negative_binomial`.
+        What count columns are, by name: `poisson` (where nothing is said), `negative_binomial`, or
+        `zero_inflated`, a Poisson count or nought for another reason.
     blocks
         Columns that depend on one another, and how. Columns in no block go by their kind.
     prior
@@ -207,6 +210,8 @@ def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
         return Student(schema.n_features, "full", reg_covar, dtype)
     if kind == "negative_binomial":
         return NegativeBinomial(schema, dtype)
+    if kind == "zero_inflated":
+        return ZeroInflated(schema, dtype)
     return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
 
 

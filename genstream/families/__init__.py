@@ -20,6 +20,7 @@ from genstream.families.columns import IndependentColumns
 from genstream.families.factors import Factors
 from genstream.families.gaussian import Gaussian
 from genstream.families.multinomial import Multinomial
+from genstream.families.logistic_factors import LogisticFactors
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Product
 from genstream.families.student import Student
@@ -36,5 +37,6 @@ FAMILIES: dict[str, type[Family]] = {
         Multinomial,
         Product,
         Factors,
+        LogisticFactors,
     )
 }
