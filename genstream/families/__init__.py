@@ -19,8 +19,8 @@ from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.factors import Factors
 from genstream.families.gaussian import Gaussian
-from genstream.families.multinomial import Multinomial
 from genstream.families.logistic_factors import LogisticFactors
+from genstream.families.multinomial import Multinomial
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Product
 from genstream.families.student import Student
