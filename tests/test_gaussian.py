@@ -10,7 +10,7 @@ import oracles
 import pytest
 from scipy import stats
 
-from genstream.families import gaussian_walk
+from genstream.families import gaussian_walk, lanes
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stories import mixture
@@ -132,7 +132,7 @@ class TestGaps:
         monkeypatch.setattr(gaussian_walk, "FREQUENT", 10**9)
         in_lanes = story.e_step(params, rows)
         assert oracles.distance(in_lanes, by_pattern) < 1e-11
-        monkeypatch.setattr(gaussian_walk, "LANE_NUMBERS", 1)
+        monkeypatch.setattr(lanes, "LANE_NUMBERS", 1)
         assert oracles.distance(story.e_step(params, rows), by_pattern) < 1e-11
 
     def test_more_columns_than_a_byte_of_mask(self, kind: str) -> None:

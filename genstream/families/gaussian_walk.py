@@ -5,8 +5,7 @@ product each. A pattern's sums are of its observed entries alone; they are compl
 since the conditional moments of the missing entries are linear in the observed ones with
 coefficients that only the pattern decides.
 
-Rows of rare patterns are worked on in lanes: rows that miss equally many columns side by side, one
-small Cholesky factor a row, each of its entries computed for all rows at once.
+Rows of rare patterns are worked on side by side, in the lanes of `genstream.families.lanes`.
 
 A mixture of scales (`genstream.families.student`) is Gaussian given the scale `u` of a row, whose
 conditional covariance is `covariance / u`. It needs of every block of rows the log-density at
@@ -25,13 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genstream.families.blocks import LOG_2PI, Array, Index, Linear, Pivot, block_rows, slices
+from genstream.families.lanes import LANE_NUMBERS, LaneBlock, Lanes, lane_rows
 from genstream.rows import Rows
 from genstream.stats import Monoid
 
 # Patterns with fewer rows than this in a chunk are worked on in lanes.
 FREQUENT = 64
-# Numbers held for a block of lanes.
-LANE_NUMBERS = 1 << 19
 
 
 class GaussianKernel:
@@ -39,6 +37,8 @@ class GaussianKernel:
 
     Takes means (K, d) and covariances (C, d, d), where C is K, or 1 if they are tied.
     """
+
+    by_pattern = True
 
     def __init__(
         self,
@@ -283,6 +283,11 @@ class GaussianWalk:
         self.block = None
 
     @cached_property
+    def lanes(self) -> Lanes:
+        """What all blocks of lanes share."""
+        return Lanes(self.kernel)
+
+    @cached_property
     def patterns(self) -> Patterns:
         """The patterns of the chunk's rows."""
         return Patterns(self.rows.is_observed)
@@ -293,10 +298,10 @@ class GaussianWalk:
         order = np.argsort(found.of_row, kind="stable")
         starts = np.concatenate([[0], np.cumsum(found.counts)])
         for p in np.flatnonzero(found.frequent):
-            yield from self._dense(self._marginal(p), order[starts[p] : starts[p + 1]])
+            yield from self._dense(self._marginal(int(p)), order[starts[p] : starts[p + 1]])
         width = np.where(found.frequent, 0, found.width)[found.of_row[order]]
         for chosen in self._lanes(order, width):
-            block = _LaneBlock(self, observed[chosen])
+            block = self._lane_block(found.of_row[chosen])
             block.load(self.rows.values[chosen])
             self.block, self.index = block, chosen
             yield chosen
@@ -327,49 +332,71 @@ class GaussianWalk:
         """Rows of each block of rare patterns; `width` counts what each of `order` observed, 0 for
         rows that are done or have nothing observed.
         """
-        kernel = self.kernel
-        d = kernel.n_features
+        d = self.kernel.n_features
         for o in range(1, d + 1):
             index = order[width == o]
-            held = kernel.n_components * (d + min(o, d - o) ** 2)
-            for piece in slices(len(index), max(16, LANE_NUMBERS // held)):
+            for piece in slices(len(index), lane_rows(d, o)):
                 yield index[piece]
+
+    def _lane_block(self, of_row: Array) -> LaneBlock:
+        """A block of rows whose patterns (n,) observe equally many columns."""
+        present, own = np.unique(of_row, return_inverse=True)
+        return LaneBlock(self.lanes, self, self.patterns.observed[present], own)
 
     def load(self, index: Index) -> None:
         values = self.rows.values[index]
-        n, d = values.shape
+        n = len(values)
         if self.log_p.shape[1] < n:
             self.log_p = np.empty((len(self.log_p), n), dtype=self.kernel.dtype)
+        self.block, self.index = _MixedBlock(self, n), index
+        if self.rows.observed is None:
+            if self.y.shape[1] < n:
+                self.y = np.empty((len(self.y), n))
+            if self.features.shape[1] < n:
+                self.features = np.empty((self.width, n), dtype=self.kernel.dtype)
+            work = self._works.setdefault(-1, self._work(self.kernel.complete))
+            work.load(values, self.y, self.features)
+            self.block.parts.append((slice(None), work))
+            return
         if self._room.size < n:
             self._room = _Room(self, n)
         self._room.clear()
-        self.block, self.index = _MixedBlock(self, n), index
-        if self.rows.observed is None:
-            self._load_frequent(-1, self.kernel.complete, slice(None), values)
-            return
         found, observed = self.patterns, self.rows.observed[index]
         of_row = found.of_row[index]
         frequent = found.frequent[of_row]
         for p in np.unique(of_row[frequent]):
             chosen = np.flatnonzero(of_row == p)
             known = self._works.get(int(p))
-            marginal = self._marginal(p) if known is None else known.marginal
+            marginal = self._marginal(int(p)) if known is None else known.marginal
             self._load_frequent(int(p), marginal, chosen, values[chosen])
         width = np.where(frequent, 0, found.width[of_row])
         for chosen in self._lanes(np.arange(n), width):
-            block = _LaneBlock(self, observed[chosen])
+            block = self._lane_block(of_row[chosen])
             block.load(values[chosen])
             self.block.parts.append((chosen, block))
         nothing = np.flatnonzero(found.width[of_row] == 0)
         if len(nothing):
             self.block.parts.append((nothing, _NoBlock(self.kernel, len(nothing))))
 
-    def _load_frequent(self, pattern: int, marginal: Marginal, chosen: Index, values: Array) -> None:
+    def _load_frequent(
+        self, pattern: int, marginal: Marginal, chosen: Index, values: Array
+    ) -> None:
         """Add the rows `chosen` of the block at hand, which share a pattern."""
         work = self._works.setdefault(pattern, self._work(marginal))
         y, features = self._room.take(marginal.n_observed, work.width, len(values))
         work.load(values, y, features)
         self.block.parts.append((chosen, work))
+
+    def build_in(self, buffer: Array) -> None:
+        self.features = buffer
+
+    @property
+    def linear_block(self) -> _PatternBlock | None:
+        """The block at hand where it is linear in its features: of one pattern, and not tied."""
+        block = self.block
+        if isinstance(block, _MixedBlock) and len(block.parts) == 1:
+            block = block.parts[0][1]
+        return block if isinstance(block, _PatternBlock) else None
 
     def score(self) -> Array:
         log_p: Array = self.block.score()
@@ -414,9 +441,8 @@ class GaussianWalk:
                 noise *= spread[:, None]
         return _completed(self.kernel, values, observed, resp, noise)
 
-    def add(self, marginal: Marginal, sums: Array, spared: Array | None = None) -> None:
-        """Complete the feature sums (K, p) of one pattern and add them up."""
-        n, s, q = marginal.completed(sums, spared)
+    def add(self, n: Array, s: Array, q: Array) -> None:
+        """Add sums of `r`, `r y` and `r y y'` over some rows: (K,), (K, d) and (K, d, d)."""
         self.sum_w += n
         self.sum_wx += s
         self.sum_wxx += q.sum(axis=0) if self.kernel.tied else q
@@ -478,16 +504,19 @@ class _PatternBlock:
         z = whiten @ (self.y - marginal.mean[k][:, None])
         return np.asarray(marginal.peak[k] - 0.5 * np.einsum("in,in->n", z, z))
 
+    def add(self, sums: Array) -> None:
+        """Add (K, p) sums of features to those of the pattern."""
+        self.sums += sums
+
     def gather(self, resp: Array, scaled: Array | None = None) -> None:
         if scaled is not None and not self.whole:
             spared = resp.sum(axis=1, dtype=np.float64)
             self.spared = spared if self.spared is None else self.spared + spared
-        self.sums += self.linear.gather(
-            self.features, self.exact, resp if scaled is None else scaled
-        )
+        weights = resp if scaled is None else scaled
+        self.add(self.linear.gather(self.features, self.exact, weights))
 
     def finish(self) -> None:
-        self.walk.add(self.marginal, self.sums, self.spared)
+        self.walk.add(*self.marginal.completed(self.sums, self.spared))
 
 
 class _TiedBlock:
@@ -622,8 +651,8 @@ def _completed(
     """Fill the gaps of rows (n, d), in place: `sum_k r_k E[x_M | x_O, k]`.
 
     With precision `P` and distance `e` from the mean, zero where missing, `x_M` given `x_O` has
-    mean `mean_M - inv(P_MM) (P e)_M` and covariance `inv(P_MM)`; standard normal `noise` (n, d) adds
-    a deviation of it. Rows that miss equally many columns are worked on at a time.
+    mean `mean_M - inv(P_MM) (P e)_M` and covariance `inv(P_MM)`; standard normal `noise` (n, d)
+    adds a deviation of it. Rows that miss equally many columns are worked on at a time.
     """
     shift, scale = kernel.pivot.shift, kernel.pivot.scale
     gaps = (~observed).sum(axis=1)
@@ -651,117 +680,3 @@ def _completed(
                 filled[hit] += resp[k, at[hit], None] * value
             values[at[:, None], missing] = shift[missing] + filled * scale[missing]
     return values
-
-
-class _LaneBlock:
-    """Rows of rare patterns that miss equally many columns, side by side.
-
-    With `e` the distance from a component's mean, zero where missing, `P` its precision and `M` the
-    missing columns, a row's quadratic form is `e'P e - g' inv(P_MM) g` with `g = (P e)_M`, and the
-    completed distance has `-inv(P_MM) g` in the gaps. Where more is missing than observed the same
-    is read off the observed block of the covariance.
-    """
-
-    def __init__(self, walk: GaussianWalk, observed: NDArray[np.bool_]) -> None:
-        self.walk, self.kernel = walk, walk.kernel
-        n, d = observed.shape
-        o = int(observed[0].sum())
-        self.by_gaps = 2 * (d - o) <= d
-        order = np.argsort(observed if self.by_gaps else ~observed, axis=1, kind="stable")
-        # (s, n) the columns of the smaller side of each row, missing or observed.
-        self.small = order[:, : d - o if self.by_gaps else o].T
-        self.observed = observed.T
-        self.n_observed = o
-        size, k = len(self.small), self.kernel.n_components
-        self.distance = np.empty((k, d, n))
-        self.constant = np.empty((k, n))
-        self.inner = np.empty((len(self.kernel.covariance), size, size, n))
-
-    def load(self, values: Array) -> None:
-        pivot = self.kernel.pivot
-        self.y = (values.T - pivot.shift[:, None]) / pivot.scale[:, None]
-        self.log_scale = self.kernel.log_scale @ self.observed
-
-    def score(self) -> Array:
-        kernel, small = self.kernel, self.small
-        matrices = kernel.precision if self.by_gaps else kernel.covariance
-        log_p = np.empty((kernel.n_components, self.y.shape[1]))
-        factor = log_det = None
-        for k in range(kernel.n_components):
-            c = 0 if kernel.tied else k
-            if factor is None or not kernel.tied:
-                factor = _lane_factor(matrices[c][small[:, None], small[None, :]])
-                log_det = 2 * np.log(factor[range(len(small)), range(len(small))]).sum(axis=0)
-                self.inner[c] = _lane_inverse(factor)
-            e = self.distance[k]
-            np.multiply(self.y - kernel.mean[k][:, None], self.observed, out=e)
-            if self.by_gaps:
-                h = kernel.precision[c] @ e
-                g = np.take_along_axis(h, small, axis=0)
-                gap = np.einsum("ijn,jn->in", self.inner[c], g)
-                quadratic = np.einsum("dn,dn->n", e, h) - np.einsum("in,in->n", g, gap)
-                np.put_along_axis(e, small, -gap, axis=0)
-                spread = kernel.log_det[c] + log_det
-            else:
-                g = np.take_along_axis(e, small, axis=0)
-                slope = np.einsum("ijn,jn->in", self.inner[c], g)
-                quadratic = np.einsum("in,in->n", g, slope)
-                whole = np.zeros_like(e)
-                np.put_along_axis(whole, small, slope, axis=0)
-                gaps = ~self.observed
-                e[gaps] = (kernel.covariance[c] @ whole)[gaps]
-                spread = log_det
-            self.constant[k] = kernel.log_weights[k] - 0.5 * (spread + self.n_observed * LOG_2PI)
-            log_p[k] = self.constant[k] - 0.5 * quadratic
-        self.constant -= self.log_scale
-        log_p -= self.log_scale
-        return log_p.astype(kernel.dtype, copy=False)
-
-    def gather(self, resp: Array, scaled: Array | None = None) -> None:
-        kernel, walk, d = self.kernel, self.walk, self.kernel.n_features
-        cells = (self.small[:, None] * d + self.small[None, :]).ravel()
-        resp = resp.astype(np.float64)
-        moved = resp if scaled is None else scaled.astype(np.float64)
-        walk.sum_w += moved.sum(axis=1)
-        for k, (r, w) in enumerate(zip(resp, moved, strict=True)):
-            c = 0 if kernel.tied else k
-            inner = np.bincount(cells, (self.inner[c] * r).ravel(), d * d).reshape(d, d)
-            spare = inner
-            if not self.by_gaps:
-                covariance = kernel.covariance[c]
-                spare = r.sum() * covariance - covariance @ inner @ covariance
-            e, mean, total = self.distance[k], kernel.mean[k], w.sum()
-            weighted = e @ w
-            cross = np.outer(weighted, mean)
-            second = (e * w) @ e.T + cross + cross.T + total * np.outer(mean, mean) + spare
-            walk.sum_wx[k] += weighted + total * mean
-            if kernel.tied:
-                walk.sum_wxx += second
-            else:
-                walk.sum_wxx[k] += second
-
-
-def _lane_factor(matrices: Array) -> Array:
-    """Cholesky factors (s, s, n) of n matrices, one entry of all of them at a time."""
-    size = len(matrices)
-    factor = np.zeros_like(matrices)
-    for j in range(size):
-        pivot = matrices[j, j] - np.einsum("in,in->n", factor[j, :j], factor[j, :j])
-        # Rounding may leave nothing of a variance that its companions explain.
-        factor[j, j] = np.sqrt(np.maximum(pivot, np.finfo(np.float64).eps * matrices[j, j]))
-        for i in range(j + 1, size):
-            left = matrices[i, j] - np.einsum("in,in->n", factor[i, :j], factor[j, :j])
-            factor[i, j] = left / factor[j, j]
-    return factor
-
-
-def _lane_inverse(factor: Array) -> Array:
-    """`inv(L L')` (s, s, n) of n Cholesky factors."""
-    size = len(factor)
-    whiten = np.zeros_like(factor)
-    for j in range(size):
-        whiten[j, j] = 1.0 / factor[j, j]
-        for i in range(j + 1, size):
-            inner = np.einsum("in,in->n", factor[i, j:i], whiten[j:i, j])
-            whiten[i, j] = -inner / factor[i, i]
-    return np.asarray(np.einsum("lin,ljn->ijn", whiten, whiten))
