@@ -6,7 +6,7 @@ returns a `Story` that any learner can learn.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from genstream.errors import ConfigError
@@ -239,3 +239,35 @@ def factors(
         statistics = "moments" if few else "latent"
     family = Factors(d, n_factors, noise == "isotropic", shared_noise, statistics, dtype)
     return Story(schema, family, n_components, prior, frozenset(frozen))
+
+
+def kmeans(schema: Schema, n_components: int, *, dtype: str = "float64") -> Story:
+    """The story of which K-means is hard EM: spherical Gaussians, equally large and equally likely.
+
+        k ~ Uniform(1..K),    x | k ~ N(mean_k, variance I)
+
+    Parameters
+    ----------
+    schema
+        Real columns only.
+    n_components
+        K, at least 1.
+    dtype
+        Arithmetic of the E-step: `float64` or `float32`.
+
+    Raises
+    ------
+    ConfigError
+        Where an argument is not one of those, or does not fit the columns.
+    """
+    other = next((c for c in schema.columns if c.kind != "real"), None)
+    if other is not None:
+        raise ConfigError(
+            f"K-means needs real columns throughout, but {other.name!r} is {other.kind}"
+        )
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if n_components < 1:
+        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    family = IndependentColumns(schema, spherical=True, shared=True, dtype=dtype)
+    return Story(schema, family, n_components, None, frozenset({"weights"}))
