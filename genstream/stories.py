@@ -7,7 +7,7 @@ returns a `Story` that any learner can learn.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from genstream.errors import ConfigError
 from genstream.families.blocks import Family
