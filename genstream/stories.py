@@ -53,8 +53,8 @@ class Block:
         Their names, in any order.
     family
         `full`, `tied`, `diag` or `spherical` Gaussians, or `student` (multivariate t with full
-        scale matrices), of real columns; `negative_binomial` counts; or `independent` columns of
-        any kind.
+        scale matrices), of real columns; `negative_binomial` or `zero_inflated` counts; or
+        `independent` columns of any kind.
     """
 
     columns: Sequence[str]
