@@ -215,6 +215,31 @@ def test_components_far_out_keep_their_digits(dtype: str, far: float) -> None:
         assert oracles.distance(own, told_alone) < 1e-5
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_blocks_longer_than_buffers_make_room(share: float) -> None:
+    """Any number of rows can be loaded, of thousands of patterns, and in any order."""
+    n, k = 5000, 2
+    columns = [Column(f"x{j}") for j in range(9)]
+    columns.insert(3, Column("c", "categorical", ("u", "v", "w")))
+    schema = Schema((*columns, Column("y"), Column("z")))
+    story = mixture(schema, k, covariance="full", blocks=[Block(("y", "z"), "full")])
+    rng = np.random.default_rng(7)
+    params = oracles.random_params(story, rng, apart=1.0)
+    values = oracles.with_gaps(story.draw(params, n, rng).values, share, rng)
+    rows = Rows.of(values)
+    story = story.anchored(rows)
+    resp = rng.dirichlet(np.ones(k), n)
+    expected = story.e_step(params, rows, resp).family
+    walk = story.family.prepare(params.family, np.log(params.weights)).walk(rows)
+    order = rng.permutation(n)
+    assert n > walk.size
+    walk.load(order)
+    joint = oracles.log_joint(story, params, values[order[:50]])
+    np.testing.assert_allclose(walk.score()[:, :50].T, joint, rtol=1e-10)
+    walk.gather(np.ascontiguousarray(resp[order].T))
+    assert oracles.distance(walk.close(), expected) < 1e-11
+
+
 @pytest.mark.parametrize("prior", ["weak", None])
 @pytest.mark.parametrize("gaps", [False, True])
 def test_independent_blocks_are_independent_columns(prior: str | None, gaps: bool) -> None:
