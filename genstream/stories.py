@@ -14,6 +14,7 @@ from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.factors import NOISES, STATISTICS, Factors
 from genstream.families.gaussian import Gaussian
+from genstream.families.multinomial import Multinomial
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Part, Product
 from genstream.families.student import Student
@@ -38,6 +39,7 @@ BLOCKS: dict[str, Kind | None] = {
     "student": "real",
     "negative_binomial": "count",
     "zero_inflated": "count",
+    "multinomial": "count",
     "independent": None,
 }
 COUNTS = ("poisson", "negative_binomial", "zero_inflated")
@@ -53,8 +55,9 @@ class Block:
         Their names, in any order.
     family
         `full`, `tied`, `diag` or `spherical` Gaussians, or `student` (multivariate t with full
-        scale matrices), of real columns; `negative_binomial` counts; or `independent` columns of
-        any kind.
+        scale matrices), of real columns; `negative_binomial` or `zero_inflated` counts, or
+        `multinomial` ones (a bag of words: given their total); or `independent` columns of any
+        kind.
     """
 
     columns: Sequence[str]
@@ -212,6 +215,8 @@ def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
         return NegativeBinomial(schema, dtype)
     if kind == "zero_inflated":
         return ZeroInflated(schema, dtype)
+    if kind == "multinomial":
+        return Multinomial(schema, dtype)
     return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
 
 
