@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 
 from genstream.families.blocks import LOG_2PI, Array, Index, Linear, Pivot, block_rows, slices
 from genstream.families.lanes import LANE_NUMBERS, LaneBlock, Lanes, lane_rows
+from genstream.families.patterns import Patterns
 from genstream.rows import Rows
 from genstream.stats import Monoid
 
 # Patterns with fewer rows than this in a chunk are worked on in lanes.
-FREQUENT = 64
+FREQUENT = 512
 
 
 class GaussianKernel:
@@ -198,25 +199,6 @@ def fill_features(y: Array, out: Array) -> Array:
     return features
 
 
-class Patterns:
-    """The patterns of gaps in (n, d) masks.
-
-    `observed` (p, d) are the patterns, `width` (p,) how many columns each observes, `counts` (p,)
-    how many rows it has, `frequent` (p,) whether these are worth a matrix product, and `of_row`
-    (n,) the pattern of each row.
-    """
-
-    def __init__(self, observed: NDArray[np.bool_]) -> None:
-        packed = np.packbits(observed, axis=1)
-        keys = np.ascontiguousarray(packed).view(f"V{packed.shape[1]}").ravel()
-        _, first, self.of_row, self.counts = np.unique(
-            keys, return_index=True, return_inverse=True, return_counts=True
-        )
-        self.observed = observed[first]
-        self.width = self.observed.sum(axis=1)
-        self.frequent = (self.counts >= FREQUENT) & (self.width > 0)
-
-
 class Block(Protocol):
     """Rows at hand, whatever their gaps."""
 
@@ -290,15 +272,19 @@ class GaussianWalk:
         """The patterns of the chunk's rows."""
         return Patterns(self.rows.is_observed)
 
+    @cached_property
+    def frequent(self) -> NDArray[np.bool_]:
+        """(p,) which patterns have enough rows for matrix products of their own."""
+        found = self.patterns
+        return np.asarray((found.counts >= FREQUENT) & (found.width > 0))
+
     def _by_pattern(self, observed: NDArray[np.bool_]) -> Iterator[Index]:
         """Blocks of one pattern after another, then those of all rare patterns."""
         found = self.patterns
-        order = np.argsort(found.of_row, kind="stable")
-        starts = np.concatenate([[0], np.cumsum(found.counts)])
-        for p in np.flatnonzero(found.frequent):
-            yield from self._dense(self._marginal(p), order[starts[p] : starts[p + 1]])
-        width = np.where(found.frequent, 0, found.width)[found.of_row[order]]
-        for chosen in self._lanes(order, width):
+        for p in np.flatnonzero(self.frequent):
+            yield from self._dense(self._marginal(p), found.rows(p))
+        width = np.repeat(np.where(self.frequent, 0, found.width), found.counts)
+        for chosen in self._lanes(found.order, width):
             block = self._lane_block(found.of_row[chosen])
             block.load(self.rows.values[chosen])
             self.block, self.index = block, chosen
@@ -330,10 +316,10 @@ class GaussianWalk:
         """Rows of each block of rare patterns; `width` counts what each of `order` observed, 0 for
         rows that are done or have nothing observed.
         """
-        d = self.kernel.n_features
+        k, d = self.kernel.mean.shape
         for o in range(1, d + 1):
             index = order[width == o]
-            for piece in slices(len(index), lane_rows(d, o)):
+            for piece in slices(len(index), lane_rows(k, d, o)):
                 yield index[piece]
 
     def _lane_block(self, of_row: Array) -> LaneBlock:
@@ -355,7 +341,7 @@ class GaussianWalk:
             return
         found, observed = self.patterns, self.rows.observed[index]
         of_row = found.of_row[index]
-        frequent = found.frequent[of_row]
+        frequent = self.frequent[of_row]
         for p in np.unique(of_row[frequent]):
             chosen = np.flatnonzero(of_row == p)
             known = self._works.get(int(p))
