@@ -285,6 +285,7 @@ class GaussianWalk:
             yield from self._dense(self._marginal(p), found.rows(p))
         width = np.repeat(np.where(self.frequent, 0, found.width), found.counts)
         for chosen in self._lanes(found.order, width):
+            self.lanes.clear()
             block = self._lane_block(found.of_row[chosen])
             block.load(self.rows.values[chosen])
             self.block, self.index = block, chosen
@@ -348,6 +349,7 @@ class GaussianWalk:
             marginal = self._marginal(p) if known is None else known.marginal
             self._load_frequent(int(p), marginal, chosen, values[chosen])
         width = np.where(frequent, 0, found.width[of_row])
+        self.lanes.clear()
         for chosen in self._lanes(np.arange(n), width):
             block = self._lane_block(of_row[chosen])
             block.load(values[chosen])

@@ -21,13 +21,14 @@ Distances are from each component's own mean, so that a mean far out costs no di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.families.blocks import LOG_2PI, Array
+from genstream.families.blocks import LOG_2PI, Array, slices
 
 if TYPE_CHECKING:
     from genstream.families.gaussian_walk import GaussianKernel
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
 # At most so many rows are a block, and so many numbers are held for them.
 LANE_ROWS = 8192
 LANE_NUMBERS = 1 << 21
+# Numbers of a temporary beyond which it pays to work on fewer components at a time.
+SCRATCH_NUMBERS = 1 << 18
+# Bytes to a multiple of which arrays begin.
+ALIGNED = 64
 # Pivots whose product stays within the range of numbers.
 RUN = 8
 
@@ -84,14 +89,56 @@ class Lanes:
         parts = ((every[~fine], kernel.dtype), (every[fine], np.dtype(np.float64)))
         self.groups = [_Group(kernel, which, dtype) for which, dtype in parts if which.size]
         self._buffers: dict[tuple[str, np.dtype[Any]], Array] = {}
+        self._memory = np.empty(0, dtype=np.uint8)
+        self._at = 0
 
     def buffer(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         """An array whose memory the next one of this name and type will take."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         held = self._buffers.get((name, dtype))
         if held is None or len(held) < size:
             held = self._buffers[name, dtype] = np.empty(size, dtype)
         return held[:size].reshape(shape)
+
+    def keep(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        """An array whose memory is taken again after `clear`."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._at + size > len(self._memory):
+            # Arrays that have the old memory keep it alive. One array, so that blocks after the
+            # first find their pages in place.
+            self._memory = np.empty(max(2 * len(self._memory), size, LANE_NUMBERS * 8), np.uint8)
+            self._at = 0
+        taken = self._memory[self._at : self._at + size]
+        self._at += -(-size // ALIGNED) * ALIGNED
+        return taken.view(dtype).reshape(shape)
+
+    def clear(self) -> None:
+        """All blocks so far are done."""
+        self._at = 0
+
+
+class _Rows:
+    """Where the columns of the smaller side are, in rows whose patterns observe equally many.
+
+    Of the patterns, `seen` (p, d) is what they observe, `small` (s, p) the columns of the smaller
+    side. Of the rows, `pattern` (n,) is the pattern, `columns` (s, n) the columns of the smaller
+    side and `places` (s, n) their positions in a (d, n) array.
+    """
+
+    def __init__(self, lanes: Lanes, seen: NDArray[np.bool_], pattern: NDArray[np.intp]) -> None:
+        self.seen, self.pattern = seen, pattern
+        n, d = len(pattern), seen.shape[1]
+        self.n_observed = int(seen[0].sum())
+        self.by_gaps = 2 * self.n_observed >= d
+        side = ~seen if self.by_gaps else seen
+        size = d - self.n_observed if self.by_gaps else self.n_observed
+        self.small = np.ascontiguousarray(np.nonzero(side)[1].reshape(len(seen), size).T)
+        index = np.dtype(np.intp)
+        self.columns = lanes.keep(index, (size, n))
+        # Indices are in range: `clip` only spares a copy.
+        self.small.take(pattern, axis=1, out=self.columns, mode="clip")
+        self.places = np.multiply(self.columns, n, out=lanes.keep(index, (size, n)))
+        self.places += np.arange(n)
 
 
 class LaneBlock:
@@ -112,20 +159,11 @@ class LaneBlock:
     def __init__(
         self, lanes: Lanes, sums: Sums, patterns: NDArray[np.bool_], of_row: NDArray[np.intp]
     ) -> None:
-        self.sums, self.kernel = sums, lanes.kernel
-        self.patterns, self.of_row = patterns, of_row
-        n, d = len(of_row), patterns.shape[1]
-        self.n_observed = int(patterns[0].sum())
-        by_gaps = 2 * self.n_observed >= d
-        side = ~patterns if by_gaps else patterns
-        size = d - self.n_observed if by_gaps else self.n_observed
-        # (s, p) the columns of the smaller side of each pattern; (s, n) those of each row, and
-        # where their entries are in a (d, n) array.
-        self.small = np.ascontiguousarray(np.nonzero(side)[1].reshape(len(patterns), size).T)
-        self.columns = self.small.take(of_row, axis=1)
-        self.places = self.columns * n + np.arange(n)
-        kind = _ByGaps if by_gaps else _ByObserved
-        self.parts = [kind(self, lanes, group) for group in lanes.groups]
+        self.sums, self.lanes, self.kernel = sums, lanes, lanes.kernel
+        self.rows = _Rows(lanes, patterns, of_row)
+        self.n_observed = self.rows.n_observed
+        kind = _ByGaps if self.rows.by_gaps else _ByObserved
+        self.parts = [kind(lanes, group, self.rows) for group in lanes.groups]
         # (K, n) score of each row were it at distance 0 from each mean.
         level = -0.5 * self.n_observed * LOG_2PI - patterns @ self.kernel.log_scale
         peak = self.kernel.log_weights[:, None] + level
@@ -135,7 +173,9 @@ class LaneBlock:
 
     def load(self, values: Array) -> None:
         """Take the rows (n, d) at hand."""
-        y = self.kernel.pivot.block(values, np.empty(values.shape[::-1]))
+        y = self.kernel.pivot.block(
+            values, self.lanes.keep(np.dtype(np.float64), values.shape[::-1])
+        )
         for part in self.parts:
             part.y = y.astype(part.group.dtype, copy=False)
 
@@ -150,8 +190,8 @@ class LaneBlock:
         """Add the moments under weights `scaled` (K, n), or `resp`, and the conditional covariance
         of missing entries under `resp`.
         """
-        kernel, moved = self.kernel, resp if scaled is None else scaled
-        mean, n = kernel.mean, moved.sum(axis=1, dtype=np.float64)
+        rows, moved = self.rows, resp if scaled is None else scaled
+        mean, n = self.kernel.mean, moved.sum(axis=1, dtype=np.float64)
         s = np.empty(mean.shape)
         q = np.empty((*mean.shape, mean.shape[1]))
         for part in self.parts:
@@ -162,7 +202,7 @@ class LaneBlock:
         cross = s[:, :, None] * mean[:, None, :]
         s += n[:, None] * mean
         q += cross + mean[:, :, None] * s[:, None, :]
-        spare = np.stack([np.bincount(self.of_row, r, len(self.patterns)) for r in resp])
+        spare = np.stack([np.bincount(rows.pattern, r, len(rows.seen)) for r in resp])
         for part in self.parts:
             part.add_spare(spare, q)
         self.sums.add(n, s, q)
@@ -177,32 +217,35 @@ class _Part:
 
     y: Array
 
-    def __init__(self, block: LaneBlock, lanes: Lanes, group: _Group) -> None:
-        self.block, self.lanes, self.group = block, lanes, group
-        self.solved = np.empty((len(group.which), *block.columns.shape), group.dtype)
+    def __init__(self, lanes: Lanes, group: _Group, rows: _Rows) -> None:
+        self.lanes, self.group, self.rows = lanes, group, rows
+        self.solved = lanes.keep(group.dtype, (len(group.which), *rows.columns.shape))
 
     def _invert(self, matrices: Array) -> None:
-        small = self.block.small
+        small = self.rows.small
         cells = small[:, None] * self.group.mean.shape[1] + small
         # Where each entry on and above the diagonal belongs in (d, d).
         self.upper = np.triu_indices(len(small))
         self.cells = cells[self.upper].ravel()
-        self.inner = np.empty((len(matrices), *cells.shape), matrices.dtype)
-        scratch = self._buffer("outer", *self.inner.shape)
-        self.log_det = bordered(matrices.reshape(len(matrices), -1), cells, self.inner, scratch)
+        self.inner = self.lanes.keep(matrices.dtype, (len(matrices), *cells.shape))
+        self.log_det = np.empty((len(matrices), len(small.T)), matrices.dtype)
+        for some in slices(len(matrices), max(1, SCRATCH_NUMBERS // max(1, cells.size))):
+            out = self.inner[some]
+            scratch = self._buffer("scratch", *out.shape)
+            flat = matrices[some].reshape(len(out), -1)
+            self.log_det[some] = bordered(flat, cells, out, scratch)
 
     def _buffer(self, name: str, *shape: int) -> Array:
         return self.lanes.buffer(name, self.group.dtype, shape)
 
     def _spread(self) -> Iterator[Array]:
         """(s, s, n) the inverse of each row's smaller side, component by component."""
-        size, n = self.block.columns.shape
+        size, n = self.rows.columns.shape
         inner = self._buffer("inner", size, size, n)
         held = -1
         for c in self.group.matrix:
             if c != held:
-                # Indices are in range: `clip` only spares a copy.
-                self.inner[c].take(self.block.of_row, axis=2, out=inner, mode="clip")
+                self.inner[c].take(self.rows.pattern, axis=2, out=inner, mode="clip")
                 held = c
             yield inner
 
@@ -218,21 +261,21 @@ class _Part:
 class _ByGaps(_Part):
     """Inverting what is missing."""
 
-    def __init__(self, block: LaneBlock, lanes: Lanes, group: _Group) -> None:
-        super().__init__(block, lanes, group)
+    def __init__(self, lanes: Lanes, group: _Group, rows: _Rows) -> None:
+        super().__init__(lanes, group, rows)
         self._invert(group.precision)
         self.log_det += group.log_det[:, None]
 
     def quadratics(self) -> Iterator[Array]:
         """(n,) the quadratic form of each component."""
-        block, group, y = self.block, self.group, self.y
-        seen = block.patterns.T.astype(group.dtype).take(block.of_row, axis=1)
+        rows, group, y = self.rows, self.group, self.y
+        seen = rows.seen.T.astype(group.dtype).take(rows.pattern, axis=1)
         e, slope = self._buffer("e", *y.shape), self._buffer("slope", *y.shape)
         for i, inner in enumerate(self._spread()):
             np.subtract(y, group.mean[i][:, None], out=e)
             e *= seen
             np.matmul(group.precision[group.matrix[i]], e, out=slope)
-            g = slope.ravel().take(block.places)
+            g = slope.ravel().take(rows.places)
             x = np.einsum("ijn,jn->in", inner, g, out=self.solved[i])
             yield np.einsum("dn,dn->n", e, slope) - np.einsum("in,in->n", g, x)
 
@@ -241,7 +284,7 @@ class _ByGaps(_Part):
         e = self._buffer("e", *self.y.shape)
         np.subtract(self.y, self.group.mean[i][:, None], out=e)
         e *= root
-        e.ravel()[self.block.places] = self.solved[i] * -root
+        e.ravel()[self.rows.places] = self.solved[i] * -root
         return e
 
     def add_spare(self, weight: Array, q: Array) -> None:
@@ -253,8 +296,8 @@ class _ByGaps(_Part):
 class _ByObserved(_Part):
     """Inverting what is observed."""
 
-    def __init__(self, block: LaneBlock, lanes: Lanes, group: _Group) -> None:
-        super().__init__(block, lanes, group)
+    def __init__(self, lanes: Lanes, group: _Group, rows: _Rows) -> None:
+        super().__init__(lanes, group, rows)
         self._invert(group.covariance)
 
     def quadratics(self) -> Iterator[Array]:
@@ -266,18 +309,17 @@ class _ByObserved(_Part):
 
     def _observed(self, i: int) -> Array:
         """(s, n) the distance of what is observed."""
-        block = self.block
-        observed: Array = self.y.ravel().take(block.places)
-        observed -= self.group.mean[i].take(block.columns)
+        observed: Array = self.y.ravel().take(self.rows.places)
+        observed -= self.group.mean[i].take(self.rows.columns)
         return observed
 
     def distance(self, i: int, root: Array) -> Array:
         """(d, n) the completed distance from a component's mean, times `root` (n,)."""
         e, x = self._buffer("e", *self.y.shape), self._buffer("slope", *self.y.shape)
         x[:] = 0.0
-        x.ravel()[self.block.places] = self.solved[i]
+        x.ravel()[self.rows.places] = self.solved[i]
         np.matmul(self.group.covariance[self.group.matrix[i]], x, out=e)
-        e.ravel()[self.block.places] = self._observed(i)
+        e.ravel()[self.rows.places] = self._observed(i)
         e *= root
         return e
 
