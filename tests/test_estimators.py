@@ -716,6 +716,13 @@ def test_kinds_are_inferred_from_types() -> None:
         model.predict(numbers[["seats", "delay"]])
 
 
+def test_row_labels_of_a_table_are_no_column() -> None:
+    frame, _ = flights()
+    named = frame.drop(columns="note")
+    model = Mixture(2, random_state=0).fit(named.set_index(named.index[::-1] * 2))
+    assert list(model.feature_names_in_) == list(FLIGHT_COLUMNS)
+
+
 def test_rows_drawn_take_the_form_of_the_rows_fitted() -> None:
     frame, _ = flights()
     columns = list(FLIGHT_COLUMNS)

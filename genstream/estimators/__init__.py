@@ -12,12 +12,14 @@ from genstream.estimators.factors import (
     MixtureOfFactorAnalyzers,
     MixtureOfPPCA,
 )
+from genstream.estimators.kmeans import KMeans
 from genstream.estimators.mixtures import GaussianMixture, Mixture
 
 __all__ = [
     "PPCA",
     "FactorAnalysis",
     "GaussianMixture",
+    "KMeans",
     "Mixture",
     "MixtureOfFactorAnalyzers",
     "MixtureOfPPCA",

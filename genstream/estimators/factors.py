@@ -145,7 +145,8 @@ class LinearFactors(Factored):
         wide = np.broadcast_to(_wide(family), family.mean.shape)
         scaled = family.loadings / wide[:, :, None]
         inner = np.eye(q) + family.loadings.swapaxes(1, 2) @ scaled
-        return np.eye(d) / wide[:, :, None] - scaled @ np.linalg.solve(inner, scaled.swapaxes(1, 2))
+        taken = scaled @ np.linalg.solve(inner, scaled.swapaxes(1, 2))
+        return np.asarray(np.eye(d) / wide[:, :, None] - taken)
 
 
 def _wide(family: Any) -> Array:

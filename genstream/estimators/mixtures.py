@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.cluster import KMeans, kmeans_plusplus
-from sklearn.utils import check_array
 
 from genstream.errors import ConfigError, DataError
-from genstream.estimators.face import Mixed, generator_of
+from genstream.estimators.face import Mixed, generator_of, given_array
 from genstream.estimators.starts import replaced
 from genstream.families.blocks import Array
 from genstream.rows import Rows
@@ -226,8 +225,8 @@ class GaussianMixture(Mixed):
     def _given(self, story: Story) -> dict[str, Array]:
         found = super()._given(story)
         k, d = story.n_components, story.schema.n_features
-        weights = _given_array("weights", self.weights_init, (k,))
-        if weights is not None:
+        if self.weights_init is not None:
+            weights = given_array("weights", self.weights_init, (k,))
             if weights.min() < 0 or weights.max() > 1:
                 raise ConfigError(
                     "The parameter 'weights' should be in the range [0, 1], but got max value "
@@ -239,14 +238,13 @@ class GaussianMixture(Mixed):
                     f"{weights.sum():.5f}"
                 )
             found["weights"] = weights
-        means = _given_array("means", self.means_init, (k, d))
-        if means is not None:
-            found["family.mean"] = means
+        if self.means_init is not None:
+            found["family.mean"] = given_array("means", self.means_init, (k, d))
         kind = self.covariance_type
         shape = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[kind]
-        precisions = _given_array(f"{kind} precision", self.precisions_init, shape)
-        if precisions is None:
+        if self.precisions_init is None:
             return found
+        precisions = given_array(f"{kind} precision", self.precisions_init, shape)
         if kind in ("full", "tied"):
             symmetric = np.allclose(precisions, precisions.swapaxes(-1, -2))
             if not symmetric or not (np.linalg.eigvalsh(precisions) > 0).all():
@@ -430,17 +428,6 @@ state_, trace_, outcome_, warnings_
     def _set_attributes(self, params: Params) -> None:
         self.schema_ = self.story_.schema
         self.weights_ = params.weights
-
-
-def _given_array(name: str, value: Any, shape: tuple[int, ...]) -> Array | None:
-    if value is None:
-        return None
-    array: Array = check_array(value, dtype=np.float64, ensure_2d=False, allow_nd=True)
-    if array.shape != shape:
-        raise ConfigError(
-            f"The parameter '{name}' should have the shape of {shape}, but got {array.shape}"
-        )
-    return array
 
 
 def _inverse(matrices: Array, covariance_type: str) -> Array:
