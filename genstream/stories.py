@@ -30,6 +30,8 @@ PRIORS = ("weak", None)
 MOMENT_NUMBERS = 1 << 20
 MOMENT_COLUMNS = 256
 TAILS = ("gaussian", "student")
+# Blocks whose columns depend on one another given the component.
+DEPENDENT = ("full", "tied", "student")
 # What a block's columns may be, and the kind of column each takes; None stands for all kinds.
 BLOCKS: dict[str, Kind | None] = {
     "full": "real",
@@ -80,9 +82,9 @@ def mixture(
     """The story of a mixture over the columns of `schema`.
 
     Given the component, real columns are jointly Gaussian as `covariance` says, and all others
-    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical. `tails`,
-    `counts` and `blocks` say otherwise. Where that takes more than one family, the story's is their
-    product.
+    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical, real ones that
+    have detection limits censored Gaussian. `tails`, `counts` and `blocks` say otherwise. Where
+    that takes more than one family, the story's is their product.
 
     Parameters
     ----------
@@ -93,7 +95,7 @@ def mixture(
     covariance
         What the real columns have: a `full` covariance a component, one `tied` covariance, `diag`
         for a variance a column, `spherical` for a variance a component. None stands for `full`
-        where all columns are real and for `diag` elsewhere.
+        where all columns are real, without limits, and for `diag` elsewhere.
     tails
         `gaussian`; or `student` for real columns that are multivariate t, which outliers pull less,
         with scale matrices of the form of `covariance`.
@@ -117,9 +119,9 @@ def mixture(
     ConfigError
         Where an argument is not one of those, or does not fit the columns.
     """
-    real = all(kind == "real" for kind in schema.kinds)
+    plain = [c.name for c in schema.columns if c.kind == "real" and not c.limited]
     if covariance is None:
-        covariance = "full" if real else "diag"
+        covariance = "full" if len(plain) == schema.n_features else "diag"
     if covariance not in COVARIANCES:
         raise ConfigError(f"covariance {covariance!r} is not one of {', '.join(COVARIANCES)}")
     if tails not in TAILS:
@@ -135,7 +137,7 @@ def mixture(
     told = [*blocks, *_count_blocks(schema, counts or {})]
     held = _check_blocks(schema, told)
     rest = [c for c in schema.columns if c.name not in held]
-    joint = [c.name for c in rest if c.kind == "real"]
+    joint = [c.name for c in rest if c.name in plain]
     if (covariance != "diag" or tails == "student") and not joint and not blocks:
         asked = f"tails {tails!r}" if covariance == "diag" else f"covariance {covariance!r}"
         raise ConfigError(f"{asked} needs real columns, and there are none: leave it out")
@@ -201,6 +203,11 @@ def _check_blocks(schema: Schema, blocks: Sequence[Block]) -> set[str]:
                 raise ConfigError(
                     f"block ({', '.join(block.columns)}): {block.family} takes {kind} columns, and "
                     f"{name!r} is {schema[name].kind}"
+                )
+            if schema[name].limited and block.family in DEPENDENT:
+                raise ConfigError(
+                    f"block ({', '.join(block.columns)}): {name!r} has limits, which only "
+                    "independent columns heed"
                 )
     return held
 
