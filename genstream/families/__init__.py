@@ -17,9 +17,10 @@ from __future__ import annotations
 
 from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
+from genstream.families.gamma_poisson import GammaPoisson
 from genstream.families.gaussian import Gaussian
 from genstream.families.logistic_factors import LogisticFactors
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (Gaussian, IndependentColumns, LogisticFactors)
+    family.name: family for family in (Gaussian, IndependentColumns, LogisticFactors, GammaPoisson)
 }

@@ -76,6 +76,14 @@ class Walk(Protocol):
         Only of families that have factors.
         """
 
+    def importance(self, n_samples: int, rng: np.random.Generator) -> tuple[Array, Array]:
+        """(K, n) logs of the mean importance weight and of the mean squared one, of `n_samples`
+        draws of the factors a row and component, for the block at hand once it is scored.
+
+        The mean weight is an unbiased estimate of `p(x | k) weight_k`, with all that `base` leaves
+        out of a score. Only of families whose score is a bound.
+        """
+
 
 class Kernel(Protocol):
     """A family's parameters, prepared for a pass.

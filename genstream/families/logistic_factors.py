@@ -27,9 +27,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
+from scipy.special import expit, log_expit
 
 from genstream.families.blocks import (
+    LOG_2PI,
     UNSEEN,
     Array,
     Index,
@@ -38,6 +39,7 @@ from genstream.families.blocks import (
     slices,
 )
 from genstream.families.columns import IndependentColumns
+from genstream.families.importance import mean_weights
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record
@@ -575,6 +577,46 @@ class LogisticWalk:
         covariances = np.stack([covariance for _, covariance in self.local])
         every = np.arange(len(component))
         return means[component, every], covariances[component, every]
+
+    def importance(self, n_samples: int, rng: np.random.Generator) -> tuple[Array, Array]:
+        family, params = self.kernel.family, self.kernel.params
+        n, d = self.half.shape
+        q = family.n_factors
+        half = self.half.astype(np.float64)
+        out = np.empty((2, len(self.local), n))
+        for k, (mean, _) in enumerate(self.local):
+            bias, loadings = params.bias[k], params.loadings[k]
+            # The curvature of the likelihood itself: the bound's makes too narrow a posterior.
+            p = expit(bias + mean @ loadings.T)
+            slope = p * (1 - p) if self.mask is None else p * (1 - p) * self.mask
+            precision = np.eye(q) + np.einsum(
+                "nd,di,dj->nij", slope, loadings, loadings, optimize=True
+            )
+
+            def log_likelihood(
+                rows: slice, t: Array, bias: Array = bias, loadings: Array = loadings
+            ) -> Array:
+                a = t @ loadings.T + bias
+                # log sigmoid((2 x - 1) a), but for a / 2 and its share of the rest.
+                each = log_expit(a) - 0.5 * a
+                if self.mask is None:
+                    rest = each.sum(axis=2)
+                else:
+                    rest = np.einsum("nsd,nd->ns", each, self.mask[rows])
+                return np.asarray(np.einsum("nsd,nd->ns", a, half[rows]) + rest)
+
+            out[:, k] = mean_weights(
+                log_likelihood,
+                lambda t: -0.5 * ((t**2).sum(axis=2) + q * LOG_2PI),
+                lambda number: rng.standard_normal((number, q)),
+                mean,
+                np.linalg.inv(precision),
+                n_samples,
+                d,
+                rng,
+            )
+        out += np.array([1, 2])[:, None, None] * self.kernel.log_weights[:, None]
+        return out[0], out[1]
 
     def complete(self, resp: Array, rng: np.random.Generator | None = None) -> Array:
         out = self.block.values.astype(np.float64)
