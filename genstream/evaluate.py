@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import logsumexp
 
 from genstream.errors import ConfigError, DataError
+from genstream.families.blocks import BoundWalk
 from genstream.learn import Passes
 from genstream.rows import Rows
 from genstream.schema import Column
@@ -250,7 +251,8 @@ def importance_log_prob(
     rng = rng or np.random.default_rng()
     log_prob = np.zeros(rows.n_rows)
     log_weights = np.log(np.maximum(params.weights, 1e-300))
-    walk = story.family.prepare(params.family, log_weights).walk(rows)
+    kernel = story.family.prepare(params.family, log_weights)
+    walk = cast(BoundWalk, kernel.walk(story.readable(rows)))
     for index in walk.blocks():
         walk.score()
         first, second = walk.importance(n_samples, rng)

@@ -7,6 +7,7 @@ and `open_source` whatever holds rows.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -596,6 +597,12 @@ class TableSource(ArraySource):
         if schema is not None and not isinstance(schema, Schema | Mapping):
             names, schema = [str(name) for name in schema], None
         self._places = [(t, i) for t in self._tables for i in range(len(t.chunk_rows))]
+        # The row of its own file with which each chunk begins.
+        self._first_rows = [
+            end - n
+            for t in self._tables
+            for n, end in zip(t.chunk_rows, itertools.accumulate(t.chunk_rows), strict=True)
+        ]
         place = self._tables[0].place
         if len(self._tables) > 1:
             place += f" and {len(self._tables) - 1} more"
@@ -629,18 +636,13 @@ class TableSource(ArraySource):
             walk = Encoder(learning, null_values=null_values)
             for number, (table, _) in enumerate(self._places):
                 piece = self._piece(number, list(learning))
-                walk.encode(piece, first_row=self._first_row(number), place=table.place)
+                walk.encode(piece, first_row=self._first_rows[number], place=table.place)
             found = {column.name: column for column in walk.schema.columns}
         return Schema(
             tuple(
                 found.get(s.name) or Column(s.name, s.kind, s.levels or (), s.unit) for s in specs
             )
         )
-
-    def _first_row(self, number: int) -> int:
-        """The row of its own file with which a chunk begins."""
-        table, i = self._places[number]
-        return sum(table.chunk_rows[:i])
 
     def _piece(self, number: int, columns: list[str]) -> Any:
         table, i = self._places[number]
@@ -655,7 +657,7 @@ class TableSource(ArraySource):
 
     def read(self, i: int) -> Rows:
         """Chunk `i`; see `Source.read`."""
-        place, first = self._places[i][0].place, self._first_row(i)
+        place, first = self._places[i][0].place, self._first_rows[i]
         piece = self._piece(i, self._wanted)
         rows = self._encoder.encode(piece, first_row=first, place=place)
         if self._weights_column is not None:

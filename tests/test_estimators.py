@@ -24,9 +24,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
-import genstream.estimators
 from genstream.errors import ConfigError, DataError, GenstreamError
-from genstream.estimators import GaussianMixture, Mixture
+from genstream.estimators import GaussianMixture, Mixture, face
 from genstream.learn import FitState, Outcome
 from genstream.online import OnlineEM
 from genstream.passes import Passes
@@ -85,7 +84,15 @@ def test_constructor_is_scikit_learns_and_more() -> None:
     theirs = Reference().get_params()
     ours = GaussianMixture().get_params()
     assert {name: ours[name] for name in theirs} == theirs
-    assert set(ours) - set(theirs) == {"prior", "dtype", "chunk_rows", "scheduler", "workers"}
+    assert set(ours) - set(theirs) == {
+        "prior",
+        "start",
+        "frozen",
+        "dtype",
+        "chunk_rows",
+        "scheduler",
+        "workers",
+    }
 
 
 def test_clone_pickle_and_copy() -> None:
@@ -344,7 +351,7 @@ def test_threads_and_workers_change_no_bit() -> None:
 
 
 def test_many_rows_start_from_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(genstream.estimators, "START_ROWS", 500)
+    monkeypatch.setattr(face, "START_ROWS", 500)
     X, component = two_groups(5000)
     for init_params in ("kmeans", "k-means++", "random", "random_from_data"):
         model = GaussianMixture(2, init_params=init_params, n_init=3, random_state=0)
@@ -464,7 +471,7 @@ def test_out_of_core_rows(
     kind: str, few: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not few:
-        monkeypatch.setattr(genstream.estimators, "RESIDENT_NUMBERS", 0)
+        monkeypatch.setattr(face, "RESIDENT_NUMBERS", 0)
     X = with_gaps(two_groups(1000)[0], 0.05)
     lazy = out_of_core(kind, X, tmp_path)
     options: dict[str, Any] = {"n_components": 2, "random_state": 0, "tol": 1e-7, "n_init": 2}
@@ -709,6 +716,13 @@ def test_kinds_are_inferred_from_types() -> None:
         model.predict(numbers[["seats", "delay"]])
 
 
+def test_row_labels_of_a_table_are_no_column() -> None:
+    frame, _ = flights()
+    named = frame.drop(columns="note")
+    model = Mixture(2, random_state=0).fit(named.set_index(named.index[::-1] * 2))
+    assert list(model.feature_names_in_) == list(FLIGHT_COLUMNS)
+
+
 def test_rows_drawn_take_the_form_of_the_rows_fitted() -> None:
     frame, _ = flights()
     columns = list(FLIGHT_COLUMNS)
@@ -756,7 +770,7 @@ def test_wrong_tables_are_named() -> None:
     with pytest.raises(ValueError, match="'whole' is not one of real, binary, count, categorical"):
         Mixture(2, columns={"seats": "whole"}).fit(frame)
     with pytest.raises(ValueError, match="'full' needs real columns"):
-        Mixture(2, columns=FLIGHT_COLUMNS, covariance="full").fit(frame)
+        Mixture(2, columns={"seats": "count"}, covariance="full").fit(frame)
     with pytest.raises(DataError, match=r"shape \(200, 3\), but 6 columns are described"):
         model.predict(np.zeros((200, 3)))
     with pytest.raises(DataError, match="2 columns, but 1 are described: seats"):
@@ -784,7 +798,7 @@ def test_tables_beyond_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     in_memory = Mixture(2, columns=FLIGHT_COLUMNS, random_state=0).fit(frame)
     resident = clone(in_memory).fit(path)
     assert same_params(resident, in_memory)
-    monkeypatch.setattr(genstream.estimators, "RESIDENT_NUMBERS", 0)
+    monkeypatch.setattr(face, "RESIDENT_NUMBERS", 0)
     model = clone(in_memory).fit(path)
     assert model.schema_ == in_memory.schema_
     labels = model.predict(path)

@@ -24,7 +24,7 @@ and `E[t_i]` and `E[log t_i]` for the shapes. A missing entry drops out, exactly
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -37,17 +37,19 @@ from genstream.families.blocks import (
     MAX_ROUNDING,
     UNSEEN,
     Array,
+    Description,
     Index,
     Pivot,
     block_rows,
     moments,
     slices,
 )
-from genstream.families.columns import IndependentColumns
 from genstream.families.importance import mean_weights
+from genstream.families.negative_binomial import inverse_log_minus_psi
+from genstream.families.one_kind import OneKind
 from genstream.rows import Rows
 from genstream.schema import Schema
-from genstream.stats import Monoid, Record, axes, record
+from genstream.stats import Monoid, Record, axes
 
 # A row's bound counts as tight once it is estimated to lie this far below its maximum, in nats.
 TIGHT = {"float64": 1e-10, "float32": 1e-7}
@@ -60,7 +62,6 @@ MAX_MOVE = 2.0
 # Shapes of the factors: below the least a row may have several best bounds, and beyond the most a
 # factor is as good as constant.
 LEAST_SHAPE, MOST_SHAPE = 0.5, 1e6
-NEWTON_STEPS = 8
 # A smaller loading is nothing; it would only slow arithmetic.
 LEAST_LOADING = {"float64": 1e-200, "float32": 1e-30}
 # A smaller rate is this: finite, so that its logarithm is.
@@ -79,7 +80,7 @@ START_SHAPE = 20.0
 class GammaPoissonParams(Record):
     """What each factor is worth at its mean, 1, in counts of each column; and its gamma shape."""
 
-    loadings: Array = axes("component", "feature", "factor")
+    loadings: Array = axes("component", "count", "factor")
     shape: Array = axes("component", "factor")
 
 
@@ -89,8 +90,8 @@ class GammaPoissonStats(Monoid):
     `r E[t]` and `r E[log t]` over all.
     """
 
-    sum_z: Array = axes("component", "feature", "factor")
-    sum_exposure: Array = axes("component", "feature", "factor")
+    sum_z: Array = axes("component", "count", "factor")
+    sum_exposure: Array = axes("component", "count", "factor")
     sum_w: Array = axes("component")
     sum_t: Array = axes("component", "factor")
     sum_log_t: Array = axes("component", "factor")
@@ -102,37 +103,27 @@ class GammaPoissonPrior(Record):
     distribution of every loading, with its mode at `rate / q`.
     """
 
-    rate: Array = axes("feature")
+    rate: Array = axes("count")
     rows: float = axes()
 
 
 @dataclass(frozen=True, eq=False)
-class GammaPoisson:
+class GammaPoisson(OneKind):
     """K components of count columns, each with gamma factors of its own.
 
-    Scores are the lower bound of the module's head.
+    Scores are the lower bound of the module's head; arithmetic over factors is in float64 always.
 
     Parameters
     ----------
-    schema
-        The columns, all of them counts.
     n_factors
         q, at least 1.
-    dtype
-        Arithmetic over rows and columns, float64 or float32; that over factors is float64 always.
-    pivot, prior
-        Fixed by `anchored`; the pivot is neutral.
     """
 
-    schema: Schema
-    n_factors: int
-    dtype: str = "float64"
-    pivot: Pivot | None = record(Pivot)
-    prior: GammaPoissonPrior | None = record(GammaPoissonPrior)
+    n_factors: int = 1  # type: ignore[misc]
 
     name: ClassVar[str] = "gamma_poisson"
+    sparse: ClassVar[bool] = True
     bound: ClassVar[bool] = True
-    ridge: ClassVar[float] = 0.0
     param_names: ClassVar[tuple[str, ...]] = ("loadings", "shape")
     params_type: ClassVar[type[Record]] = GammaPoissonParams
     stats_type: ClassVar[type[Monoid]] = GammaPoissonStats
@@ -145,16 +136,13 @@ class GammaPoisson:
     def of(
         cls, schema: Schema, options: Mapping[str, Any], pivot: Pivot | None, prior: Any
     ) -> GammaPoisson:
-        return cls(schema, options["n_factors"], options["dtype"], pivot, prior)
-
-    def with_dtype(self, dtype: str) -> GammaPoisson:
-        return replace(self, dtype=dtype)
+        return cls(schema, options["dtype"], pivot, prior, options["n_factors"])
 
     def anchored(self, sample: Rows, n_components: int, weak_prior: bool) -> GammaPoisson:  # noqa: ARG002
         """Neutral pivot; the weak prior is one pseudo-row at the sample's means."""
         prior = None
         if weak_prior:
-            mean, _, total = moments(sample)
+            mean, _, total = moments(sample.dense())
             prior = GammaPoissonPrior((mean * total + 0.5) / (total + 1.0), 1.0)
         return replace(self, pivot=Pivot.none(self.schema.n_features), prior=prior)
 
@@ -171,6 +159,7 @@ class GammaPoisson:
         (Lee & Seung 2001, theorem 2) over observed entries; shapes fit the variances of `t`.
         """
         loadings, shape = params.loadings.copy(), params.shape.copy()
+        sample = sample.dense()
         for k in range(len(shape)):
             weight = sample.row_weights * responsibilities[:, k]
             rows = np.flatnonzero(weight > 0)
@@ -209,15 +198,12 @@ class GammaPoisson:
         if "shape" not in frozen:
             safe = np.where(weight > tiny, weight, 1.0)
             excess = (stats.sum_t - stats.sum_log_t) / safe - 1.0
-            shape = np.where(weight > tiny, _shape(excess), shape)
+            found = np.clip(inverse_log_minus_psi(excess), LEAST_SHAPE, MOST_SHAPE)
+            shape = np.where(weight > tiny, found, shape)
         faulty = stats.sum_w <= tiny
         if self.prior is not None:
             faulty = np.zeros_like(faulty)
         return GammaPoissonParams(loadings, shape), faulty
-
-    def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
-        kept: Monoid = stats.take(components)
-        return kept
 
     def possible(self, stats: Any, known: Any) -> Monoid | None:
         """Sums, and the spread of the factors (arithmetic over geometric mean), kept above a tenth
@@ -253,7 +239,8 @@ class GammaPoisson:
         if self.prior is None:
             return 0.0
         share = self.prior.rate[:, None] / self.n_factors
-        return self.prior.rows * float((share * _log(params.loadings) - params.loadings).sum())
+        of_loadings = share * _log(params.loadings) - params.loadings
+        return float(self.prior.rows * of_loadings.sum())
 
     def place(self, params: Any, component: int, x: Array, observed: Array) -> Record:
         """Means lean half towards the row, in the proportions of the next component's factors."""
@@ -280,20 +267,8 @@ class GammaPoisson:
             out[rows] = rng.poisson(t[rows] @ params.loadings[k].T)
         return out, t
 
-    def fill(self, params: Any, resp: Array, rng: np.random.Generator | None = None) -> Array:
-        if rng is not None:
-            return self.draw(params, resp.argmax(axis=0), rng)[0]
-        return np.asarray(resp.T @ params.loadings.sum(axis=2))
-
-    def marginal(self, params: Any, columns: Array) -> tuple[GammaPoisson, Record]:
-        """Exact: columns are independent given the factors."""
-        family = self._of_columns(columns)
-        return family, GammaPoissonParams(params.loadings[:, columns], params.shape)
-
-    def _of_columns(self, columns: Array) -> GammaPoisson:
-        schema = Schema(tuple(self.schema.columns[j] for j in columns))
-        pivot = None if self.pivot is None else Pivot.none(len(columns))
-        return replace(self, schema=schema, pivot=pivot, prior=None)
+    def mean(self, params: Any) -> Array:
+        return np.asarray(params.loadings.sum(axis=2))
 
     def condition(self, params: Any, x: Array, given: Array) -> tuple[GammaPoisson, Record, Array]:
         """Approximate: `q(t_i) = Gamma(alpha, beta)` given `x` takes the place of the factors'
@@ -308,12 +283,20 @@ class GammaPoisson:
         for k, (alpha, beta) in enumerate(walk.local):
             loadings[k] *= alpha[0] / beta[0]
             shape[k] = alpha[0]
-        columns = np.flatnonzero(~given)
-        return self._of_columns(columns), GammaPoissonParams(loadings[:, columns], shape), log_p
+        rest, kept = self.marginal(GammaPoissonParams(loadings, shape), np.flatnonzero(~given))
+        return rest, kept, log_p
 
     def embed(self, rows: Rows) -> tuple[Array, Array]:
-        """Logs of counts by their spread, as for independent columns."""
-        return IndependentColumns(self.schema).embed(rows)
+        return super().embed(rows.dense())
+
+    def describe(self, params: Any) -> Description:
+        rate, loadings = self.mean(params), params.loadings
+
+        def covariance(k: int) -> Array:
+            return np.asarray((loadings[k] / params.shape[k]) @ loadings[k].T + np.diag(rate[k]))
+
+        variance = rate + (loadings**2 / params.shape[:, None]).sum(axis=2)
+        return Description(rate, np.sqrt(variance), covariance=covariance, loadings=loadings)
 
     def rounding(self, params: Any) -> Array:
         """Sums over the columns, and what an iteration ended early leaves."""
@@ -326,10 +309,6 @@ class GammaPoisson:
 
     def n_parameters(self, n_components: int) -> int:
         return n_components * (self.schema.n_features + 1) * self.n_factors
-
-    def floored(self, params: Any) -> list[tuple[int, int]]:  # noqa: ARG002
-        """None: there are no variances."""
-        return []
 
 
 def _log(loadings: Array) -> Array:
@@ -347,19 +326,6 @@ def _size(params: Any) -> Array:
     """(K,) size of the terms `x log rate - rate` near the mean, which cancel."""
     rate = params.loadings.sum(axis=2)
     return np.asarray((rate * (1.0 + np.abs(_log(rate)))).sum(axis=1))
-
-
-def _shape(excess: Array) -> Array:
-    """The `a` of `log a - digamma(a) = excess`, within the least and the most there may be.
-
-    Newton's method from the approximation of Choi & Wette (1969), which is within 2%.
-    """
-    c = np.maximum(excess, 0.4 / MOST_SHAPE)
-    a = (3 - c + np.sqrt((c - 3) ** 2 + 24 * c)) / (12 * c)
-    for _ in range(NEWTON_STEPS):
-        step = (np.log(a) - digamma(a) - c) / (1 - a * zeta(2, a))
-        a = a * np.exp(-np.clip(step, -1.0, 1.0))
-    return np.clip(a, LEAST_SHAPE, MOST_SHAPE)
 
 
 def _factored(
@@ -431,7 +397,7 @@ class SparseCounts:
 
     def rates(self, g: Array, loadings: Array) -> Array:
         """`sum_i g_i W_ji` where there are values."""
-        return np.einsum("ni,ni->n", g[self.row], loadings[self.matrix.indices])
+        return np.asarray(np.einsum("ni,ni->n", g[self.row], loadings[self.matrix.indices]))
 
     def times(self, weights: Array, matrix: Array) -> Array:
         """(n, m) sums over columns of weights, which are like `values`, times (d, m)."""
@@ -448,8 +414,6 @@ class SparseCounts:
 
 class GammaPoissonKernel:
     """Gamma-Poisson factors prepared for a pass."""
-
-    sparse = True
 
     def __init__(self, family: GammaPoisson, params: Any, log_weights: Array) -> None:
         self.family, self.log_weights = family, log_weights
@@ -659,11 +623,6 @@ class GammaPoissonWalk:
             self.sum_z, self.sum_exposure, self.sum_w, self.sum_t, self.sum_log_t
         )
 
-    def _dense(self) -> Array:
-        """(n, d) a copy of the block's counts."""
-        values: Any = self.block.values
-        return np.array(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
-
     def factors(self, component: Array) -> tuple[Array, Array]:
         every = np.arange(len(component))
         alpha = np.stack([alpha for alpha, _ in self.local])[component, every]
@@ -671,7 +630,7 @@ class GammaPoissonWalk:
         return alpha / beta, (alpha / beta**2)[:, :, None] * np.eye(alpha.shape[1])
 
     def importance(self, n_samples: int, rng: np.random.Generator) -> tuple[Array, Array]:
-        x = self._dense()
+        x = self.block.dense().values.astype(np.float64)
         base = self.base()
         out = np.empty((2, len(self.local), len(x)))
         for k, (alpha, beta) in enumerate(self.local):
@@ -707,7 +666,7 @@ class GammaPoissonWalk:
         return out[0], out[1]
 
     def complete(self, resp: Array, rng: np.random.Generator | None = None) -> Array:
-        out = self._dense()
+        out = self.block.dense().values.astype(np.float64)
         if self.block.observed is None:
             return out
         expected = np.zeros(out.shape)

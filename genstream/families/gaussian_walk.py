@@ -5,27 +5,31 @@ product each. A pattern's sums are of its observed entries alone; they are compl
 since the conditional moments of the missing entries are linear in the observed ones with
 coefficients that only the pattern decides.
 
-Rows of rare patterns are worked on in lanes: rows that miss equally many columns side by side, one
-small Cholesky factor a row, each of its entries computed for all rows at once.
+Rows of rare patterns are worked on side by side, in the lanes of `genstream.families.lanes`.
+
+A mixture of scales (`genstream.families.student`) is Gaussian given the scale `u` of a row, whose
+conditional covariance is `covariance / u`. It needs of every block of rows the log-density at
+distance 0 (`constant`), from which a score gives the distance, the number of entries observed, and
+`gather(resp, scaled)`: the moments weigh `scaled = r E[u]`, but the covariance of missing entries
+`r E[u / u] = r`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from genstream.families.blocks import LOG_2PI, Array, Index, Linear, Pivot, block_rows, slices
+from genstream.families.lanes import LANE_NUMBERS, LaneBlock, Lanes, lane_rows
 from genstream.rows import Rows
 from genstream.stats import Monoid
 
 # Patterns with fewer rows than this in a chunk are worked on in lanes.
 FREQUENT = 64
-# Numbers held for a block of lanes.
-LANE_NUMBERS = 1 << 19
 
 
 class GaussianKernel:
@@ -33,6 +37,8 @@ class GaussianKernel:
 
     Takes means (K, d) and covariances (C, d, d), where C is K, or 1 if they are tied.
     """
+
+    by_pattern = True
 
     def __init__(
         self,
@@ -128,12 +134,17 @@ class Marginal:
         rounding = quadratic_rounding(self.mean, covariance, self.precision)
         return Linear(eta, rounding, self.kernel.dtype)
 
-    def completed(self, sums: Array) -> tuple[Array, Array, Array]:
+    @cached_property
+    def peak(self) -> Array:
+        """(K,) log-density at distance 0 plus log weight."""
+        return self.constant(np.zeros(len(self.mean)))
+
+    def completed(self, sums: Array, spared: Array | None = None) -> tuple[Array, Array, Array]:
         """Statistics (K,), (K, d), (K, d, d) over all columns from feature sums (K, p).
 
         With lift F, offset f and conditional covariance C, the moments `n`, `s`, `Q` of the
         observed entries complete to `n`, `F s + n f` and
-        `F Q F' + F s f' + f s'F' + n (f f' + C)`.
+        `F Q F' + F s f' + f s'F' + n f f' + m C`, where `m` is `spared` (K,), or `n`.
         """
         o = self.n_observed
         row, column = np.triu_indices(o)
@@ -147,7 +158,8 @@ class Marginal:
         lifted = (self.lift @ s[..., None])[..., 0]
         cross = lifted[:, :, None] * f[:, None, :]
         second = self.lift @ q @ self.lift.swapaxes(1, 2) + cross + cross.swapaxes(1, 2)
-        second += n[:, None, None] * (f[:, :, None] * f[:, None, :] + self.spare)
+        second += n[:, None, None] * (f[:, :, None] * f[:, None, :])
+        second += (n if spared is None else spared)[:, None, None] * self.spare
         return n, lifted + n[:, None] * f, second
 
 
@@ -188,6 +200,60 @@ def fill_features(y: Array, out: Array) -> Array:
     return features
 
 
+class Patterns:
+    """The patterns of gaps in (n, d) masks.
+
+    `observed` (p, d) are the patterns, `width` (p,) how many columns each observes, `counts` (p,)
+    how many rows it has, `frequent` (p,) whether these are worth a matrix product, and `of_row`
+    (n,) the pattern of each row.
+    """
+
+    def __init__(self, observed: NDArray[np.bool_]) -> None:
+        packed = np.packbits(observed, axis=1)
+        keys = np.ascontiguousarray(packed).view(f"V{packed.shape[1]}").ravel()
+        _, first, self.of_row, self.counts = np.unique(
+            keys, return_index=True, return_inverse=True, return_counts=True
+        )
+        self.observed = observed[first]
+        self.width = self.observed.sum(axis=1)
+        self.frequent = (self.counts >= FREQUENT) & (self.width > 0)
+
+
+class Block(Protocol):
+    """Rows at hand, whatever their gaps."""
+
+    constant: Array
+    n_observed: int | Array
+
+    def score(self) -> Array:
+        """(K, n) of `log p(x | k) + log_weight_k`."""
+
+    def gather(self, resp: Array, scaled: Array | None = None) -> None:
+        """Add the moments under weights `scaled` (K, n), or `resp`, and the conditional covariance
+        of missing entries under `resp`.
+        """
+
+
+class _Room:
+    """Buffers for blocks of several patterns at a time, `size` rows in all."""
+
+    def __init__(self, walk: GaussianWalk, size: int) -> None:
+        self.size = size
+        self.y = np.empty(walk.kernel.n_features * size)
+        self.features = np.empty(walk.width * size, dtype=walk.kernel.dtype)
+        self.clear()
+
+    def clear(self) -> None:
+        self.at = [0, 0]
+
+    def take(self, n_observed: int, width: int, n: int) -> tuple[Array, Array]:
+        """Room for (n_observed, n) coordinates and (width, n) features."""
+        a, b = self.at
+        self.at = [a + n_observed * n, b + width * n]
+        y, features = self.y[a : self.at[0]], self.features[b : self.at[1]]
+        return y.reshape(n_observed, n), features.reshape(width, n)
+
+
 class GaussianWalk:
     """A walk over one chunk, pattern by pattern."""
 
@@ -203,63 +269,134 @@ class GaussianWalk:
         self.features = np.empty((self.width, self.size), dtype=kernel.dtype)
         self.log_p = np.empty((k, self.size), dtype=kernel.dtype)
         self.block: Any = None
+        self.index: Index = slice(0)
+        self._works: dict[int, _PatternBlock | _TiedBlock] = {}
+        self._room = _Room(self, 0)
 
     def blocks(self) -> Iterator[Index]:
         if self.rows.observed is None:
             yield from self._dense(self.kernel.complete, None)
         else:
-            yield from self._by_pattern(self.rows.observed)
+            yield from self._by_pattern()
         # The block refers back to the walk: without this a chunk would outlive its use until the
         # garbage collector comes round.
         self.block = None
 
-    def _by_pattern(self, observed: NDArray[np.bool_]) -> Iterator[Index]:
+    @cached_property
+    def lanes(self) -> Lanes:
+        """What all blocks of lanes share."""
+        return Lanes(self.kernel)
+
+    @cached_property
+    def patterns(self) -> Patterns:
+        """The patterns of the chunk's rows."""
+        return Patterns(self.rows.is_observed)
+
+    def _by_pattern(self) -> Iterator[Index]:
         """Blocks of one pattern after another, then those of all rare patterns."""
-        packed = np.packbits(observed, axis=1)
-        keys = np.ascontiguousarray(packed).view(f"V{packed.shape[1]}").ravel()
-        _, first, inverse, counts = np.unique(
-            keys, return_index=True, return_inverse=True, return_counts=True
-        )
-        order = np.argsort(inverse, kind="stable")
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        patterns = observed[first]
-        width = patterns.sum(axis=1)
-        frequent = (counts >= FREQUENT) & (width > 0)
-        for p in np.flatnonzero(frequent):
-            whole = width[p] == self.kernel.n_features
-            marginal = self.kernel.complete if whole else Marginal(self.kernel, patterns[p])
-            yield from self._dense(marginal, order[starts[p] : starts[p + 1]])
-        yield from self._lanes(observed, order, np.repeat(np.where(frequent, 0, width), counts))
+        found = self.patterns
+        order = np.argsort(found.of_row, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(found.counts)])
+        for p in np.flatnonzero(found.frequent):
+            yield from self._dense(self._marginal(int(p)), order[starts[p] : starts[p + 1]])
+        width = np.where(found.frequent, 0, found.width)[found.of_row[order]]
+        for chosen in self._lanes(order, width):
+            block = self._lane_block(found.of_row[chosen])
+            block.load(self.rows.values[chosen])
+            self.block, self.index = block, chosen
+            yield chosen
+
+    def _marginal(self, pattern: int) -> Marginal:
+        found = self.patterns
+        if found.width[pattern] == self.kernel.n_features:
+            return self.kernel.complete
+        return Marginal(self.kernel, found.observed[pattern])
+
+    def _work(self, marginal: Marginal) -> _PatternBlock | _TiedBlock:
+        if marginal.n_observed == self.kernel.n_features and self.kernel.tied:
+            return _TiedBlock(self)
+        return _PatternBlock(self, marginal)
 
     def _dense(self, marginal: Marginal, index: Array | None) -> Iterator[Index]:
         """Blocks of rows that share one pattern: two matrix products each."""
-        if marginal.n_observed == self.kernel.n_features and self.kernel.tied:
-            work: Any = _TiedBlock(self)
-        else:
-            work = _PatternBlock(self, marginal)
+        work = self._work(marginal)
         n = self.rows.n_rows if index is None else len(index)
         for piece in slices(n, self.size):
             chosen: Index = piece if index is None else index[piece]
-            work.load(self.rows.values[chosen])
-            self.block = work
+            work.load(self.rows.values[chosen], self.y, self.features)
+            self.block, self.index = work, chosen
             yield chosen
         work.finish()
 
-    def _lanes(self, observed: NDArray[np.bool_], order: Array, width: Array) -> Iterator[Index]:
-        """Blocks of rows with rare patterns; `width` counts what each of `order` observed, 0 for
+    def _lanes(self, order: Array, width: Array) -> Iterator[Array]:
+        """Rows of each block of rare patterns; `width` counts what each of `order` observed, 0 for
         rows that are done or have nothing observed.
         """
-        kernel = self.kernel
-        d = kernel.n_features
+        d = self.kernel.n_features
         for o in range(1, d + 1):
             index = order[width == o]
-            held = kernel.n_components * (d + min(o, d - o) ** 2)
-            for piece in slices(len(index), max(16, LANE_NUMBERS // held)):
-                chosen = index[piece]
-                block = _LaneBlock(self, observed[chosen])
-                block.load(self.rows.values[chosen])
-                self.block = block
-                yield chosen
+            for piece in slices(len(index), lane_rows(d, o)):
+                yield index[piece]
+
+    def _lane_block(self, of_row: Array) -> LaneBlock:
+        """A block of rows whose patterns (n,) observe equally many columns."""
+        present, own = np.unique(of_row, return_inverse=True)
+        return LaneBlock(self.lanes, self, self.patterns.observed[present], own)
+
+    def load(self, index: Index) -> None:
+        values = self.rows.values[index]
+        n = len(values)
+        if self.log_p.shape[1] < n:
+            self.log_p = np.empty((len(self.log_p), n), dtype=self.kernel.dtype)
+        self.block, self.index = _MixedBlock(self, n), index
+        if self.rows.observed is None:
+            if self.y.shape[1] < n:
+                self.y = np.empty((len(self.y), n))
+            if self.features.shape[1] < n:
+                self.features = np.empty((self.width, n), dtype=self.kernel.dtype)
+            work = self._works.setdefault(-1, self._work(self.kernel.complete))
+            work.load(values, self.y, self.features)
+            self.block.parts.append((slice(None), work))
+            return
+        if self._room.size < n:
+            self._room = _Room(self, n)
+        self._room.clear()
+        found = self.patterns
+        of_row = found.of_row[index]
+        frequent = found.frequent[of_row]
+        for p in np.unique(of_row[frequent]):
+            chosen = np.flatnonzero(of_row == p)
+            known = self._works.get(int(p))
+            marginal = self._marginal(int(p)) if known is None else known.marginal
+            self._load_frequent(int(p), marginal, chosen, values[chosen])
+        width = np.where(frequent, 0, found.width[of_row])
+        for chosen in self._lanes(np.arange(n), width):
+            block = self._lane_block(of_row[chosen])
+            block.load(values[chosen])
+            self.block.parts.append((chosen, block))
+        nothing = np.flatnonzero(found.width[of_row] == 0)
+        if len(nothing):
+            self.block.parts.append((nothing, _NoBlock(self.kernel, len(nothing))))
+
+    def _load_frequent(
+        self, pattern: int, marginal: Marginal, chosen: Index, values: Array
+    ) -> None:
+        """Add the rows `chosen` of the block at hand, which share a pattern."""
+        work = self._works.setdefault(pattern, self._work(marginal))
+        y, features = self._room.take(marginal.n_observed, work.width, len(values))
+        work.load(values, y, features)
+        self.block.parts.append((chosen, work))
+
+    def build_in(self, buffer: Array) -> None:
+        self.features = buffer
+
+    @property
+    def linear_block(self) -> _PatternBlock | None:
+        """The block at hand where it is linear in its features: of one pattern, and not tied."""
+        block = self.block
+        if isinstance(block, _MixedBlock) and len(block.parts) == 1:
+            block = block.parts[0][1]
+        return block if isinstance(block, _PatternBlock) else None
 
     def score(self) -> Array:
         log_p: Array = self.block.score()
@@ -268,17 +405,53 @@ class GaussianWalk:
     def base(self) -> Array | None:
         return None
 
-    def gather(self, resp: Array) -> None:
-        self.block.gather(resp)
+    @property
+    def constant(self) -> Array:
+        """(K, 1) or (K, n) score of the block's rows were they at distance 0 from each mean."""
+        constant: Array = self.block.constant
+        return constant
 
-    def add(self, marginal: Marginal, sums: Array) -> None:
-        """Complete the feature sums (K, p) of one pattern and add them up."""
-        n, s, q = marginal.completed(sums)
+    @property
+    def n_observed(self) -> int | Array:
+        """How many entries the block's rows have observed: one number, or (n,)."""
+        n_observed: int | Array = self.block.n_observed
+        return n_observed
+
+    def gather(self, resp: Array, scaled: Array | None = None) -> None:
+        """Add the block's statistics: moments under weights `scaled` (K, n), or `resp`, and the
+        conditional covariance of missing entries under `resp`.
+        """
+        self.block.gather(resp, scaled)
+
+    def complete(
+        self, resp: Array, rng: np.random.Generator | None = None, spread: Array | None = None
+    ) -> Array:
+        """The block's rows (n, d) in data units with their gaps filled.
+
+        `spread` (n,) multiplies the deviation of what is drawn.
+        """
+        values = self.rows.values[self.index].astype(np.float64)
+        if self.rows.observed is None:
+            return values
+        observed = self.rows.observed[self.index]
+        noise = None
+        if rng is not None:
+            noise = rng.standard_normal(values.shape)
+            if spread is not None:
+                noise *= spread[:, None]
+        return _completed(self.kernel, values, observed, resp, noise)
+
+    def add(self, n: Array, s: Array, q: Array) -> None:
+        """Add sums of `r`, `r y` and `r y y'` over some rows: (K,), (K, d) and (K, d, d)."""
         self.sum_w += n
         self.sum_wx += s
         self.sum_wxx += q.sum(axis=0) if self.kernel.tied else q
 
     def close(self) -> Monoid:
+        for work in self._works.values():
+            work.finish()
+        self._works.clear()
+        self.block = None
         stats: Monoid = self.kernel.stats_type(self.sum_w, self.sum_wx, self.sum_wxx)
         return stats
 
@@ -296,13 +469,17 @@ class _PatternBlock:
         self.whole = o == walk.kernel.n_features
         self._exact: Array | None = None
 
-    def load(self, values: Array) -> None:
+        self.constant = marginal.peak[:, None]
+        self.n_observed = o
+        self.spared: Array | None = None
+
+    def load(self, values: Array, y: Array, features: Array) -> None:
+        """Take rows (n, d) at hand, in buffers of at least (o, n) and (width, n)."""
         self.y = self.pivot.block(
-            values if self.whole else values[:, self.seen], self.walk.y[: len(self.seen)]
+            values if self.whole else values[:, self.seen], y[: len(self.seen)]
         )
-        buffer = self.walk.features[: self.width]
-        y = self.y if buffer.dtype == np.float64 else self.y.astype(buffer.dtype)
-        self.features = fill_features(y, buffer)
+        y = self.y if features.dtype == np.float64 else self.y.astype(features.dtype)
+        self.features = fill_features(y, features[: self.width])
         self._exact = None
 
     def exact(self) -> Array:
@@ -325,14 +502,21 @@ class _PatternBlock:
         precision = marginal.precision[0 if self.walk.kernel.tied else k]
         whiten = np.linalg.cholesky(precision).T
         z = whiten @ (self.y - marginal.mean[k][:, None])
-        zero = marginal.constant(np.zeros(len(marginal.mean)))[k]
-        return np.asarray(zero - 0.5 * np.einsum("in,in->n", z, z))
+        return np.asarray(marginal.peak[k] - 0.5 * np.einsum("in,in->n", z, z))
 
-    def gather(self, resp: Array) -> None:
-        self.sums += self.linear.gather(self.features, self.exact, resp)
+    def add(self, sums: Array) -> None:
+        """Add (K, p) sums of features to those of the pattern."""
+        self.sums += sums
+
+    def gather(self, resp: Array, scaled: Array | None = None) -> None:
+        if scaled is not None and not self.whole:
+            spared = resp.sum(axis=1, dtype=np.float64)
+            self.spared = spared if self.spared is None else self.spared + spared
+        weights = resp if scaled is None else scaled
+        self.add(self.linear.gather(self.features, self.exact, weights))
 
     def finish(self) -> None:
-        self.walk.add(self.marginal, self.sums)
+        self.walk.add(*self.marginal.completed(self.sums, self.spared))
 
 
 class _TiedBlock:
@@ -344,17 +528,22 @@ class _TiedBlock:
 
     def __init__(self, walk: GaussianWalk) -> None:
         self.walk, self.kernel = walk, walk.kernel
+        self.marginal = walk.kernel.complete
         self.linear = walk.kernel.tied_linear
         k, d = walk.kernel.n_components, walk.kernel.n_features
         self.sums = np.zeros((k, d + 1))
         self.second = np.zeros((d, d))
         # A precision that one component needs all must have: they share the quadratic term.
         self.exactly = bool(self.linear.fine.size)
+        self.width = d + 1
+        self.constant = self.marginal.peak[:, None]
+        self.n_observed = d
 
-    def load(self, values: Array) -> None:
-        self.y = self.kernel.pivot.block(values, self.walk.y)
+    def load(self, values: Array, y: Array, features: Array) -> None:
+        """Take rows (n, d) at hand, in buffers of at least (d, n) and (d + 1, n)."""
+        self.y = self.kernel.pivot.block(values, y)
         d, n = self.y.shape
-        features = np.empty((d + 1, n)) if self.exactly else self.walk.features[: d + 1, :n]
+        features = np.empty((d + 1, n)) if self.exactly else features[: d + 1, :n]
         features[:d] = self.y
         features[d] = 1.0
         self.features = features
@@ -364,7 +553,7 @@ class _TiedBlock:
         log_p = self.walk.log_p[:, :n]
         z = self.kernel.whiten[0] @ self.y
         if self.linear.direct.size:
-            zero = self.kernel.complete.constant(np.zeros(self.kernel.n_components))
+            zero = self.marginal.peak
             for k, mean in enumerate(self.kernel.mean):
                 gap = z - (self.kernel.whiten[0] @ mean)[:, None]
                 log_p[k] = zero[k] - 0.5 * np.einsum("in,in->n", gap, gap)
@@ -372,14 +561,15 @@ class _TiedBlock:
         common = -0.5 * np.einsum("in,in->n", z, z)
         if self.exactly:
             slope = self.kernel.mean @ self.kernel.precision[0]
-            constant = self.kernel.complete.constant((slope * self.kernel.mean).sum(axis=1))
+            constant = self.marginal.constant((slope * self.kernel.mean).sum(axis=1))
             log_p[:] = slope @ self.y + constant[:, None] + common
             return log_p
         np.matmul(self.linear.eta, self.features, out=log_p)
         log_p += common.astype(log_p.dtype)
         return log_p
 
-    def gather(self, resp: Array) -> None:
+    def gather(self, resp: Array, scaled: Array | None = None) -> None:
+        resp = resp if scaled is None else scaled
         self.sums += resp.astype(self.features.dtype, copy=False) @ self.features.T
         weight = resp.sum(axis=0, dtype=np.float64)
         self.second += (self.y * weight) @ self.y.T
@@ -390,113 +580,103 @@ class _TiedBlock:
         self.walk.sum_wxx += (self.second + self.second.T) / 2
 
 
-class _LaneBlock:
-    """Rows of rare patterns that miss equally many columns, side by side.
+class _NoBlock:
+    """Rows with nothing observed: weights alone, and nothing to add."""
 
-    With `e` the distance from a component's mean, zero where missing, `P` its precision and `M` the
-    missing columns, a row's quadratic form is `e'P e - g' inv(P_MM) g` with `g = (P e)_M`, and the
-    completed distance has `-inv(P_MM) g` in the gaps. Where more is missing than observed the same
-    is read off the observed block of the covariance.
-    """
+    n_observed = 0
 
-    def __init__(self, walk: GaussianWalk, observed: NDArray[np.bool_]) -> None:
-        self.walk, self.kernel = walk, walk.kernel
-        n, d = observed.shape
-        o = int(observed[0].sum())
-        self.by_gaps = 2 * (d - o) <= d
-        order = np.argsort(observed if self.by_gaps else ~observed, axis=1, kind="stable")
-        # (s, n) the columns of the smaller side of each row, missing or observed.
-        self.small = order[:, : d - o if self.by_gaps else o].T
-        self.observed = observed.T
-        self.n_observed = o
-        size, k = len(self.small), self.kernel.n_components
-        self.distance = np.empty((k, d, n))
-        self.inner = np.empty((len(self.kernel.covariance), size, size, n))
-
-    def load(self, values: Array) -> None:
-        pivot = self.kernel.pivot
-        self.y = (values.T - pivot.shift[:, None]) / pivot.scale[:, None]
-        self.log_scale = self.kernel.log_scale @ self.observed
+    def __init__(self, kernel: GaussianKernel, n: int) -> None:
+        self.constant = kernel.log_weights[:, None]
+        self.log_p = np.repeat(self.constant, n, axis=1)
 
     def score(self) -> Array:
-        kernel, small = self.kernel, self.small
-        matrices = kernel.precision if self.by_gaps else kernel.covariance
-        log_p = np.empty((kernel.n_components, self.y.shape[1]))
-        factor = log_det = None
-        for k in range(kernel.n_components):
-            c = 0 if kernel.tied else k
-            if factor is None or not kernel.tied:
-                factor = _lane_factor(matrices[c][small[:, None], small[None, :]])
-                log_det = 2 * np.log(factor[range(len(small)), range(len(small))]).sum(axis=0)
-                self.inner[c] = _lane_inverse(factor)
-            e = self.distance[k]
-            np.multiply(self.y - kernel.mean[k][:, None], self.observed, out=e)
-            if self.by_gaps:
-                h = kernel.precision[c] @ e
-                g = np.take_along_axis(h, small, axis=0)
-                gap = np.einsum("ijn,jn->in", self.inner[c], g)
-                quadratic = np.einsum("dn,dn->n", e, h) - np.einsum("in,in->n", g, gap)
-                np.put_along_axis(e, small, -gap, axis=0)
-                spread = kernel.log_det[c] + log_det
-            else:
-                g = np.take_along_axis(e, small, axis=0)
-                slope = np.einsum("ijn,jn->in", self.inner[c], g)
-                quadratic = np.einsum("in,in->n", g, slope)
-                whole = np.zeros_like(e)
-                np.put_along_axis(whole, small, slope, axis=0)
-                gaps = ~self.observed
-                e[gaps] = (kernel.covariance[c] @ whole)[gaps]
-                spread = log_det
-            log_p[k] = kernel.log_weights[k] - 0.5 * (
-                quadratic + spread + self.n_observed * LOG_2PI
-            )
-        log_p -= self.log_scale
-        return log_p.astype(kernel.dtype, copy=False)
+        return self.log_p
 
-    def gather(self, resp: Array) -> None:
-        kernel, walk, d = self.kernel, self.walk, self.kernel.n_features
-        cells = (self.small[:, None] * d + self.small[None, :]).ravel()
-        resp = resp.astype(np.float64)
-        walk.sum_w += resp.sum(axis=1)
-        for k, r in enumerate(resp):
-            c = 0 if kernel.tied else k
-            inner = np.bincount(cells, (self.inner[c] * r).ravel(), d * d).reshape(d, d)
-            spare = inner
-            if not self.by_gaps:
-                covariance = kernel.covariance[c]
-                spare = r.sum() * covariance - covariance @ inner @ covariance
-            e, mean, total = self.distance[k], kernel.mean[k], r.sum()
-            weighted = e @ r
-            cross = np.outer(weighted, mean)
-            second = (e * r) @ e.T + cross + cross.T + total * np.outer(mean, mean) + spare
-            walk.sum_wx[k] += weighted + total * mean
-            if kernel.tied:
-                walk.sum_wxx += second
-            else:
-                walk.sum_wxx[k] += second
+    def gather(self, resp: Array, scaled: Array | None = None) -> None:
+        """Nothing was observed, so there is nothing to sum."""
 
 
-def _lane_factor(matrices: Array) -> Array:
-    """Cholesky factors (s, s, n) of n matrices, one entry of all of them at a time."""
-    size = len(matrices)
-    factor = np.zeros_like(matrices)
-    for j in range(size):
-        pivot = matrices[j, j] - np.einsum("in,in->n", factor[j, :j], factor[j, :j])
-        # Rounding may leave nothing of a variance that its companions explain.
-        factor[j, j] = np.sqrt(np.maximum(pivot, np.finfo(np.float64).eps * matrices[j, j]))
-        for i in range(j + 1, size):
-            left = matrices[i, j] - np.einsum("in,in->n", factor[i, :j], factor[j, :j])
-            factor[i, j] = left / factor[j, j]
-    return factor
+class _MixedBlock:
+    """Rows of several patterns, each in a block of its own.
+
+    `parts` are the positions of each block's rows among the n at hand, and the block.
+    """
+
+    def __init__(self, walk: GaussianWalk, n: int) -> None:
+        self.shape = (walk.kernel.n_components, n)
+        self.dtype = walk.kernel.dtype
+        self.parts: list[tuple[Index, Block]] = []
+
+    def score(self) -> Array:
+        if len(self.parts) == 1:
+            return self.parts[0][1].score()
+        log_p = np.empty(self.shape, dtype=self.dtype)
+        for chosen, block in self.parts:
+            log_p[:, chosen] = block.score()
+        return log_p
+
+    @property
+    def constant(self) -> Array:
+        if len(self.parts) == 1:
+            return self.parts[0][1].constant
+        constant = np.empty(self.shape)
+        for chosen, block in self.parts:
+            constant[:, chosen] = block.constant
+        return constant
+
+    @property
+    def n_observed(self) -> int | Array:
+        if len(self.parts) == 1:
+            return self.parts[0][1].n_observed
+        n_observed = np.empty(self.shape[1], dtype=np.intp)
+        for chosen, block in self.parts:
+            n_observed[chosen] = block.n_observed
+        return n_observed
+
+    def gather(self, resp: Array, scaled: Array | None = None) -> None:
+        if len(self.parts) == 1:
+            self.parts[0][1].gather(resp, scaled)
+            return
+        for chosen, block in self.parts:
+            block.gather(resp[:, chosen], None if scaled is None else scaled[:, chosen])
 
 
-def _lane_inverse(factor: Array) -> Array:
-    """`inv(L L')` (s, s, n) of n Cholesky factors."""
-    size = len(factor)
-    whiten = np.zeros_like(factor)
-    for j in range(size):
-        whiten[j, j] = 1.0 / factor[j, j]
-        for i in range(j + 1, size):
-            inner = np.einsum("in,in->n", factor[i, j:i], whiten[j:i, j])
-            whiten[i, j] = -inner / factor[i, i]
-    return np.asarray(np.einsum("lin,ljn->ijn", whiten, whiten))
+def _completed(
+    kernel: GaussianKernel,
+    values: Array,
+    observed: NDArray[np.bool_],
+    resp: Array,
+    noise: Array | None,
+) -> Array:
+    """Fill the gaps of rows (n, d), in place: `sum_k r_k E[x_M | x_O, k]`.
+
+    With precision `P` and distance `e` from the mean, zero where missing, `x_M` given `x_O` has
+    mean `mean_M - inv(P_MM) (P e)_M` and covariance `inv(P_MM)`; standard normal `noise` (n, d)
+    adds a deviation of it. Rows that miss equally many columns are worked on at a time.
+    """
+    shift, scale = kernel.pivot.shift, kernel.pivot.scale
+    gaps = (~observed).sum(axis=1)
+    for m in np.unique(gaps[gaps > 0]):
+        alike = np.flatnonzero(gaps == m)
+        for piece in slices(len(alike), max(16, LANE_NUMBERS // int(m) ** 2)):
+            at = alike[piece]
+            seen = observed[at]
+            y = np.where(seen, (values[at] - shift) / scale, 0.0)
+            missing = np.argsort(seen, axis=1, kind="stable")[:, :m]
+            filled = np.zeros(missing.shape)
+            for k in np.flatnonzero(resp[:, at].any(axis=1)):
+                hit = np.flatnonzero(resp[k, at])
+                columns = missing[hit]
+                precision = kernel.precision[0 if kernel.tied else k]
+                # One pattern needs one inverse.
+                own = columns[:1] if (columns == columns[0]).all() else columns
+                inner = np.linalg.inv(precision[own[:, :, None], own[:, None, :]])
+                e = np.where(seen[hit], y[hit] - kernel.mean[k], 0.0)
+                slope = np.take_along_axis(e @ precision, columns, axis=1)
+                value = kernel.mean[k][columns] - np.einsum("nij,nj->ni", inner, slope)
+                if noise is not None:
+                    z = np.take_along_axis(noise[at[hit]], columns, axis=1)
+                    value += np.einsum("nij,nj->ni", np.linalg.cholesky(inner), z)
+                filled[hit] += resp[k, at[hit], None] * value
+            values[at[:, None], missing] = shift[missing] + filled * scale[missing]
+    return values
