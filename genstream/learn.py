@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # A component that took less than this share of the rows' weight explains nothing.
 EMPTY = 1e-7
+# Rows of the sample by which components are told apart.
+TWIN_ROWS = 64
 # How often one component is re-seeded before it is left as it is.
 MAX_RESCUES = 3
 # How far accelerated EM may leap at first, in EM steps, and what its reach is changed by.
@@ -609,31 +611,43 @@ class Relay:
 def rescue(
     story: Story, state: FitState, stats: StoryStats, params: Params, faulty: Array
 ) -> tuple[Params, tuple[int, ...], tuple[str, ...]]:
-    """Re-seed empty and singular components at badly explained rows of the sample.
+    """Re-seed empty, singular and duplicated components at badly explained rows of the sample.
 
     A row is drawn among the twentieth of the sample that the parameters explain worst. Each
     component is re-seeded at most `MAX_RESCUES` times; after that it stays as the M-step left it,
-    which is finite. Where every component is at fault the data are, and none is moved. Returns
-    parameters, counts and the events in words.
+    which is finite. Of components that are the same the heaviest stays. Where every component is
+    empty or singular the data are at fault, and none is moved. Returns parameters, counts and the
+    events in words.
     """
     rescues = state.rescues or (0,) * story.n_components
     empty = stats.sum_r < EMPTY * max(stats.weight, 1e-300)
     fault = empty | faulty
-    wanted = [int(k) for k in np.flatnonzero(fault) if rescues[int(k)] < MAX_RESCUES]
-    if not wanted or state.sample is None or fault.all():
+    if state.sample is None or not state.sample.n_rows or fault.all():
+        return params, rescues, ()
+    sample = state.sample
+    why = {int(k): "empty" if empty[k] else "singular" for k in np.flatnonzero(fault)}
+    few = sample[np.linspace(0, sample.n_rows - 1, TWIN_ROWS).astype(np.intp)]
+    for first, second in story.twins(params, few) if story.n_components > 1 else ():
+        why.setdefault(second, f"the same as component {first}")
+    wanted = [k for k in sorted(why) if rescues[k] < MAX_RESCUES]
+    if not wanted:
         return params, rescues, ()
     rng = np.random.default_rng([state.seed, state.step])
-    log_prob = story.log_prob(state.params, state.sample)
+    log_prob = story.log_prob(state.params, sample)
     worst = np.argsort(log_prob, kind="stable")[: max(len(wanted), len(log_prob) // 20)]
     events = []
     counts = list(rescues)
     for k in wanted:
         row = int(rng.choice(worst))
-        sample = state.sample
-        params = story.place(params, k, sample.values[row], sample.is_observed[row])
+        moved = story.place(params, k, sample.values[row], sample.is_observed[row])
+        assert moved.family is not None
+        assert params.family is not None
+        # With everything frozen there is nothing to move.
+        if moved.family.digest() == params.family.digest():
+            continue
+        params = moved
         counts[k] += 1
-        what = "empty" if empty[k] else "singular"
-        events.append(f"component {k} was {what}: re-seeded at a badly explained row")
+        events.append(f"component {k} was {why[k]}: re-seeded at a badly explained row")
     return params, tuple(counts), tuple(events)
 
 

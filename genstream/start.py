@@ -13,6 +13,7 @@ from genstream.families.blocks import Array
 from genstream.learn import BatchEM, FitState, Learner, Outcome, Relay, Resident, fit
 from genstream.online import OnlineEM
 from genstream.passes import Passes
+from genstream.responsibility import Responsibility, soft
 from genstream.rows import Rows
 from genstream.story import Params, Story
 
@@ -176,6 +177,8 @@ def warm_start(
     long_steps: int = 100,
     tolerance: float = 1e-4,
     seeding: Seeding = seed_params,
+    given: Params | None = None,
+    responsibility: Responsibility = soft,
     on_start: Callable[[int, float], None] | None = None,
 ) -> tuple[Story, FitState]:
     """An anchored story and a state from which full passes begin.
@@ -183,18 +186,23 @@ def warm_start(
     A sample over all chunks fixes pivot and prior. Of `n_init` seeded fits of `short_steps` EM
     steps on the sample the one with the best objective goes on, for at most `long_steps`, to
     `tolerance` (nats a row). The state holds the sample's statistics, from which online EM begins.
-    `seeding` makes the parameters each short fit begins with;
+    `seeding` makes the parameters each short fit begins with. `given` parameters take the place of
+    starts, and `responsibility` is the rule by which the sample is fitted.
     `on_start(i, mean objective)` is called after each of them.
     Everything follows from `seed`. Raises DataError where the data cannot start a fit.
     """
     sample = draw_sample(passes, sample_rows, seed)
     story = story.anchored(sample)
     kept = rescue_rows(sample, seed)
+    if given is not None:
+        key = (seed, 0, 0)
+        stats = story.e_step(given, sample, responsibility, key)
+        return story, FitState(given, seed=seed, stats=stats, sample=kept)
     best: FitState | None = None
     for i in range(max(1, n_init)):
         rng = np.random.default_rng([seed, 2, i])
         state = FitState(seeding(story, sample, rng), seed=seed, sample=kept)
-        state = fit(story, BatchEM(short_steps, tolerance), Resident(sample), state)
+        state = fit(story, BatchEM(short_steps, tolerance, responsibility), Resident(sample), state)
         value = state.trace[-1].mean_objective
         if on_start is not None:
             on_start(i, value)
@@ -207,7 +215,7 @@ def warm_start(
         )
     if best.outcome is Outcome.MAX_STEPS and long_steps > short_steps:
         best = replace(best, outcome=Outcome.RUNNING)
-        best = fit(story, BatchEM(long_steps, tolerance), Resident(sample), best)
+        best = fit(story, BatchEM(long_steps, tolerance, responsibility), Resident(sample), best)
     return story, FitState(best.params, seed=seed, stats=best.stats, sample=kept)
 
 

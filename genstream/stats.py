@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -67,6 +67,18 @@ class Record:
             return out
 
         return _map(self, taken)
+
+    def graft(self, other: Self, names: Collection[str], prefix: str = "") -> Self:
+        """This record with some leaves of another, by their dotted names or the ends of these."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            old, new = getattr(self, field.name), getattr(other, field.name)
+            name = prefix + field.name
+            if isinstance(old, Record):
+                values[field.name] = old.graft(new, names, name + ".")
+            elif any(name == each or name.endswith("." + each) for each in names):
+                values[field.name] = new
+        return dataclasses.replace(self, **values)
 
     def digest(self) -> str:
         """Sha256 of the names, shapes and bytes of all leaves: equal where every bit is."""

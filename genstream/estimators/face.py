@@ -800,7 +800,10 @@ def _whole(random_state: int | np.random.RandomState) -> int:
 
 def _kind(story: Story) -> tuple[Any, ...]:
     """What `p(x | z)` is, in a form to compare."""
-    return story.n_components, story.family.name, story.family.options()
+    options = story.family.options()
+    # Blocks of a product say whether they saw a sample.
+    blocks = [block | {"pivot": None} for block in options.get("blocks", ())]
+    return story.n_components, story.family.name, options | {"blocks": blocks}
 
 
 def _settings(story: Story) -> dict[str, Any]:

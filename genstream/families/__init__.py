@@ -19,9 +19,11 @@ from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.factors import Factors
 from genstream.families.gaussian import Gaussian
+from genstream.families.logistic_factors import LogisticFactors
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Product
 from genstream.families.student import Student
+from genstream.families.zero_inflated import ZeroInflated
 
 FAMILIES: dict[str, type[Family]] = {
     family.name: family
@@ -30,7 +32,9 @@ FAMILIES: dict[str, type[Family]] = {
         Student,
         IndependentColumns,
         NegativeBinomial,
+        ZeroInflated,
         Product,
         Factors,
+        LogisticFactors,
     )
 }

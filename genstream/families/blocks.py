@@ -270,12 +270,15 @@ class Description:
     `mean` and `sd` (K, d) are those of real and count columns, NaN elsewhere; `levels[j]` (K, L)
     are level probabilities of a binary or categorical column. `covariance(k)` is the (d, d)
     covariance within a component, None where columns are independent given the component.
+    `loadings` (K, d, q) are what a factor's unit adds to a column, in the units of `mean` (logits
+    of a binary column); None without factors.
     """
 
     mean: Array
     sd: Array
     levels: Mapping[int, Array] = field(default_factory=dict)
     covariance: Callable[[int], Array] | None = None
+    loadings: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -442,13 +442,13 @@ class IndependentColumns:
                 total -= 0.5 * float(
                     ((prior.dof + 3) * np.log(variance) + prior.scatter / variance).sum()
                 )
-        success, failure = _log(params.probability), _log1m(params.probability)
+        success, failure = bounded_log(params.probability), bounded_log1m(params.probability)
         total += prior.rows * float(
             (prior.probability * success + (1 - prior.probability) * failure).sum()
         )
-        total += prior.rows * float((prior.rate * _log(params.rate) - params.rate).sum())
+        total += prior.rows * float((prior.rate * bounded_log(params.rate) - params.rate).sum())
         total += prior.rows * float(
-            (prior.level_probability * _log(params.level_probability)).sum()
+            (prior.level_probability * bounded_log(params.level_probability)).sum()
         )
         return total
 
@@ -583,7 +583,7 @@ class IndependentColumns:
         moved = lost**2 * scale**2 / variance
         unit = float(np.finfo(self.dtype).eps)
         quadratic = np.minimum(unit * mean**2 / variance, MAX_ROUNDING)
-        counts = _poisson_rounding(params.rate)
+        counts = poisson_terms(params.rate)
         exact = np.finfo(np.float64).eps
         counts = np.minimum(unit * counts, MAX_ROUNDING) + exact * counts
         return np.asarray((quadratic + moved).sum(axis=1) + counts)
@@ -617,19 +617,19 @@ class IndependentColumns:
         return [(int(k), int(self.real[j])) for k, j in at]
 
 
-def _log(p: Array) -> Array:
+def bounded_log(p: Array) -> Array:
     """Log, not below `LOG_TINY`."""
     return np.log(np.maximum(p, np.exp(LOG_TINY)))
 
 
-def _log1m(p: Array) -> Array:
+def bounded_log1m(p: Array) -> Array:
     """log(1 - p), not below the log of the roundoff of 1."""
     return np.log1p(-np.minimum(p, 1.0 - np.finfo(np.float64).epsneg))
 
 
-def _poisson_rounding(rate: Array) -> Array:
+def poisson_terms(rate: Array) -> Array:
     """(K,) size of the terms of `x log rate - rate` near `x = rate`, which cancel."""
-    return np.asarray((rate * (1.0 + np.abs(_log(rate)))).sum(axis=1))
+    return np.asarray((rate * (1.0 + np.abs(bounded_log(rate)))).sum(axis=1))
 
 
 def _level_index(old: Schema, new: Schema) -> list[int]:
@@ -668,24 +668,24 @@ class ColumnsKernel:
         # The same about each mean: beside a large quadratic term its digits would be lost.
         self.about_mean = -0.5 * (np.log(self.variance) + LOG_2PI) - np.log(scale)
         self.normaliser[:, family.real] = self.about_mean - 0.5 * quadratic
-        failure = _log1m(params.probability)
+        failure = bounded_log1m(params.probability)
         self.normaliser[:, family.binary] = failure
         self.normaliser[:, family.count] = -params.rate
         curvature = -0.5 / self.variance
         if family.spherical:
             curvature = curvature[:, :1]
-        log_rate = _log(params.rate)
+        log_rate = bounded_log(params.rate)
         self.slopes = np.concatenate(
             [
                 slope,
                 curvature,
-                _log(params.probability) - failure,
+                bounded_log(params.probability) - failure,
                 log_rate,
-                _log(params.level_probability),
+                bounded_log(params.level_probability),
             ],
             axis=1,
         )
-        counts = _poisson_rounding(params.rate)
+        counts = poisson_terms(params.rate)
         self.rounding = 2 * quadratic.sum(axis=1) + 2 * counts
         # Scores of large counts are themselves large, since `log x!` is left to `base`: float32
         # cannot hold them, however exactly they were computed.

@@ -598,7 +598,7 @@ class Factors:
             return np.asarray(params.loadings[k] @ params.loadings[k].T + np.diag(noise[k]))
 
         sd = np.sqrt((params.loadings**2).sum(axis=2) + noise)
-        return Description(params.mean, sd, covariance=covariance)
+        return Description(params.mean, sd, covariance=covariance, loadings=params.loadings)
 
     def n_parameters(self, n_components: int) -> int:
         """Loadings count up to a rotation: `d q - q (q - 1) / 2`."""

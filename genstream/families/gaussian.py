@@ -251,7 +251,9 @@ class Gaussian:
         thin = np.zeros(len(n), dtype=bool)
         covariance = old_covariance
         if "covariance" not in frozen:
-            count = n.sum() if self.tied else np.where(unseen, 1.0, n)
+            # Only without a prior has an unseen component nothing to be divided by.
+            safe = np.where(unseen, 1.0, n) if self.prior is None else n
+            count = n.sum() if self.tied else safe
             if self.prior is not None:
                 count = count + self.prior.dof + d + (1 + len(n) if self.tied else 2)
             count = np.reshape(count, (-1, 1, 1))

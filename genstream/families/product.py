@@ -469,7 +469,8 @@ class ProductWalk:
         self.slots = {b: slice(*widths[i : i + 2]) for i, b in enumerate(joint)}
         self.width = int(widths[-1])
         size = block_rows(self.width + 2 * kernel.n_components, kernel.dtype.itemsize)
-        self.size = min([size] + [walk.size for walk in self.walks])
+        self.size = min(getattr(walk, "size", size) for walk in self.walks)
+        self.size = min(self.size, size)
         self.linear: Linear | None = None
         self.of: list[Linear] = []
         self._make_room(self.size)

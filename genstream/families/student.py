@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -505,6 +505,8 @@ class StudentKernel:
     place of covariances.
     """
 
+    by_pattern = True
+
     def __init__(
         self,
         inner: GaussianKernel,
@@ -517,22 +519,41 @@ class StudentKernel:
         return StudentWalk(self, rows)
 
 
+class _Terms(NamedTuple):
+    """Of each component, (K, 1) or (K, n): `(dof + o) / 2`, the log-density at `v = 1` less the
+    Gaussian's at distance 0, `E[log u]` at `v = 1`, and v at distance 0.
+    """
+
+    half: Array
+    peak: Array
+    expected: Array
+    least: Array
+
+
 class StudentWalk:
     """A walk over one chunk, in the blocks of the Gaussian walk.
 
-    With `v = 1 + delta / dof` the log-density is `constant - (dof + o) / 2 log v`, and
-    `E[u] = (dof + o) / dof / v`.
+    With `v = (dof + delta) / (dof + o) = 1 / E[u]` the log-density is that at distance 0 less
+    `(dof + o) / 2 log(v (dof + o) / dof)`.
     """
 
     def __init__(self, kernel: StudentKernel, rows: Rows) -> None:
         self.kernel = kernel
         self.inner = GaussianWalk(kernel.inner, rows)
-        self.dof = kernel.dof[:, None]
         self.sum_r = np.zeros(len(kernel.dof))
         self.sum_log = np.zeros(len(kernel.dof))
-        # (K, n) of v, log v and what the moments weigh.
+        # (K, n) of v, log v and r / v.
         self.room = np.empty((3, *self.inner.log_p.shape), dtype=kernel.inner.dtype)
-        self.terms: dict[int, tuple[Array, Array]] = {}
+        self.terms: dict[int, _Terms] = {}
+
+    @property
+    def size(self) -> int:
+        """Rows in a block at most."""
+        return self.inner.size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        self.inner.size = size
 
     def blocks(self) -> Iterator[Index]:
         yield from self.inner.blocks()
@@ -543,37 +564,39 @@ class StudentWalk:
     def base(self) -> Array | None:
         return None
 
-    def _of_observed(self, n_observed: int | Array) -> tuple[Array, Array]:
-        """(K, 1) or (K, n) log-normaliser and E[log u] at `v = 1`, for as many observed entries."""
-        if isinstance(n_observed, int):
-            if n_observed not in self.terms:
-                half = (self.dof + n_observed) / 2
-                expected = digamma(half) - np.log(self.dof / 2)
-                self.terms[n_observed] = _log_normaliser(self.dof, n_observed), expected
-            return self.terms[n_observed]
-        widths, at = np.unique(n_observed, return_inverse=True)
-        terms = [self._of_observed(int(o)) for o in widths]
-        peak = np.concatenate([term[0] for term in terms], axis=1)
-        expected = np.concatenate([term[1] for term in terms], axis=1)
-        return peak[:, at], expected[:, at]
+    def _of_observed(self, n_observed: int | Array) -> _Terms:
+        """What the number of observed entries decides; (K, n) where rows differ in it."""
+        if not isinstance(n_observed, int):
+            widths, at = np.unique(n_observed, return_inverse=True)
+            columns = [self._of_observed(int(o)) for o in widths]
+            return _Terms(*(np.concatenate(c, axis=1)[:, at] for c in zip(*columns, strict=True)))
+        if n_observed not in self.terms:
+            dof = self.kernel.dof[:, None]
+            half = (dof + n_observed) / 2
+            self.terms[n_observed] = _Terms(
+                half,
+                _log_normaliser(dof, n_observed) - half * np.log(2 * half / dof),
+                digamma(half) - np.log(half),
+                dof / 2 / half,
+            )
+        return self.terms[n_observed]
 
     def score(self) -> Array:
         log_p = self.inner.score()
         if self.room.shape[2] < log_p.shape[1]:
             self.room = np.empty((3, *log_p.shape), dtype=log_p.dtype)
-        constant, o = self.inner.constant, self.inner.n_observed
-        peak, self.expected = self._of_observed(o)
+        constant = self.inner.constant
+        self.at = terms = self._of_observed(self.inner.n_observed)
         self.v, self.log_v, self.scaled = self.room[:, :, : log_p.shape[1]]
-        dtype, dof = log_p.dtype, self.dof
-        np.subtract(constant.astype(dtype), log_p, out=self.v)
-        self.v *= (2 / dof).astype(dtype)
-        self.v += 1
+        # Distance is twice what the score lies below that at distance 0.
+        dtype, half = log_p.dtype, terms.half
+        np.multiply(log_p, (-1 / half).astype(dtype), out=self.v)
+        self.v += (terms.least + constant / half).astype(dtype)
         # Rounding may put a row nearer than its mean.
-        np.maximum(self.v, 1, out=self.v)
+        np.maximum(self.v, terms.least.astype(dtype), out=self.v)
         np.log(self.v, out=self.log_v)
-        self.power = (dof + o) / 2
-        np.multiply(self.log_v, -self.power.astype(dtype), out=log_p)
-        log_p += (constant + peak).astype(dtype)
+        np.multiply(self.log_v, -half.astype(dtype), out=log_p)
+        log_p += (constant + terms.peak).astype(dtype)
         return log_p
 
     def gather(self, resp: Array) -> None:
@@ -582,25 +605,24 @@ class StudentWalk:
             # A row with nothing observed is no evidence of any scale.
             resp = resp * (o > 0)
         np.divide(resp, self.v, out=self.scaled)
-        self.scaled *= (2 * self.power / self.dof).astype(resp.dtype)
         self.inner.gather(resp, self.scaled)
-        self.sum_r += resp.sum(axis=1, dtype=np.float64)
-        weighed = np.broadcast_to(self.expected, (len(resp), self.expected.shape[1]))
-        if weighed.shape[1] == 1:
-            self.sum_log += resp.sum(axis=1, dtype=np.float64) * weighed[:, 0]
+        total = resp.sum(axis=1, dtype=np.float64)
+        self.sum_r += total
+        expected = self.at.expected
+        if expected.shape[1] == 1:
+            self.sum_log += total * expected[:, 0]
         else:
-            self.sum_log += np.einsum("kn,kn->k", resp, weighed)
-        self.sum_log -= np.einsum("kn,kn->k", resp, self.log_v)
+            self.sum_log += np.vecdot(resp, expected)
+        self.sum_log -= np.vecdot(resp, self.log_v)
 
     def complete(self, resp: Array, rng: np.random.Generator | None = None) -> Array:
         """The conditional mean is the Gaussian's. A draw is of the row's `u` first."""
         if rng is None:
             return self.inner.complete(resp)
-        n = resp.shape[1]
-        at = resp.argmax(axis=0), np.arange(n)
-        power = np.broadcast_to(self.power, resp.shape)[at]
-        rate = self.dof[at[0], 0] * self.v[at].astype(np.float64) / 2
-        return self.inner.complete(resp, rng, np.sqrt(rate / rng.gamma(power)))
+        at = resp.argmax(axis=0), np.arange(resp.shape[1])
+        half = np.broadcast_to(self.at.half, resp.shape)[at]
+        rate = half * self.v[at].astype(np.float64)
+        return self.inner.complete(resp, rng, np.sqrt(rate / rng.gamma(half)))
 
     def close(self) -> Monoid:
         return self.kernel.stats_type(self.sum_r, self.sum_log, self.inner.close())
