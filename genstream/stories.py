@@ -7,7 +7,7 @@ returns a `Story` that any learner can learn.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from genstream.errors import ConfigError
 from genstream.families.blocks import Family
@@ -288,18 +288,32 @@ def factors(
 
 
 def kmeans(schema: Schema, n_components: int, *, dtype: str = "float64") -> Story:
-    """K-means as a story: equally likely spherical Gaussians that share one variance.
+    """The story of which K-means is hard EM: spherical Gaussians, equally large and equally likely.
 
         k ~ Uniform(1..K),    x | k ~ N(mean_k, variance I)
 
-    Learned by `hard` responsibilities every row goes to its nearest centre, and every centre to
-    the mean of its rows: Lloyd's algorithm. A gap counts for nothing in a distance.
+    Parameters
+    ----------
+    schema
+        Real columns only.
+    n_components
+        K, at least 1.
+    dtype
+        Arithmetic of the E-step: `float64` or `float32`.
 
-    Raises ConfigError where a column is not real, or as `mixture` does.
+    Raises
+    ------
+    ConfigError
+        Where an argument is not one of those, or does not fit the columns.
     """
     other = next((c for c in schema.columns if c.kind != "real"), None)
     if other is not None:
-        raise ConfigError(f"k-means needs real columns, but {other.name!r} is {other.kind}")
-    story = mixture(schema, n_components, covariance="spherical", prior=None, dtype=dtype)
-    family = IndependentColumns(schema, spherical=True, dtype=dtype, shared=True)
-    return replace(story, family=family, frozen=frozenset({"weights"}))
+        raise ConfigError(
+            f"K-means needs real columns throughout, but {other.name!r} is {other.kind}"
+        )
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if n_components < 1:
+        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    family = IndependentColumns(schema, spherical=True, shared=True, dtype=dtype)
+    return Story(schema, family, n_components, None, frozenset({"weights"}))

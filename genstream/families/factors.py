@@ -384,6 +384,7 @@ class Factors:
                     limits,
                     n_factors=self.n_factors,
                     loadings=loadings[group] if "loadings" in frozen else None,
+                    anew="loadings" not in frozen and not loadings[group].any(),
                 )
         if "loadings" not in frozen:
             loadings = best_loadings(moment, noise, self.n_factors)

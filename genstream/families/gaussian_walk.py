@@ -277,7 +277,7 @@ class GaussianWalk:
         if self.rows.observed is None:
             yield from self._dense(self.kernel.complete, None)
         else:
-            yield from self._by_pattern(self.rows.observed)
+            yield from self._by_pattern()
         # The block refers back to the walk: without this a chunk would outlive its use until the
         # garbage collector comes round.
         self.block = None
@@ -292,7 +292,7 @@ class GaussianWalk:
         """The patterns of the chunk's rows."""
         return Patterns(self.rows.is_observed)
 
-    def _by_pattern(self, observed: NDArray[np.bool_]) -> Iterator[Index]:
+    def _by_pattern(self) -> Iterator[Index]:
         """Blocks of one pattern after another, then those of all rare patterns."""
         found = self.patterns
         order = np.argsort(found.of_row, kind="stable")
@@ -361,7 +361,7 @@ class GaussianWalk:
         if self._room.size < n:
             self._room = _Room(self, n)
         self._room.clear()
-        found, observed = self.patterns, self.rows.observed[index]
+        found = self.patterns
         of_row = found.of_row[index]
         frequent = found.frequent[of_row]
         for p in np.unique(of_row[frequent]):

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 # Scoring ends when a step promises less than so many nats a row.
-TOLERANCE = 1e-12
+TOLERANCE = 1e-11
 MAX_STEPS = 200
 # The most a logarithm of noise may move in one step.
-LONGEST = 3.0
+LONGEST = 1.0
 
 # Of noise (d,): minus F in nats, its gradient (d,) and Fisher information (d, d) along `log psi`.
 Evaluate = Callable[[Array], tuple[float, Array, Array]]
@@ -90,7 +90,7 @@ def spherical_noise(moment: Array, count: Array, n_factors: int, prior: NoisePri
             break
         total += float(share * eigenvalue)
         weight += float(share)
-    return max(total / max(weight, 1e-300), float(prior.floor.max()))
+    return float(max(total / max(weight, 1e-300), prior.floor.max()))
 
 
 def diagonal_noise(
@@ -101,14 +101,17 @@ def diagonal_noise(
     *,
     n_factors: int = 0,
     loadings: Array | None = None,
+    anew: bool = False,
 ) -> Array:
     """(d,) the best noise common to second moments (K, d, d) worth `count` (K,) rows.
 
     Loadings are free, or given (K, d, q). `noise` (d,) is where the search begins, and F is at
-    least what it is there. The prior has d entries, or one for noise that is one number.
+    least what it is there. F may have several peaks: where nothing is known yet (`anew`) the search
+    begins at the variances and at Joreskog's (1967) bound on the noise too, and the best is taken.
+    The prior has d entries, or one for noise that is one number.
     """
     single = len(prior.pull) == 1
-    rows = float(count.sum())
+    rows = max(float(count.sum()), 1.0)
 
     def evaluate(log_noise: Array) -> tuple[float, Array, Array]:
         psi = np.exp(log_noise)
@@ -124,8 +127,18 @@ def diagonal_noise(
         information = information + np.diag(0.5 * prior.pull / psi)
         return value, slope, information
 
-    begin = np.log(np.maximum(noise[:1] if single else noise, prior.floor))
-    found = np.exp(_scoring(evaluate, begin, np.log(prior.floor), TOLERANCE * max(rows, 1.0)))
+    begins = [noise]
+    if anew:
+        pooled = np.einsum("k,kij->ij", count / rows, moment)
+        variance = np.diagonal(pooled)
+        precision = np.linalg.inv(pooled + np.diag(np.maximum(1e-3 * variance, prior.floor)))
+        begins += [variance, (1 - 0.5 * n_factors / len(variance)) / np.diagonal(precision)]
+    least, tolerance = np.log(prior.floor), TOLERANCE * rows
+    ends = []
+    for begin in begins:
+        start = np.maximum(begin.mean(keepdims=True) if single else begin, prior.floor)
+        ends.append(_scoring(evaluate, np.log(start), least, tolerance))
+    found = np.exp(min(ends, key=lambda end: end[0])[1])
     return np.full(moment.shape[1], found[0]) if single else found
 
 
@@ -170,8 +183,10 @@ def _given(
     return value, slope, information
 
 
-def _scoring(evaluate: Evaluate, begin: Array, least: Array, tolerance: float) -> Array:
-    """Minimise by Fisher scoring with halved steps, above the bounds `least`."""
+def _scoring(
+    evaluate: Evaluate, begin: Array, least: Array, tolerance: float
+) -> tuple[float, Array]:
+    """Minimise by Fisher scoring with halved steps, above the bounds `least`: value and place."""
     at = begin
     value, slope, information = evaluate(at)
     for _ in range(MAX_STEPS):
@@ -195,4 +210,4 @@ def _scoring(evaluate: Evaluate, begin: Array, least: Array, tolerance: float) -
         else:
             break
         at, (value, slope, information) = fresh, found
-    return at
+    return value, at

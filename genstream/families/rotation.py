@@ -11,7 +11,7 @@ Array = NDArray[Any]
 
 
 def varimax(
-    loadings: Array, *, normalise: bool = True, tolerance: float = 1e-10, max_steps: int = 1000
+    loadings: Array, *, normalise: bool = True, tolerance: float = 1e-12, max_steps: int = 1000
 ) -> tuple[Array, Array]:
     """Rotate loadings (d, q) so that each factor bears on few columns (Kaiser 1958).
 
