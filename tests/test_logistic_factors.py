@@ -22,7 +22,7 @@ def schema(d: int) -> Schema:
 
 
 def story(d: int, q: int, k: int = 1, dtype: str = "float64", **options: Any) -> Story:
-    return Story(schema(d), LogisticFactors(schema(d), q, dtype), k, **options)
+    return Story(schema(d), LogisticFactors(schema(d), dtype, n_factors=q), k, **options)
 
 
 def params(of: Story, rng: np.random.Generator, size: float = 1.5) -> Params:
