@@ -15,8 +15,8 @@ from genstream.families.columns import IndependentColumns
 from genstream.families.factors import NOISES, STATISTICS, Factors
 from genstream.families.gamma_poisson import GammaPoisson
 from genstream.families.gaussian import Gaussian
-from genstream.families.multinomial import Multinomial
 from genstream.families.logistic_factors import LogisticFactors
+from genstream.families.multinomial import Multinomial
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Part, Product
 from genstream.families.student import Student
