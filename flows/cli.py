@@ -61,7 +61,7 @@ def genstream(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
     ] = False,
 ) -> None:
-    """Generative models learned out of core: fit, resume, score, assign, sample."""
+    """Generative models learned out of core: fit, resume, score, assign, impute, sample."""
 
 
 @app.command()
@@ -340,7 +340,45 @@ def _walk(
             on_progress=RowProgress(progress, verb),
         )
     if output is not None:
-        text = f"{result['rows']:,} rows, mean log-likelihood {result['mean_loglik']:.6g}: {output}"
+        what = "bound on the log-likelihood" if result["bound"] else "log-likelihood"
+        text = f"{result['rows']:,} rows, mean {what} {result['mean_loglik']:.6g}: {output}"
+        put(result, text, as_json)
+
+
+@app.command()
+def impute(
+    model: ModelRef,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A file, pattern or dataset.")],
+    output: Output = None,
+    draw: Annotated[
+        bool, typer.Option("--draw", help="Draw what is missing, in place of its mean.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    overwrite: Overwrite = False,
+    unseen_as_missing: Unseen = False,
+    id_column: Annotated[str | None, typer.Option("--id", help="Column to carry over.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fill the gaps of every row by what a model makes of the rest of it."""
+    from flows.scoring import impute_rows
+    from flows.terminal import RowProgress, bars
+
+    if output is None and as_json:
+        raise ConfigError("--json describes an output file: name one with -o")
+    with bars(as_json or output is None) as progress:
+        result = impute_rows(
+            model,
+            data,
+            output,
+            draw=draw,
+            seed=seed,
+            overwrite=overwrite,
+            unseen_as_missing=unseen_as_missing,
+            id_column=id_column,
+            on_progress=RowProgress(progress, "impute"),
+        )
+    if output is not None:
+        text = f"{result['rows']:,} rows, {result['filled']:,} gaps filled: {output}"
         put(result, text, as_json)
 
 
@@ -351,6 +389,10 @@ def sample(
     output: Output = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     component: Annotated[bool, typer.Option(help="Say which component drew each row.")] = False,
+    given: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN=VALUE", help="Draw the other columns given this one."),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -359,8 +401,20 @@ def sample(
 
     if output is None and as_json:
         raise ConfigError("--json describes an output file: name one with -o")
+    values = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--given {text}: expected COLUMN=VALUE")
+        values[name] = value
     result = sample_rows(
-        model, n_rows, output, seed=seed, with_component=component, overwrite=overwrite
+        model,
+        n_rows,
+        output,
+        given=values,
+        seed=seed,
+        with_component=component,
+        overwrite=overwrite,
     )
     if output is not None:
         put(result, f"{n_rows:,} rows: {output}", as_json)

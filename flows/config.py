@@ -284,13 +284,59 @@ class Data(Section):
     )
 
 
-class Model(Section):
-    """What is fitted to the data."""
+class BlockSpec(Section):
+    """Columns of a mixture that share a distribution of their own, given the component."""
 
-    kind: Literal["mixture"] = "mixture"
-    n_components: int = Field(ge=1)
+    columns: list[Text] = Field(min_length=1)
+    family: Literal["full", "tied", "diag", "student", "multinomial", "independent"] = Field(
+        description="full or tied covariance; diag; student: heavy tails; multinomial: counts "
+        "given their total; independent: each by its kind."
+    )
+
+
+class Model(Section):
+    """What is fitted to the data: the story of how a row comes to be."""
+
+    kind: Literal["mixture", "factors", "mixture_of_factors", "kmeans"] = Field(
+        "mixture",
+        description="mixture: a row's latent is a component; factors: a vector of factors "
+        "(real columns: factor analysis or probabilistic PCA; binary ones: logistic factors; "
+        "counts: gamma-Poisson factors); mixture_of_factors: both, for real columns; kmeans: "
+        "nearest centres, for real columns.",
+    )
+    n_components: int | None = Field(
+        None, ge=1, description="Of every kind but factors, which has one."
+    )
     covariance: Literal["full", "tied", "diag", "spherical"] | None = Field(
-        None, description="Left out: full where all columns are real, diag otherwise."
+        None,
+        description="Of a mixture's real columns; full and tied leave columns of other kinds "
+        "independent. Left out: full where all columns are real, diag otherwise.",
+    )
+    tails: Literal["gaussian", "student"] = Field(
+        "gaussian", description="student: a mixture's real columns have heavy tails."
+    )
+    counts: dict[Text, Literal["poisson", "negative_binomial", "zero_inflated"]] | None = Field(
+        None, description="Distribution of a mixture's count columns; left out, poisson."
+    )
+    blocks: list[BlockSpec] | None = Field(
+        None, min_length=1, description="Columns of a mixture that go by another distribution."
+    )
+    n_factors: int | None = Field(None, ge=1, description="Of the two kinds with factors.")
+    noise: Literal["diagonal", "isotropic"] = Field(
+        "diagonal",
+        description="Of factors of real columns. diagonal: factor analysis; isotropic: "
+        "probabilistic PCA.",
+    )
+    shared_noise: bool = Field(
+        False, description="Whether the components of a mixture_of_factors share their noise."
+    )
+    frozen: list[Text] = Field(
+        [], description="Names of parameters that the fit leaves as it began: see model.start."
+    )
+    start: Text | None = Field(
+        None,
+        description="A model or run whose parameters the fit begins with; left out, many "
+        "starts compete on a sample of rows.",
     )
     prior: Literal["weak"] | None = Field("weak", description="null for maximum likelihood.")
 
@@ -318,6 +364,12 @@ class Fit(Section):
     passes: int = Field(1, ge=1, description="Passes of online EM.")
     n_init: int = Field(5, ge=1, description="Starts tried on a sample of rows.")
     sample_rows: int = Field(50_000, ge=1, description="Rows of that sample.")
+    responsibility: Literal["soft", "hard", "sampled", "truncated"] = Field(
+        "soft",
+        description="How a row is shared among components: by probability; to the likeliest; to "
+        "one drawn by its probability; among the likeliest few.",
+    )
+    top: int = Field(16, ge=1, description="Components a row may have where truncated.")
     dtype: Literal["float64", "float32"] = "float64"
     seed: int = Field(42, ge=0, lt=2**63)
 
@@ -713,6 +765,8 @@ def _allowed_keys(path: Path_) -> list[str]:
     """The keys a mapping at `path` may have."""
     section: type[BaseModel] = Config
     for n, part in enumerate(path):
+        if isinstance(part, int):
+            continue
         if path[:n] == ("data", "columns"):
             section = ColumnSpec
         elif path[: n + 1] != ("data", "columns"):
@@ -742,14 +796,7 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
                 )
             if len(set(spec.levels)) != len(spec.levels):
                 found.append(((*path, "levels"), "a level is listed twice"))
-    mixed = [name for name, spec in columns.items() if spec.kind != "real"]
-    if mixed and model.covariance not in (None, "diag"):
-        kind = columns[mixed[0]].kind
-        message = (
-            f"{model.covariance} needs real columns, and {mixed[0]!r} is {kind}: "
-            "with mixed columns use diag, or leave it out"
-        )
-        found.append((("model", "covariance"), message))
+    found += _model_contradictions(model, columns)
     for role in ("id", "weights"):
         name = getattr(data, role)
         if name in columns:
@@ -762,10 +809,13 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
         found.append((("data", "holdout"), "give either a share to hold out or a test file"))
     if data.test is not None and not in_place(data.test):
         found.append((("data", "test"), f"must be read in place, as {', '.join(IN_PLACE)} are"))
-    if config.fit.sample_rows < model.n_components:
+    if config.fit.sample_rows < (model.n_components or 1):
         found.append(
             (("fit", "sample_rows"), f"fewer rows than the {model.n_components} components")
         )
+    if model.kind == "kmeans" and config.fit.responsibility != "soft":
+        message = "kmeans gives every row to its nearest centre: leave it out"
+        found.append((("fit", "responsibility"), message))
     schedule = config.schedule
     if schedule is not None and (schedule.cron is None) == (schedule.every is None):
         message = "say when, with either cron: '15 2 * * *' or every: 1h"
@@ -796,6 +846,68 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
             for key in ("id", "dtype")
             if getattr(data, key) != getattr(plain, key)
         ]
+    return found
+
+
+# The keys of a model that mean something only for some kinds.
+_OF_KIND = {
+    "n_components": ("mixture", "mixture_of_factors", "kmeans"),
+    "covariance": ("mixture",),
+    "tails": ("mixture",),
+    "counts": ("mixture",),
+    "blocks": ("mixture",),
+    "n_factors": ("factors", "mixture_of_factors"),
+    "noise": ("factors", "mixture_of_factors"),
+    "shared_noise": ("mixture_of_factors",),
+}
+_REQUIRED = ("n_components", "n_factors")
+
+
+def _model_contradictions(
+    model: Model, columns: Mapping[str, ColumnSpec]
+) -> list[tuple[Path_, str]]:
+    found: list[tuple[Path_, str]] = []
+    plain = Model()
+    for key, kinds in _OF_KIND.items():
+        given = getattr(model, key) != getattr(plain, key)
+        if given and model.kind not in kinds:
+            message = f"is of {' and '.join(kinds)}, and the kind is {model.kind}: leave it out"
+            found.append((("model", key), message))
+        elif not given and model.kind in kinds and key in _REQUIRED:
+            found.append((("model", key), "is required and missing"))
+    mixed = [name for name, spec in columns.items() if spec.kind != "real"]
+    if mixed and model.kind in ("mixture_of_factors", "kmeans"):
+        message = f"{model.kind} needs real columns, and {mixed[0]!r} is {columns[mixed[0]].kind}"
+        found.append((("model", "kind"), message))
+    if columns and len(mixed) == len(columns) and model.kind == "mixture":
+        found += [
+            (("model", key), "is of real columns, and data.columns has none: leave it out")
+            for key in ("covariance", "tails")
+            if getattr(model, key) not in (getattr(plain, key), "diag")
+        ]
+    found_kinds = {spec.kind for spec in columns.values()}
+    if model.kind == "factors" and len(found_kinds) > 1:
+        names = " and ".join(sorted(found_kinds))
+        message = f"factors are of columns of one kind, and data.columns has {names}"
+        found.append((("model", "kind"), message))
+    if model.kind == "factors" and "categorical" in found_kinds:
+        message = "factors are of real, binary or count columns, not of categorical ones"
+        found.append((("model", "kind"), message))
+    for name in model.counts or {}:
+        if name in columns and columns[name].kind != "count":
+            message = f"{name!r} is {columns[name].kind}, not a count column"
+            found.append((("model", "counts", name), message))
+    seen: set[str] = set()
+    for i, block in enumerate(model.blocks or ()):
+        for name in block.columns:
+            if name in seen:
+                found.append((("model", "blocks", i), f"column {name!r} is in a block already"))
+            if columns and name not in columns:
+                found.append((("model", "blocks", i), f"no column {name!r} in data.columns"))
+            seen.add(name)
+    if model.frozen and model.start is None:
+        message = "name a model whose parameters are kept, with model.start"
+        found.append((("model", "frozen"), message))
     return found
 
 

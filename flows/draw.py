@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from flows.config import Drawn
+from genstream.dreams import draws
 from genstream.families.columns import ColumnsParams
 from genstream.families.gaussian import FullParams
 from genstream.rows import Rows
@@ -20,7 +19,6 @@ from genstream.schema import Schema
 from genstream.sources import CHUNK_ROWS
 from genstream.stories import mixture
 from genstream.story import Params, Story
-from genstream.threads import one_blas_thread
 
 Array = NDArray[Any]
 
@@ -59,20 +57,8 @@ def draw_rows(
     """The rows, a chunk at a time; a chunk depends on nothing but its number and the seed."""
     story, params = known_story(drawn)
     total = n_rows(drawn, dtype)
-
-    def chunk(i: int) -> Rows:
-        rng = np.random.default_rng([drawn.seed, 1, i])
-        rows = min(chunk_rows, total - i * chunk_rows)
-        return Rows(story.draw(params, rows, rng).values.astype(dtype))
-
-    ahead: deque[Future[Rows]] = deque()
-    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
-        for i in range(-(-total // chunk_rows)):
-            ahead.append(pool.submit(chunk, i))
-            if len(ahead) > workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+    for piece in draws(story, params, total, (drawn.seed, 1), chunk_rows, workers=workers):
+        yield Rows(piece.values.astype(dtype))
 
 
 @dataclass(frozen=True)

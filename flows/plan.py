@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from flows.config import Config, Drawn, in_place
 from flows.data import at_hand, columns_of, expand, open_data
+from flows.model import make_story
 from flows.terminal import bytes_text
 from genstream.errors import ConfigError, DataError, StorageError
 from genstream.schema import Column, Schema
@@ -115,7 +118,7 @@ def project_memory(config: Config, story: Story, extent: Extent) -> int:
 
     workers = n_workers(config)
     k, d = story.n_components, story.schema.n_features
-    params = 8 * (story.n_parameters + k * d)
+    params = statistics_nbytes(story)
     a_worker = WORKER_NBYTES + CHUNKS_HELD * extent.chunk_nbytes + 2 * params
     sample = min(extent.rows, config.fit.sample_rows, max(1000, SAMPLE_BYTES // (9 * d)))
     start = sample * (3 * 9 * d + 3 * 8 * k)
@@ -131,6 +134,15 @@ def project_memory(config: Config, story: Story, extent: Extent) -> int:
     if config.orchestrate != "none":
         total += PREFECT_NBYTES
     return total
+
+
+def statistics_nbytes(story: Story) -> int:
+    """Bytes of the statistics of one chunk, which parameters do not exceed."""
+    from genstream.rows import Rows
+
+    nothing = Rows(np.empty((0, story.schema.n_features)))
+    stats = story.e_step(story.vague(), nothing)
+    return sum(np.asarray(value).nbytes for _, _, value in stats.leaves())
 
 
 def n_online(config: Config, rows: int) -> int:
@@ -163,16 +175,8 @@ def make_plan(config: Config) -> Plan:
 
     Raises DataError where the data are not there or lack a column.
     """
-    from genstream.stories import mixture
-
     extent = _extent(config)
-    story = mixture(
-        extent.schema,
-        config.model.n_components,
-        covariance=config.model.covariance,
-        prior=config.model.prior,
-        dtype=config.fit.dtype,
-    )
+    story = make_story(config, extent.schema)
     alone = config.model_copy(update={"compute": config.compute.model_copy(update={"workers": 1})})
     d = extent.schema.n_features
     state = 8 * (4 * story.n_parameters + 2048 * d)

@@ -7,7 +7,7 @@ import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from flows.data import expand
 from flows.run import Run
+from genstream.dreams import draws, generator_of_chunk
 from genstream.errors import ConfigError, DataError
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -51,9 +52,11 @@ def score_rows(
 
     `score` gives `log_prob` (nats, in data units), `assign` gives `component` (the likeliest),
     `responsibility` (its posterior probability) and `log_prob`, and `assign-all` the
-    responsibility of every component besides. A row is known by its number in `data`, from 0, or
-    by the column `id_column`. One chunk is in memory at a time. Raises DataError where `data` do
-    not fit the model's columns, naming row, column and level.
+    responsibility of every component besides; a story with factors adds `factor_0`, ..., their
+    posterior means given the likeliest component. Where the story has a bound in place of the
+    log-likelihood, the column is called `log_prob_bound`. A row is known by its number in `data`,
+    from 0, or by the column `id_column`. One chunk is in memory at a time. Raises DataError where
+    `data` do not fit the model's columns, naming row, column and level.
     """
     story, params = load_model(model)
     if output is not None and output.exists() and Path(data).exists() and output.samefile(data):
@@ -74,7 +77,10 @@ def score_rows(
                 columns["responsibility"] = posterior.responsibilities[
                     np.arange(rows.n_rows), component
                 ]
-            columns["log_prob"] = posterior.log_prob
+                if story.n_factors:
+                    factors = story.factors(params, rows, component).mean
+                    columns |= {f"factor_{i}": factors[:, i] for i in range(story.n_factors)}
+            columns["log_prob_bound" if story.bound else "log_prob"] = posterior.log_prob
             if verb is Verb.ASSIGN_ALL:
                 for k in range(story.n_components):
                     columns[f"responsibility_{k}"] = posterior.responsibilities[:, k]
@@ -89,6 +95,50 @@ def score_rows(
         "rows": rows_done,
         "unobserved": rows_done - counted,
         "mean_loglik": total / max(counted, 1),
+        "bound": story.bound,
+        "output": None if output is None else str(output),
+    }
+
+
+def impute_rows(
+    model: str,
+    data: str,
+    output: Path | None,
+    *,
+    draw: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    unseen_as_missing: bool = False,
+    id_column: str | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Write every row of `data` with its gaps filled by a model, the model's columns alone.
+
+    A gap holds the conditional mean of a real or count column and the likeliest level of others;
+    with `draw`, one draw of all gaps of a row together, which follows from the seed and the
+    number of the chunk. Rows are known as in `score_rows`, and the same errors are raised.
+    """
+    story, params = load_model(model)
+    if output is not None and output.exists() and Path(data).exists() and output.samefile(data):
+        raise ConfigError(f"{output} is what is read: name another file to write to")
+    rows_done = gaps = 0
+    with one_blas_thread(), _sink(output, overwrite) as write:
+        for i, (rows, ids) in enumerate(_read(data, story.schema, id_column, unseen_as_missing)):
+            rng = generator_of_chunk(seed, i) if draw else None
+            values = story.impute(params, rows, rng)
+            columns: dict[str, Any] = (
+                {"row": np.arange(rows_done, rows_done + rows.n_rows)}
+                if ids is None
+                else {id_column or "id": pa.array(ids)}
+            )
+            write(pa.RecordBatch.from_pydict(columns | decoded(story.schema, values, whole=draw)))
+            rows_done += rows.n_rows
+            gaps += int((~rows.is_observed).sum())
+            if on_progress is not None:
+                on_progress(rows_done)
+    return {
+        "rows": rows_done,
+        "filled": gaps,
         "output": None if output is None else str(output),
     }
 
@@ -98,30 +148,40 @@ def sample_rows(
     n_rows: int,
     output: Path | None,
     *,
+    given: Mapping[str, str] | None = None,
     seed: int = 0,
     with_component: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `n_rows` rows drawn from a model, categories by their labels.
 
-    Each chunk is drawn from the seed and its number.
+    Each chunk is drawn from the seed and its number. `given` values of some columns are what the
+    others are drawn from. Raises DataError where a column cannot have its value.
     """
     story, params = load_model(model)
-    with one_blas_thread(), _sink(output, overwrite) as write:
-        for i, first in enumerate(range(0, n_rows, CHUNK_ROWS)):
-            rng = np.random.default_rng([seed, i])
-            drawn = story.draw(params, min(CHUNK_ROWS, n_rows - first), rng)
+    whole = story.schema
+    fixed = {name: whole[name].code(value) for name, value in (given or {}).items()}
+    if fixed:
+        story, params = story.condition(params, fixed)
+    with _sink(output, overwrite) as write:
+        for drawn in draws(story, params, n_rows, seed, CHUNK_ROWS):
             columns: dict[str, Any] = {"component": drawn.component} if with_component else {}
-            write(pa.RecordBatch.from_pydict(columns | decoded(story.schema, drawn.values)))
+            values = np.empty((len(drawn.values), whole.n_features))
+            for name, value in fixed.items():
+                values[:, whole.index(name)] = value
+            values[:, [whole.index(name) for name in story.schema.names]] = drawn.values
+            write(pa.RecordBatch.from_pydict(columns | decoded(whole, values)))
     return {"rows": n_rows, "seed": seed, "output": None if output is None else str(output)}
 
 
-def decoded(schema: Schema, values: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """Columns of (n, d) values as people write them: labels of categories, whole counts."""
+def decoded(schema: Schema, values: np.ndarray[Any, Any], *, whole: bool = True) -> dict[str, Any]:
+    """Columns of (n, d) values as people write them: labels of categories, and counts that are
+    `whole` as integers; means of counts need not be.
+    """
     columns: dict[str, Any] = {}
     for j, column in enumerate(schema.columns):
         x = values[:, j]
-        if column.kind == "real":
+        if column.kind == "real" or (column.kind == "count" and not whole):
             columns[column.name] = x
         elif column.levels:
             labels = pa.array(column.levels)

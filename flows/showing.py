@@ -54,9 +54,10 @@ def summary_text(run: Run) -> str:
     if recovered := scores.get("recovery"):
         lines.append(("recovery", _recovered(recovered)))
     if scores:
-        lines.append(("train", f"mean log-likelihood {_mean(scores['train'])}"))
+        what = "bound on the log-likelihood" if scores.get("bound") else "log-likelihood"
+        lines.append(("train", f"mean {what} {_mean(scores['train'])}"))
         if scores["held_out"]:
-            lines.append(("held out", f"mean log-likelihood {_mean(scores['held_out'])}"))
+            lines.append(("held out", f"mean {what} {_mean(scores['held_out'])}"))
     if published:
         lines.append(("model", f"{published['model']}, version {published['version']}"))
     if written:

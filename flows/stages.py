@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.config import Compute, Config, Drawn, load
 from flows.data import Data, files_of, ingest_data, open_data
+from flows.model import given_start, make_story, responsibility_of
 from flows.plan import memo_nbytes
 from flows.run import Run
 from flows.terminal import FitProgress, RowProgress, bars, bytes_text
@@ -140,24 +141,34 @@ def learner_of(config: Config, rows: int) -> Learner:
     from genstream.incremental import IncrementalEM
     from genstream.learn import BatchEM
     from genstream.online import OnlineEM
+    from genstream.responsibility import soft
     from genstream.start import default_learner
 
     options = config.fit
+    rule = responsibility_of(config)
     online = OnlineEM(
-        options.batch_rows, options.kappa, options.t0, options.forgetting, options.passes
+        options.batch_rows,
+        options.kappa,
+        options.t0,
+        options.forgetting,
+        options.passes,
+        responsibility=rule,
     )
     match options.method:
-        case "batch":
-            return BatchEM(options.max_steps, options.tolerance, accelerate=True)
         case "online":
             return online
         case "incremental":
             return IncrementalEM(
-                options.max_steps, options.tolerance, memo_nbytes=memo_nbytes(config)
+                options.max_steps,
+                options.tolerance,
+                memo_nbytes=memo_nbytes(config),
+                responsibility=rule,
             )
-    return default_learner(
-        rows, max_steps=options.max_steps, tolerance=options.tolerance, online=online
-    )
+        case "auto" if rule is soft:
+            return default_learner(
+                rows, max_steps=options.max_steps, tolerance=options.tolerance, online=online
+            )
+    return BatchEM(options.max_steps, options.tolerance, rule, accelerate=rule is soft)
 
 
 def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dict[str, Any]:
@@ -168,7 +179,6 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
     """
     from genstream import learn, start, store
     from genstream.sources import n_rows
-    from genstream.stories import mixture
 
     config = run.config
     data = open_data(config, pinned(run))
@@ -183,15 +193,12 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
         found = store.load_checkpoint(run.checkpoint)
         if found is None:
             log.info("start from a sample of at most %d rows", options.sample_rows)
+            story = make_story(config, data.train.schema)
             story, state = start.warm_start(
-                mixture(
-                    data.train.schema,
-                    config.model.n_components,
-                    covariance=config.model.covariance,
-                    prior=config.model.prior,
-                    dtype=options.dtype,
-                ),
+                story,
                 passes,
+                given=given_start(config, story),
+                responsibility=responsibility_of(config),
                 n_init=options.n_init,
                 seed=options.seed,
                 sample_rows=options.sample_rows,
@@ -347,6 +354,7 @@ def evaluate(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     unseen = data.held_out if test is not None and data.held_out is not None else data.train
     check = predictive_check(story, params, unseen, rng)
     scores = {
+        "bound": story.bound,
         "train": train.to_json(),
         "held_out": None if test is None else test.to_json(),
         "criteria": criteria(story, train).to_json(),

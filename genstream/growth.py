@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from genstream.errors import ConfigError, DataError
-from genstream.families.blocks import Array
-from genstream.families.columns import IndependentColumns
+from genstream.families.blocks import Array, Levelled
 from genstream.learn import FitState
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -43,35 +42,25 @@ def with_levels(story: Story, state: FitState, schema: Schema) -> tuple[Story, F
     """
     if schema == story.schema:
         return story, state
-    index = _level_index(story.schema, schema)
-    old = story.family
-    assert isinstance(old, IndependentColumns)
-    family = replace(old, schema=schema)
-    seen = _observed_weight(state, schema.n_features)[family.level_column]
-    sizes = family.level_totals(np.ones(len(index)))
-    fresh = np.where(np.array(index) < 0, 0.5 / (seen + 0.5 * sizes), 0.0)
-    rest = 1.0 - family.level_totals(fresh)
-
-    def grown(record: Any) -> Any:
-        wide = record.take(index, "level")
-        return replace(wide, level_probability=wide.level_probability * rest + fresh)
-
-    if old.prior is not None:
-        family = replace(family, prior=grown(old.prior))
-    params = replace(state.params, family=grown(state.params.family))
-    state = _with_stats(state, lambda stats: stats.take(index, "level"))
-    return replace(story, schema=schema, family=family), replace(state, params=params)
+    _check_levels(story.schema, schema)
+    # Only families that take categorical columns come here.
+    family = cast("Levelled", story.family)
+    seen = _observed_weight(state, schema.n_features)
+    wide, theta = family.with_levels(schema, state.params.family, seen)
+    state = _with_stats(
+        state, lambda s: replace(s, family=family.stats_with_levels(schema, s.family))
+    )
+    params = replace(state.params, family=theta)
+    return replace(story, schema=schema, family=wide), replace(state, params=params)
 
 
-def _level_index(old: Schema, new: Schema) -> list[int]:
-    """Where each level of the new schema stood among the old ones, -1 for new levels."""
+def _check_levels(old: Schema, new: Schema) -> None:
+    """Raises DataError where the schemas differ in anything but levels added at the end."""
     if old.names != new.names:
         raise DataError(
             f"the model has columns {', '.join(old.names)}, not {', '.join(new.names)}: levels can "
             "be added to a model, columns cannot"
         )
-    index: list[int] = []
-    at = 0
     for before, after in zip(old.columns, new.columns, strict=True):
         alike = (before.kind, before.unit) == (after.kind, after.unit)
         if not alike or (before.kind != "categorical" and before.levels != after.levels):
@@ -84,11 +73,6 @@ def _level_index(old: Schema, new: Schema) -> list[int]:
                 f"column {before.name!r}: the levels {', '.join(after.levels[:8])} do not begin "
                 f"with those of the model, {', '.join(before.levels[:8])}: add new ones at the end"
             )
-        if before.kind == "categorical":
-            index += range(at, at + before.n_levels)
-            index += [-1] * (after.n_levels - before.n_levels)
-            at += before.n_levels
-    return index
 
 
 def _observed_weight(state: FitState, n_features: int) -> Array:

@@ -28,6 +28,7 @@ from genstream.learn import (
     StepInfo,
     rescue,
 )
+from genstream.responsibility import Responsibility, Sampled, soft
 from genstream.rows import Rows
 from genstream.story import Params, Story, StoryStats
 
@@ -56,6 +57,9 @@ class IncrementalEM:
     memo_nbytes
         Bytes the memo may take in memory, and in a checkpoint; where the statistics are large
         there are fewer tasks.
+    responsibility
+        A rule of `genstream.responsibility`. With `Sampled` the bound is an estimate that neither
+        climbs at every step nor comes to rest: the fit ends after `max_passes`.
 
     Raises
     ------
@@ -68,6 +72,7 @@ class IncrementalEM:
     tasks: int = 64
     group: int = 4
     memo_nbytes: int = 256 << 20
+    responsibility: Responsibility = soft
 
     def __post_init__(self) -> None:
         ranges = [
@@ -109,7 +114,8 @@ class IncrementalEM:
             number, place = divmod(state.cursor, a_pass)
             order = np.random.default_rng([state.seed, _ORDER, number]).permutation(len(ranges))
             chosen = [int(i) for i in order[place * self.group : (place + 1) * self.group]]
-        fresh = passes.fold_tasks(EStep(story, state.params), [ranges[i] for i in chosen])
+        work = EStep(story, state.params, self.responsibility, state.seed, state.step)
+        fresh = passes.fold_tasks(work, [ranges[i] for i in chosen])
         leaves = {
             i: _with_entropy(story, state.params, stats)
             for i, stats in zip(chosen, fresh, strict=True)
@@ -146,12 +152,13 @@ class IncrementalEM:
             return Outcome.RUNNING
         done = 0 if state.memo is None else state.cursor + 1
         trace = state.trace[-a_pass:]
-        if state.memo is not None:
+        drawn = isinstance(self.responsibility, Sampled)
+        if state.memo is not None and not drawn:
             slack = ROUNDING[story.dtype] * (1 + abs(info.mean_objective))
             gain = info.mean_objective - trace[-1].mean_objective
             if story.monotone and gain < -slack - 2 * story.rounding(state.params):
                 return Outcome.DECREASED
-        if done and done % a_pass == 0:
+        if done and done % a_pass == 0 and not drawn:
             gain = info.mean_objective - trace[0].mean_objective
             if abs(gain) < self.tolerance:
                 return Outcome.CONVERGED

@@ -17,9 +17,10 @@ import numpy as np
 
 from genstream.errors import ConfigError, CorruptError
 from genstream.families.blocks import Array
+from genstream.responsibility import Responsibility, Sampled, soft
 from genstream.rows import Rows
 from genstream.stats import Record, axes
-from genstream.story import Params, Responsibility, Story, StoryStats, soft
+from genstream.story import Params, Story, StoryStats
 from genstream.threads import one_blas_thread
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 # A component that took less than this share of the rows' weight explains nothing.
 EMPTY = 1e-7
+# Rows of the sample by which components are told apart.
+TWIN_ROWS = 64
 # How often one component is re-seeded before it is left as it is.
 MAX_RESCUES = 3
 # How far accelerated EM may leap at first, in EM steps, and what its reach is changed by.
@@ -172,8 +175,9 @@ class FitState:
 
     `sample` are the rows from which an empty component is re-seeded; `rescues` (K,) counts how
     often each one was. `cursor` counts the buffers of chunks that online learning has gone
-    through, or the groups of tasks that incremental learning has; `memory` and `average` (of
-    statistics) belong to the one, `memo` to the other. `past` are the statistics
+    through, the groups of tasks that incremental learning has, or the steps whose statistics
+    sampled EM has averaged; `memory` belongs to the first, `memo` to the second, and `average` (of
+    statistics) to the first and the last. `past` are the statistics
     before `stats` and `stride` the step lengths of accelerated EM. `stage` counts the learners of
     a `Relay` that are done, and `origin` the steps they took.
     """
@@ -349,14 +353,20 @@ class Resident:
 
 @dataclass(frozen=True, eq=False)
 class EStep:
-    """The E-step as work for a pass; it travels to whichever process holds the chunk."""
+    """The E-step as work for a pass; it travels to whichever process holds the chunk.
+
+    Where responsibilities are drawn, `seed` and `step` of the fit and the chunk say which ones.
+    """
 
     story: Story
     params: Params
     responsibility: Responsibility = soft
+    seed: int = 0
+    step: int = 0
 
-    def __call__(self, _chunk: int, rows: Rows) -> StoryStats:
-        return self.story.e_step(self.params, rows, self.responsibility)
+    def __call__(self, chunk: int, rows: Rows) -> StoryStats:
+        key = (self.seed, self.step, chunk)
+        return self.story.e_step(self.params, rows, self.responsibility, key)
 
 
 class Learner(Protocol):
@@ -388,20 +398,43 @@ class BatchEM:
         The fit has converged when an EM step changes the mean objective (log-likelihood plus
         log-prior) by less than this many nats a row.
     responsibility
-        `soft`, or `hard` for classification EM.
+        A rule of `genstream.responsibility`: `soft`, `hard` for classification EM, `Truncated(n)`,
+        or `Sampled(seed)` for stochastic EM. The last one neither climbs at every step nor comes
+        to rest, so that such a fit ends after `max_steps`, whatever the tolerance.
     accelerate
         Whether to extrapolate. It moves nearly all of many small steps, and finds the same kind of
-        optimum, not always the same one.
+        optimum, not always the same one. What is drawn cannot be extrapolated.
+    average
+        Of sampled EM: the share of the steps, at the end, over which statistics are averaged; the
+        last M-step is of their mean (Celeux, Chauveau & Diebolt 1996). 0 for none.
+
+    Raises
+    ------
+    ConfigError
+        Where sampled EM is to be accelerated, or `average` is not in [0, 1).
     """
 
     max_steps: int = 200
     tolerance: float = 1e-4
     responsibility: Responsibility = soft
     accelerate: bool = False
+    average: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.accelerate and self.drawn:
+            raise ConfigError("sampled EM cannot be accelerated: a draw does not extrapolate")
+        if not 0 <= self.average < 1:
+            raise ConfigError(f"average is {self.average}: it must be at least 0 and below 1")
+
+    @property
+    def drawn(self) -> bool:
+        """Whether responsibilities are drawn, so that no step can be judged by the one before."""
+        return isinstance(self.responsibility, Sampled)
 
     def step(self, story: Story, state: FitState, passes: Passes) -> tuple[FitState, StepInfo]:
         begin = time.perf_counter()
-        stats: StoryStats = passes.fold(EStep(story, state.params, self.responsibility))
+        work = EStep(story, state.params, self.responsibility, state.seed, state.step)
+        stats: StoryStats = passes.fold(work)
         log_prior = story.log_prior(state.params)
         info = StepInfo(
             state.step + 1,
@@ -426,7 +459,7 @@ class BatchEM:
             state = replace(state, outcome=Outcome.NONFINITE)
         else:
             outcome = Outcome.RUNNING
-            if last is not None and not leapt:
+            if last is not None and not (leapt or self.drawn):
                 fell = story.monotone and gain < -slack
                 if fell and gain < -slack - 2 * story.rounding(state.params):
                     outcome = Outcome.DECREASED
@@ -440,15 +473,35 @@ class BatchEM:
             before = state if last is not None and not leapt and not events else None
             state = replace(state, params=params, outcome=outcome, rescues=rescues)
             state = self._advance(story, state, before, stats)
+            if self.drawn:
+                state = self._averaged(state, info, stats)
         if state.outcome is Outcome.RUNNING and info.step - state.origin >= self.max_steps:
             # Nobody will see whether a leap was one too far.
             params = state.params
             if state.stride is not None and state.stride.leapt and state.stats is not None:
                 params = story.m_step(state.stats, params)
+            if state.average is not None and self.drawn:
+                params = story.m_step(state.average, params)
+                state = replace(state, stats=state.average)
             state = replace(state, params=params, outcome=Outcome.MAX_STEPS)
+        if not self.drawn or state.outcome is not Outcome.RUNNING:
+            state = replace(state, average=None)
         info = replace(info, seconds=time.perf_counter() - begin)
         # What an online learner remembers is of statistics that are no longer here.
-        return replace(state, memory=None, average=None, memo=None).after(info), info
+        return replace(state, memory=None, memo=None).after(info), info
+
+    def _averaged(self, state: FitState, info: StepInfo, stats: StoryStats) -> FitState:
+        """The state with the mean statistics of the late steps so far, of which `cursor` counts."""
+        early = info.step - state.origin <= (1 - self.average) * self.max_steps
+        # A component that was moved is elsewhere in what was averaged before.
+        if early or info.events or self.average == 0:
+            return replace(state, average=None, cursor=0)
+        if state.average is None or state.memory is not None:
+            return replace(state, average=stats, cursor=1)
+        n = state.cursor + 1
+        mean = state.average.scale(1 - 1 / n).merge(stats.scale(1 / n))
+        mean = replace(mean, n_rows=stats.n_rows, n_unobserved=stats.n_unobserved)
+        return replace(state, average=mean, cursor=n)
 
     def _advance(
         self, story: Story, state: FitState, before: FitState | None, stats: StoryStats
@@ -558,31 +611,43 @@ class Relay:
 def rescue(
     story: Story, state: FitState, stats: StoryStats, params: Params, faulty: Array
 ) -> tuple[Params, tuple[int, ...], tuple[str, ...]]:
-    """Re-seed empty and singular components at badly explained rows of the sample.
+    """Re-seed empty, singular and duplicated components at badly explained rows of the sample.
 
     A row is drawn among the twentieth of the sample that the parameters explain worst. Each
     component is re-seeded at most `MAX_RESCUES` times; after that it stays as the M-step left it,
-    which is finite. Where every component is at fault the data are, and none is moved. Returns
-    parameters, counts and the events in words.
+    which is finite. Of components that are the same the heaviest stays. Where every component is
+    empty or singular the data are at fault, and none is moved. Returns parameters, counts and the
+    events in words.
     """
     rescues = state.rescues or (0,) * story.n_components
     empty = stats.sum_r < EMPTY * max(stats.weight, 1e-300)
     fault = empty | faulty
-    wanted = [int(k) for k in np.flatnonzero(fault) if rescues[int(k)] < MAX_RESCUES]
-    if not wanted or state.sample is None or fault.all():
+    if state.sample is None or not state.sample.n_rows or fault.all():
+        return params, rescues, ()
+    sample = state.sample
+    why = {int(k): "empty" if empty[k] else "singular" for k in np.flatnonzero(fault)}
+    few = sample[np.linspace(0, sample.n_rows - 1, TWIN_ROWS).astype(np.intp)]
+    for first, second in story.twins(params, few) if story.n_components > 1 else ():
+        why.setdefault(second, f"the same as component {first}")
+    wanted = [k for k in sorted(why) if rescues[k] < MAX_RESCUES]
+    if not wanted:
         return params, rescues, ()
     rng = np.random.default_rng([state.seed, state.step])
-    log_prob = story.log_prob(state.params, state.sample)
+    log_prob = story.log_prob(state.params, sample)
     worst = np.argsort(log_prob, kind="stable")[: max(len(wanted), len(log_prob) // 20)]
     events = []
     counts = list(rescues)
     for k in wanted:
         row = int(rng.choice(worst))
-        sample = state.sample
-        params = story.place(params, k, sample.values[row], sample.is_observed[row])
+        moved = story.place(params, k, sample.values[row], sample.is_observed[row])
+        assert moved.family is not None
+        assert params.family is not None
+        # With everything frozen there is nothing to move.
+        if moved.family.digest() == params.family.digest():
+            continue
+        params = moved
         counts[k] += 1
-        what = "empty" if empty[k] else "singular"
-        events.append(f"component {k} was {what}: re-seeded at a badly explained row")
+        events.append(f"component {k} was {why[k]}: re-seeded at a badly explained row")
     return params, tuple(counts), tuple(events)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from genstream.errors import ConfigError, DataError
 from genstream.families.blocks import Array, slices
 from genstream.learn import FitState, Memory, Outcome, Passes, StepInfo
+from genstream.responsibility import Responsibility, soft
 from genstream.rows import Rows
 from genstream.story import Story, StoryStats
 
@@ -47,6 +48,9 @@ class OnlineEM:
     buffer_chunks
         Chunks read together, whose rows are mixed before they are cut into mini-batches: sorted
         data would otherwise be seen one kind at a time.
+    responsibility
+        A rule of `genstream.responsibility`; what `Sampled` draws follows from (seed, step,
+        mini-batch).
 
     Raises
     ------
@@ -61,6 +65,7 @@ class OnlineEM:
     max_passes: int = 1
     average: float = 0.5
     buffer_chunks: int = 4
+    responsibility: Responsibility = soft
 
     def __post_init__(self) -> None:
         ranges = [
@@ -155,8 +160,9 @@ class OnlineEM:
     ) -> tuple[FitState, StoryStats]:
         """All mini-batches of some rows, and the sum of their statistics as they were scored."""
         total: StoryStats | None = None
-        for batch in recut(pieces, n_rows, self._batch_size(n_rows)):
-            stats = story.e_step(state.params, batch)
+        for i, batch in enumerate(recut(pieces, n_rows, self._batch_size(n_rows))):
+            key = (state.seed, state.step, i)
+            stats = story.e_step(state.params, batch, self.responsibility, key)
             total = stats if total is None else total.merge(stats)
             if stats.weight > 0 and np.isfinite(stats.objective):
                 state = self._absorb(story, state, stats, late)

@@ -35,6 +35,7 @@ from genstream.evaluate import (
     PredictiveCheck,
     criteria,
 )
+from genstream.families.blocks import Description
 from genstream.learn import FitState, StepInfo
 from genstream.rows import Rows
 from genstream.schema import Column
@@ -70,6 +71,9 @@ MAX_EVENTS = 30
 MAX_VERSIONS = 12
 MAX_WAITING = 20
 MAX_TEXT = 400
+MAX_FACTORED = 6
+MAX_FACTORS = 60
+MAX_LOADED = 5
 # A drawn column is called different from the real one beyond both of these.
 FAR, FAR_EXPECTED = 0.05, 3.0
 
@@ -312,6 +316,24 @@ class Portrait:
                 )
         scored.sort(key=lambda pair: -pair[0])
         return [text for score, text in scored[:3] if score > 0.25]
+
+
+def _factors(portrait: Portrait, told: Description) -> list[dict[str, Any]]:
+    """What each factor of the heaviest components moves most, in deviations of a column."""
+    if told.loadings is None:
+        return []
+    found = []
+    names = portrait.story.schema.names
+    spread = np.where(portrait.spread > 0, portrait.spread, 1.0)
+    for j, p in portrait.levels.items():
+        spread[j] = 1.0 if p.shape[1] == 2 else spread[j]
+    for k in portrait.heaviest[:MAX_FACTORED]:
+        share = told.loadings[int(k)] / spread[:, None]
+        for i in range(share.shape[1]):
+            top = np.argsort(-np.abs(share[:, i]), kind="stable")[:MAX_LOADED]
+            moves = ", ".join(f"{names[j]} {share[j, i]:+.2f}" for j in top)
+            found.append({"component": int(k), "factor": i, "moves": moves})
+    return found[:MAX_FACTORS]
 
 
 def component_colours(n_components: int) -> Array:
@@ -799,20 +821,40 @@ def _fit_words(train: HeldOut | None, test: HeldOut | None) -> str:
     return f"Held-out rows are explained better than the rows of the fit, by {size}."
 
 
+def _story_words(story: Story) -> str:
+    """What is behind a row, in words."""
+    k, q = story.n_components, story.n_factors
+    parts = [f"{k} component{'s' if k > 1 else ''}"] if k > 1 or not q else []
+    if q:
+        parts.append(f"{q} factor{'s' if q > 1 else ''}")
+    options = story.family.options()
+    covariance = options.get("covariance")
+    if any(kind != "real" for kind in story.schema.kinds) and covariance == "diag":
+        return f"{' with '.join(parts)} over independent columns"
+    form = f", {covariance} covariance" if covariance else ""
+    return f"{' with '.join(parts)} ({story.family.name.replace('_', ' ')}{form})"
+
+
+def _measure(story: Story) -> str:
+    """What scores are: the log-likelihood, or a bound of it."""
+    return "bound on the log-likelihood" if story.bound else "log-likelihood"
+
+
 def _model_facts(story: Story, state: FitState) -> dict[str, str]:
-    told = story.family.options()
     prior = "weak conjugate priors (MAP)" if story.prior else "none (maximum likelihood)"
     facts = {
-        "Story": f"{story.n_components} components, {told['covariance']} covariance",
+        "Story": _story_words(story),
         "Free parameters": f"{story.n_parameters:,}",
         "Prior": prior,
         "Arithmetic": story.dtype,
         "Outcome": f"{state.outcome.value.replace('_', ' ')} after {state.step} steps",
     }
-    if told["reg_covar"]:
-        facts["Added to variances"] = number(told["reg_covar"])
-    if any(kind != "real" for kind in story.schema.kinds):
-        facts["Story"] = f"{story.n_components} components over independent columns"
+    if story.family.ridge:
+        facts["Added to variances"] = number(story.family.ridge)
+    if story.frozen:
+        facts["Kept as they were"] = ", ".join(sorted(story.frozen))
+    if story.bound:
+        facts["Log-likelihoods"] = "are lower bounds throughout: the exact ones are not tractable"
     if state.trace:
         seconds = sum(info.seconds for info in state.trace)
         facts["Time in steps"] = f"{number(seconds, 3)} s"
@@ -843,9 +885,10 @@ def _data_facts(content: ReportInput) -> dict[str, str]:
 def _headline(content: ReportInput) -> list[tuple[str, str, str]]:
     """(label, figure, explanation) of what a reader looks for first."""
     cards = []
+    measure = _measure(content.story)
     for label, score in (
-        ("log-likelihood, held out", content.test),
-        ("log-likelihood, fit", content.train),
+        (f"{measure}, held out", content.test),
+        (f"{measure}, fit", content.train),
     ):
         if score is not None:
             value = with_error(score.mean_loglik, score.standard_error)
@@ -853,7 +896,7 @@ def _headline(content: ReportInput) -> list[tuple[str, str, str]]:
     trace = content.state.trace
     if not cards and trace:
         last = trace[-1]
-        cards.append(("log-likelihood", number(last.mean_loglik), "nats a row, at the last step"))
+        cards.append((measure, number(last.mean_loglik), "nats a row, at the last step"))
     n_rows = content.train.n_rows if content.train else trace[-1].n_rows if trace else None
     if n_rows is not None:
         cards.append(("rows", f"{n_rows:,}", f"{content.story.schema.n_features} columns"))
@@ -885,12 +928,14 @@ def _page(content: ReportInput) -> dict[str, Any]:
         "created": content.created.strftime("%Y-%m-%d %H:%M %Z"),
         "colours": {"real": REAL, "drawn": DRAWN},
         "headline": _headline(content),
+        "measure": _measure(story),
         "warnings": found[:MAX_WARNINGS],
         "n_warnings_left": max(0, len(found) - MAX_WARNINGS),
         "model": _model_facts(story, state),
         "data": _data_facts(content),
         "columns": _columns(portrait, missing),
         "components": _components(portrait),
+        "factors": _factors(portrait, story.family.describe(state.params.family)),
         "assignment": assignment,
         "trace": _trace_picture(state.trace),
         "steps": steps,

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import sparse
 
 from genstream.errors import DataError
-from genstream.schema import Schema
+from genstream.schema import Column, Schema
 
 Array = NDArray[Any]
 
@@ -25,7 +26,8 @@ class Rows:
     Parameters
     ----------
     values
-        (n, d) float32 or float64; zero where an entry is missing.
+        (n, d) float32 or float64; zero where an entry is missing. Or a `scipy.sparse.csr_array`
+        in canonical form, of which every entry is observed: what is not stored is 0.
     observed
         (n, d) bool, or None where every entry is observed.
     weights
@@ -47,10 +49,15 @@ class Rows:
     ) -> Rows:
         """Rows from an array in which NaN marks a missing entry.
 
-        `values` is (n, d) and left untouched; `weights` is (n,). `first_row` and `names` only
-        serve error messages. Raises DataError on a wrong shape, an entry that is infinite or
-        beyond 1e152, or a weight that is negative or not finite, naming the first row and column.
+        `values` is (n, d) and left untouched; `weights` is (n,). A sparse array of any format is
+        kept as CSR, and cannot have gaps. `first_row` and `names` only serve error messages. Raises
+        DataError on a wrong shape, an entry that is infinite or beyond 1e152, a NaN among sparse
+        values, or a weight that is negative or not finite, naming the first row and column.
         """
+        given: Any = values
+        if sparse.issparse(given):
+            stored = _checked_sparse(given, first_row, names)
+            return cls(stored, None, _checked_weights(weights, stored.shape[0], first_row))
         array = np.asarray(values)
         if array.dtype.kind == "c":
             raise DataError("Complex data not supported: give real and imaginary parts as columns")
@@ -90,7 +97,7 @@ class Rows:
 
     @property
     def n_rows(self) -> int:
-        return len(self.values)
+        return int(self.values.shape[0])
 
     @property
     def n_features(self) -> int:
@@ -99,10 +106,28 @@ class Rows:
     @property
     def nbytes(self) -> int:
         """Memory held, in bytes."""
-        return sum(a.nbytes for a in (self.values, self.observed, self.weights) if a is not None)
+        arrays = [self.values, self.observed, self.weights]
+        if self.is_sparse:
+            stored: Any = self.values
+            arrays[:1] = [stored.data, stored.indices, stored.indptr]
+        return sum(a.nbytes for a in arrays if a is not None)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether `values` is sparse."""
+        return bool(sparse.issparse(self.values))
+
+    def dense(self) -> Rows:
+        """The same rows with values that are an array."""
+        if not self.is_sparse:
+            return self
+        stored: Any = self.values
+        return Rows(stored.toarray(), None, self.weights)
 
     def __getitem__(self, index: slice | Array) -> Rows:
-        """Some of the rows: a slice gives views, an index or mask array copies."""
+        """Some of the rows: a slice gives views where values are an array, an index or mask array
+        copies.
+        """
         return Rows(
             self.values[index],
             None if self.observed is None else self.observed[index],
@@ -118,7 +143,7 @@ class Rows:
     def filled(self, fill: float = np.nan) -> Array:
         """The (n, d) array with missing entries set to `fill` (NaN)."""
         if self.observed is None:
-            return self.values
+            return self.dense().values
         return np.where(self.observed, self.values, self.values.dtype.type(fill))
 
     @property
@@ -128,21 +153,29 @@ class Rows:
 
     @staticmethod
     def concatenate(pieces: Iterable[Rows]) -> Rows:
-        """All pieces one after another; they must have the same columns."""
+        """All pieces one after another; they must have the same columns. Sparse where all are."""
         parts = list(pieces)
         if len(parts) == 1:
             return parts[0]
+        if all(p.is_sparse for p in parts):
+            stored: Any = [p.values for p in parts]
+            stack: Any = sparse.vstack(stored, format="csr")
+        else:
+            parts = [p.dense() for p in parts]
+            stack = np.concatenate([p.values for p in parts])
         gaps = any(p.observed is not None for p in parts)
         weighted = any(p.weights is not None for p in parts)
         return Rows(
-            np.concatenate([p.values for p in parts]),
+            stack,
             np.concatenate([p.is_observed for p in parts]) if gaps else None,
             np.concatenate([p.row_weights for p in parts]) if weighted else None,
         )
 
     @property
     def is_observed(self) -> NDArray[np.bool_]:
-        """(n, d) mask, all true where nothing is missing."""
+        """(n, d) mask, all true where nothing is missing; not to be written to."""
+        if self.is_sparse:
+            return np.broadcast_to(np.True_, self.values.shape)
         if self.observed is None:
             return np.ones(self.values.shape, dtype=bool)
         return self.observed
@@ -157,27 +190,76 @@ class Rows:
             raise DataError(
                 f"the data have {self.n_features} columns, the schema {schema.n_features}"
             )
+        if self.is_sparse:
+            self._check_sparse(schema, first_row)
+            return self
         for j, column in enumerate(schema.columns):
             if column.kind == "real":
                 continue
             x = self.values[:, j]
-            wrong = (x < 0) | (x != np.floor(x))
-            allowed = "0, 1, 2, ..."
-            if column.kind == "binary":
-                wrong |= x > 1
-                allowed = "0 or 1"
-            elif column.kind == "categorical":
-                wrong |= x >= column.n_levels
-                allowed = f"a level's position, 0 to {column.n_levels - 1}"
+            most, allowed = _allowed(column)
+            wrong = (x < 0) | (x != np.floor(x)) | (x > most)
             if self.observed is not None:
                 wrong &= self.observed[:, j]
             if wrong.any():
                 i = int(np.argmax(wrong))
-                raise DataError(
-                    f"row {first_row + i}, column {column.name!r}: {x[i]:g} is not possible in a "
-                    f"{column.kind} column, which takes {allowed}"
-                )
+                raise _impossible(first_row + i, column, x[i], allowed)
         return self
+
+    def _check_sparse(self, schema: Schema, first_row: int) -> None:
+        stored: Any = self.values
+        most = np.array([_allowed(column)[0] for column in schema.columns])[stored.indices]
+        x = stored.data
+        wrong = ((x < 0) | (x != np.floor(x)) | (x > most)) & ~np.isnan(most)
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            i = int(np.searchsorted(stored.indptr, at, side="right")) - 1
+            column = schema.columns[stored.indices[at]]
+            raise _impossible(first_row + i, column, x[at], _allowed(column)[1])
+
+
+def _allowed(column: Column) -> tuple[float, str]:
+    """The largest whole number a column takes, NaN for a real one, and what it takes in words."""
+    if column.kind == "real":
+        return np.nan, "any number"
+    if column.kind == "binary":
+        return 1.0, "0 or 1"
+    if column.kind == "categorical":
+        last = column.n_levels - 1
+        return float(last), f"a level's position, 0 to {last}"
+    return np.inf, "0, 1, 2, ..."
+
+
+def _impossible(row: int, column: Column, x: float, allowed: str) -> DataError:
+    return DataError(
+        f"row {row}, column {column.name!r}: {x:g} is not possible in a "
+        f"{column.kind} column, which takes {allowed}"
+    )
+
+
+def _checked_sparse(values: Any, first_row: int, names: Sequence[str] | None) -> Any:
+    """A sparse array as CSR of float32 or float64, sorted and without doubles."""
+    if values.dtype.kind not in "biuf":
+        raise DataError(f"values of type {values.dtype} are not numbers")
+    if values.ndim != 2:
+        raise DataError(f"expected a 2D array of rows and columns, got {values.ndim} dimensions")
+    stored = sparse.csr_array(values)
+    if stored.dtype not in (np.float32, np.float64):
+        stored = stored.astype(np.float64)
+    if not stored.has_canonical_format:
+        if stored is values or np.shares_memory(stored.data, values.data):
+            stored = stored.copy()
+        stored.sum_duplicates()
+    wrong = ~(np.abs(stored.data) <= LARGEST)
+    if wrong.any():
+        at = int(np.argmax(wrong))
+        i, j = int(np.searchsorted(stored.indptr, at, side="right")) - 1, stored.indices[at]
+        column = repr(names[j]) if names is not None else str(j)
+        advice = "give the column another unit"
+        if np.isnan(stored.data[at]):
+            advice = "sparse values cannot have gaps: leave a 0 out, or give an array"
+        raise DataError(f"row {first_row + i}, column {column} is {stored.data[at]:g}: {advice}")
+    return stored
 
 
 def _checked_weights(

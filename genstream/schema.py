@@ -11,6 +11,7 @@ from genstream.errors import ConfigError, DataError
 
 Kind = Literal["real", "binary", "count", "categorical"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+NUMERIC: tuple[Kind, ...] = ("real", "binary", "count")
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,26 @@ class Schema:
         """Positions of the columns of one kind."""
         return tuple(j for j, column in enumerate(self.columns) if column.kind == kind)
 
+    def labels(self) -> dict[str, list[str]]:
+        """Labels of the axes of records over these columns: of each kind, of all and of levels."""
+        labels: dict[str, list[str]] = {
+            kind: [self.columns[j].name for j in self.of_kind(kind)] for kind in NUMERIC
+        }
+        labels["feature"] = list(self.names)
+        labels["level"] = [
+            f"{self.columns[j].name}={level}"
+            for j in self.of_kind("categorical")
+            for level in self.columns[j].levels
+        ]
+        return labels
+
     def select(self, names: Sequence[str]) -> Schema:
         """The schema of some columns, in the order named."""
         return Schema(tuple(self[name] for name in names))
+
+    def at(self, columns: Iterable[int]) -> Schema:
+        """The schema of some columns, by position."""
+        return Schema(tuple(self.columns[j] for j in columns))
 
     def to_json(self) -> list[dict[str, Any]]:
         """A list of plain dictionaries, one a column; `from_json` undoes it."""

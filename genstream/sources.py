@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 from genstream.errors import ConfigError, CorruptError, DataError, StorageError
 from genstream.rows import Rows
@@ -163,7 +164,11 @@ class ArraySource:
 
     def _rows(self, i: int, taken: Any) -> Rows:
         first, last = self._starts[i], self._starts[i + 1]
-        values = np.ascontiguousarray(taken, dtype=self.dtype)
+        stored: Any = taken
+        if sparse.issparse(taken):
+            values = stored.astype(self.dtype)
+        else:
+            values = np.ascontiguousarray(taken, dtype=self.dtype)
         weights = None if self.weights is None else _numbers(self.weights[first:last])
         try:
             rows = Rows.of(values, weights, first_row=first, names=self.schema.names)
@@ -209,7 +214,7 @@ class NumpySource(ArraySource):
     Parameters
     ----------
     array
-        (n, d) numbers; NaN, or a masked entry, is missing.
+        (n, d) numbers; NaN, or a masked entry, is missing. Sparse arrays stay sparse.
     schema
         The columns, or their names; real columns `x0`, `x1`, ... when left out.
     weights
@@ -236,12 +241,22 @@ class NumpySource(ArraySource):
         if isinstance(array, np.ma.MaskedArray):
             small = array.dtype in _SMALL_FLOATS
             array = np.ma.filled(array.astype(np.float32 if small else np.float64), np.nan)
-        self.array = np.asarray(array)
+        stored: Any = array if sparse.issparse(array) else None
+        self.array: Any = np.asarray(array) if stored is None else sparse.csr_array(stored)
         super().__init__(name, self.array.shape, self.array.dtype, chunk_rows, schema, weights)
 
     def _take(self, first: int, last: int) -> Array:
         taken: Array = self.array[first:last]
         return taken
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Memory of the largest chunk, in bytes."""
+        if not sparse.issparse(self.array):
+            return super().chunk_nbytes
+        array: Any = self.array
+        stored = np.diff(array.indptr[list(self._starts)]).max(initial=0)
+        return int(stored) * (self.dtype.itemsize + 4) + 16 * max(self.chunk_rows)
 
 
 class NpySource(ArraySource):

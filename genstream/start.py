@@ -13,6 +13,7 @@ from genstream.families.blocks import Array
 from genstream.learn import BatchEM, FitState, Learner, Outcome, Relay, Resident, fit
 from genstream.online import OnlineEM
 from genstream.passes import Passes
+from genstream.responsibility import Responsibility, soft
 from genstream.rows import Rows
 from genstream.story import Params, Story
 
@@ -80,7 +81,7 @@ def rescue_rows(sample: Rows, seed: int) -> Rows:
     if sample.n_rows > RESCUE_ROWS:
         rng = np.random.default_rng([seed, 1])
         sample = sample[np.sort(rng.choice(sample.n_rows, RESCUE_ROWS, replace=False))]
-    return Rows(sample.values, sample.observed)
+    return Rows(sample.dense().values, sample.observed)
 
 
 def seed_centres(
@@ -102,14 +103,14 @@ def seed_centres(
         total = mass.sum()
         chance = mass / total if total > 0 else weight / weight.sum()
         trials = rng.choice(n, size=1 if k == 0 else n_trials, p=chance)
-        reached = np.minimum(nearest[:, None], _distances(x, observed, x[trials]))
+        reached = np.minimum(nearest[:, None], distances(x, observed, x[trials]))
         best = int((weight @ reached).argmin())
         nearest = reached[:, best]
         centres[k] = x[trials[best]]
     return centres
 
 
-def _distances(x: Array, observed: NDArray[np.bool_], centres: Array) -> Array:
+def distances(x: Array, observed: NDArray[np.bool_], centres: Array) -> Array:
     """(n, K) squared distances over the observed coordinates, scaled up to all of them."""
     seen = observed.astype(np.float64)
     squared = (x**2).sum(axis=1)[:, None] - 2 * x @ centres.T + seen @ (centres**2).T
@@ -127,7 +128,7 @@ def cluster(
     """Lloyd's algorithm from given centres, over observed entries: centres and labels (n,)."""
     labels = np.full(len(x), -1)
     for _ in range(max_steps):
-        fresh = _distances(x, observed, centres).argmin(axis=1)
+        fresh = distances(x, observed, centres).argmin(axis=1)
         if (fresh == labels).all():
             break
         labels = fresh
@@ -135,19 +136,19 @@ def cluster(
         member[labels, np.arange(len(x))] = weight
         mass = member @ observed
         centres = np.where(mass > 0, (member @ x) / np.where(mass > 0, mass, 1.0), centres)
-    return centres, _distances(x, observed, centres).argmin(axis=1)
+    return centres, distances(x, observed, centres).argmin(axis=1)
 
 
 def seed_params(story: Story, sample: Rows, rng: np.random.Generator) -> Params:
     """Parameters from clusters of the sample: seeding, a few Lloyd steps, and one M-step."""
-    x, observed = story.family.embed(sample)
+    x, observed = story.family.embed(story.readable(sample))
     weight = sample.row_weights
     small = np.arange(len(x))
     if len(x) > SEED_ROWS:
         small = np.sort(rng.choice(len(x), SEED_ROWS, replace=False))
     centres = seed_centres(x[small], observed[small], weight[small], story.n_components, rng)
     centres, _ = cluster(x[small], observed[small], weight[small], centres)
-    labels = _distances(x, observed, centres).argmin(axis=1)
+    labels = distances(x, observed, centres).argmin(axis=1)
     return params_from_labels(story, sample, labels, rng)
 
 
@@ -176,6 +177,8 @@ def warm_start(
     long_steps: int = 100,
     tolerance: float = 1e-4,
     seeding: Seeding = seed_params,
+    given: Params | None = None,
+    responsibility: Responsibility = soft,
     on_start: Callable[[int, float], None] | None = None,
 ) -> tuple[Story, FitState]:
     """An anchored story and a state from which full passes begin.
@@ -183,18 +186,23 @@ def warm_start(
     A sample over all chunks fixes pivot and prior. Of `n_init` seeded fits of `short_steps` EM
     steps on the sample the one with the best objective goes on, for at most `long_steps`, to
     `tolerance` (nats a row). The state holds the sample's statistics, from which online EM begins.
-    `seeding` makes the parameters each short fit begins with;
+    `seeding` makes the parameters each short fit begins with. `given` parameters take the place of
+    starts, and `responsibility` is the rule by which the sample is fitted.
     `on_start(i, mean objective)` is called after each of them.
     Everything follows from `seed`. Raises DataError where the data cannot start a fit.
     """
     sample = draw_sample(passes, sample_rows, seed)
     story = story.anchored(sample)
     kept = rescue_rows(sample, seed)
+    if given is not None:
+        key = (seed, 0, 0)
+        stats = story.e_step(given, sample, responsibility, key)
+        return story, FitState(given, seed=seed, stats=stats, sample=kept)
     best: FitState | None = None
     for i in range(max(1, n_init)):
         rng = np.random.default_rng([seed, 2, i])
         state = FitState(seeding(story, sample, rng), seed=seed, sample=kept)
-        state = fit(story, BatchEM(short_steps, tolerance), Resident(sample), state)
+        state = fit(story, BatchEM(short_steps, tolerance, responsibility), Resident(sample), state)
         value = state.trace[-1].mean_objective
         if on_start is not None:
             on_start(i, value)
@@ -207,7 +215,7 @@ def warm_start(
         )
     if best.outcome is Outcome.MAX_STEPS and long_steps > short_steps:
         best = replace(best, outcome=Outcome.RUNNING)
-        best = fit(story, BatchEM(long_steps, tolerance), Resident(sample), best)
+        best = fit(story, BatchEM(long_steps, tolerance, responsibility), Resident(sample), best)
     return story, FitState(best.params, seed=seed, stats=best.stats, sample=kept)
 
 

@@ -8,8 +8,9 @@ converts to a labelled `xarray.Dataset` and back without code of its own.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -43,7 +44,10 @@ class Record:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Record):
-                yield from value.leaves(f"{prefix}{field.name}.")
+                scope = field.metadata.get("scope", "")
+                for name, names, leaf in value.leaves(f"{prefix}{field.name}."):
+                    own = tuple(n if n == "component" else scope + n for n in names)
+                    yield name, own, leaf
             elif value is not None:
                 yield prefix + field.name, field.metadata.get("axes", ()), value
 
@@ -63,6 +67,18 @@ class Record:
             return out
 
         return _map(self, taken)
+
+    def graft(self, other: Self, names: Collection[str], prefix: str = "") -> Self:
+        """This record with some leaves of another, by their dotted names or the ends of these."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            old, new = getattr(self, field.name), getattr(other, field.name)
+            name = prefix + field.name
+            if isinstance(old, Record):
+                values[field.name] = old.graft(new, names, name + ".")
+            elif any(name == each or name.endswith("." + each) for each in names):
+                values[field.name] = new
+        return dataclasses.replace(self, **values)
 
     def digest(self) -> str:
         """Sha256 of the names, shapes and bytes of all leaves: equal where every bit is."""
@@ -153,6 +169,56 @@ class Monoid(Record):
         return _map(self, lambda value, _: value * 0)
 
 
+@dataclass(frozen=True, eq=False)
+class Joint(Record):
+    """Records side by side, in fields called `block0`, `block1`, ...: see `side_by_side`."""
+
+    @property
+    def blocks(self) -> tuple[Any, ...]:
+        """The records, in order."""
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        inner = tuple(field.metadata["record"] for field in dataclasses.fields(self))
+        return _joined, (type(self).__mro__[1], inner, self.blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class JointStats(Joint, Monoid):
+    """Statistics side by side."""
+
+
+J = TypeVar("J", bound=Joint)
+
+
+def side_by_side(base: type[J], *inner: type[Record]) -> type[J]:
+    """The type of a record of records of types `inner`, as fields `block0`, `block1`, ...
+
+    Axes of one block are not those of another, though their names be the same: all but `component`
+    are called `block0.feature`, `block1.feature`, ... in datasets.
+    """
+    key: Any = base
+    made: type[J] = _side_by_side(key, inner)
+    return made
+
+
+@functools.cache
+def _side_by_side(base: Any, inner: tuple[Any, ...]) -> Any:
+    blocks: list[Any] = []
+    place = {"__module__": base.__module__}
+    for i, kind in enumerate(inner):
+        about = {"record": kind, "scope": f"block{i}."}
+        blocks.append((f"block{i}", kind, dataclasses.field(default=None, metadata=about)))
+    return dataclasses.make_dataclass(
+        base.__name__, blocks, bases=(base,), frozen=True, eq=False, namespace=place
+    )
+
+
+def _joined(base: Any, inner: tuple[Any, ...], blocks: tuple[Any, ...]) -> Joint:
+    joined: Joint = _side_by_side(base, inner)(*blocks)
+    return joined
+
+
 def _map(item: R, function: Callable[[Any, tuple[str, ...]], Any]) -> R:
     values = {}
     for field in dataclasses.fields(item):
@@ -177,16 +243,26 @@ def _zip(left: R, right: R) -> R:
 
 
 def record_to_json(item: Record | None) -> dict[str, Any] | None:
-    """The arrays and numbers of a record without records in it, as plain lists and numbers."""
+    """The arrays and numbers of a record by their dotted names, as plain lists and numbers."""
     if item is None:
         return None
     return {name: np.asarray(value).tolist() for name, _, value in item.leaves()}
 
 
 def record_from_json(kind: type[R], data: Mapping[str, Any] | None) -> R | None:
-    """Inverse of `record_to_json`, to the bit."""
+    """Inverse of `record_to_json`, to the bit. A record of which nothing is there becomes None."""
     if data is None:
         return None
-    return kind(
-        **{k: np.array(v, dtype=np.float64) if isinstance(v, list) else v for k, v in data.items()}
-    )
+    nested: dict[str, dict[str, Any]] = {}
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        own, _, rest = name.partition(".")
+        if rest:
+            nested.setdefault(own, {})[rest] = value
+        else:
+            values[name] = np.array(value, dtype=np.float64) if isinstance(value, list) else value
+    for field in dataclasses.fields(kind):
+        if field.name in nested:
+            inner = field.metadata["record"]
+            values[field.name] = record_from_json(inner, nested[field.name])
+    return kind(**values)

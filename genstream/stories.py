@@ -6,15 +6,59 @@ returns a `Story` that any learner can learn.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
 from genstream.errors import ConfigError
+from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
+from genstream.families.factors import NOISES, STATISTICS, Factors
 from genstream.families.gaussian import Gaussian
-from genstream.schema import Schema
+from genstream.families.negative_binomial import NegativeBinomial
+from genstream.families.product import Part, Product
+from genstream.families.student import Student
+from genstream.families.zero_inflated import ZeroInflated
+from genstream.schema import Kind, Schema
 from genstream.story import Story
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 DTYPES = ("float64", "float32")
 PRIORS = ("weak", None)
+# Moments of d columns are summed where those of all components fit a core's share of the cache,
+# and where their features of a block do: beyond that a pass through the latent is shorter.
+MOMENT_NUMBERS = 1 << 20
+MOMENT_COLUMNS = 256
+TAILS = ("gaussian", "student")
+# What a block's columns may be, and the kind of column each takes; None stands for all kinds.
+BLOCKS: dict[str, Kind | None] = {
+    "full": "real",
+    "tied": "real",
+    "diag": "real",
+    "spherical": "real",
+    "student": "real",
+    "negative_binomial": "count",
+    "zero_inflated": "count",
+    "independent": None,
+}
+COUNTS = ("poisson", "negative_binomial", "zero_inflated")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Columns that a family describes together, independent of all others given the component.
+
+    Parameters
+    ----------
+    columns
+        Their names, in any order.
+    family
+        `full`, `tied`, `diag` or `spherical` Gaussians, or `student` (multivariate t with full
+        scale matrices), of real columns; `negative_binomial` counts; or `independent` columns of
+        any kind.
+    """
+
+    columns: Sequence[str]
+    family: str = "full"
 
 
 def mixture(
@@ -22,27 +66,48 @@ def mixture(
     n_components: int,
     *,
     covariance: str | None = None,
+    tails: str = "gaussian",
+    counts: Mapping[str, str] | None = None,
+    blocks: Sequence[Block] = (),
     prior: str | None = "weak",
     reg_covar: float = 0.0,
     dtype: str = "float64",
+    frozen: Iterable[str] = (),
 ) -> Story:
     """The story of a mixture over the columns of `schema`.
+
+    Given the component, real columns are jointly Gaussian as `covariance` says, and all others
+    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical. `tails`,
+    `counts` and `blocks` say otherwise. Where that takes more than one family, the story's is their
+    product.
 
     Parameters
     ----------
     schema
-        Real columns only, or columns of any kind.
+        The columns, of any kind.
     n_components
         K, at least 1.
     covariance
-        `full`, `tied`, `diag` or `spherical`; `full` and `tied` need real columns throughout.
-        None stands for `full` where all columns are real and for `diag` elsewhere.
+        What the real columns have: a `full` covariance a component, one `tied` covariance, `diag`
+        for a variance a column, `spherical` for a variance a component. None stands for `full`
+        where all columns are real and for `diag` elsewhere.
+    tails
+        `gaussian`; or `student` for real columns that are multivariate t, which outliers pull less,
+        with scale matrices of the form of `covariance`.
+    counts
+        What count columns are, by name: `poisson` (where nothing is said), `negative_binomial`, or
+        `zero_inflated`, a Poisson count or nought for another reason.
+    blocks
+        Columns that depend on one another, and how. Columns in no block go by their kind.
     prior
         `weak` for MAP under weak conjugate priors, None for maximum likelihood.
     reg_covar
         Added to every variance after each M-step, in squared data units.
     dtype
         Arithmetic of the E-step: `float64` or `float32`.
+    frozen
+        Parameters that learning leaves as they are: `weights`, or names of the family's; in
+        products also those of one block, such as `block0.mean`.
 
     Raises
     ------
@@ -54,6 +119,8 @@ def mixture(
         covariance = "full" if real else "diag"
     if covariance not in COVARIANCES:
         raise ConfigError(f"covariance {covariance!r} is not one of {', '.join(COVARIANCES)}")
+    if tails not in TAILS:
+        raise ConfigError(f"tails {tails!r} is not one of {', '.join(TAILS)}")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if prior not in PRIORS:
@@ -62,16 +129,191 @@ def mixture(
         raise ConfigError(f"n_components is {n_components}: a mixture needs at least 1 component")
     if reg_covar < 0:
         raise ConfigError(f"reg_covar is {reg_covar:g}: it must not be negative")
-    if not real and covariance != "diag":
-        other = next(c for c in schema.columns if c.kind != "real")
-        raise ConfigError(
-            f"covariance {covariance!r} needs real columns throughout, but {other.name!r} is "
-            f"{other.kind}: use 'diag', under which columns are independent given the component"
-        )
-    if covariance in ("full", "tied"):
-        family: Gaussian | IndependentColumns = Gaussian(
-            schema.n_features, covariance == "tied", reg_covar, dtype
-        )
+    told = [*blocks, *_count_blocks(schema, counts or {})]
+    held = _check_blocks(schema, told)
+    rest = [c for c in schema.columns if c.name not in held]
+    joint = [c.name for c in rest if c.kind == "real"]
+    if (covariance != "diag" or tails == "student") and not joint and not blocks:
+        asked = f"tails {tails!r}" if covariance == "diag" else f"covariance {covariance!r}"
+        raise ConfigError(f"{asked} needs real columns, and there are none: leave it out")
+
+    def part(names: Iterable[str], kind: str) -> Part:
+        columns = tuple(sorted(schema.index(name) for name in names))
+        return Part(columns, _family(kind, schema.at(columns), reg_covar, dtype))
+
+    parts = [part(block.columns, block.family) for block in told]
+    if joint and tails == "student":
+        columns = tuple(schema.index(name) for name in joint)
+        parts.append(Part(columns, Student(len(joint), covariance, reg_covar, dtype)))
+    elif joint and covariance != "diag":
+        parts.append(part(joint, covariance))
     else:
-        family = IndependentColumns(schema, covariance == "spherical", reg_covar, dtype)
-    return Story(schema, family, n_components, prior)
+        joint = []
+    others = [c.name for c in rest if c.name not in joint]
+    if others:
+        parts.append(part(others, "independent"))
+    parts.sort(key=lambda one: one.columns)
+    family: Family = parts[0].family if len(parts) == 1 else Product(schema, tuple(parts))
+    return Story(schema, family, n_components, prior, frozenset(frozen))
+
+
+def _count_blocks(schema: Schema, counts: Mapping[str, str]) -> list[Block]:
+    """The blocks of count columns that are not Poisson, those of one family together.
+
+    Raises ConfigError where a column is not there or is no count, or there is no such family.
+    """
+    told: dict[str, list[str]] = {}
+    for name, family in counts.items():
+        if family not in COUNTS:
+            raise ConfigError(f"counts: {name!r}: {family!r} is not one of {', '.join(COUNTS)}")
+        if name not in schema.names or schema[name].kind != "count":
+            known = ", ".join(schema.columns[j].name for j in schema.of_kind("count")) or "none"
+            raise ConfigError(f"counts: there is no count column {name!r}; there are {known}")
+        told.setdefault(family, []).append(name)
+    return [Block(names, family) for family, names in told.items() if family != "poisson"]
+
+
+def _check_blocks(schema: Schema, blocks: Sequence[Block]) -> set[str]:
+    """The names of all columns in blocks. Raises ConfigError where one does not fit."""
+    held: set[str] = set()
+    for block in blocks:
+        if block.family not in BLOCKS:
+            raise ConfigError(
+                f"block ({', '.join(block.columns)}): family {block.family!r} is not one of "
+                f"{', '.join(BLOCKS)}"
+            )
+        if not block.columns:
+            raise ConfigError(f"a {block.family} block names no columns")
+        for name in block.columns:
+            if name not in schema.names:
+                raise ConfigError(
+                    f"block ({', '.join(block.columns)}): there is no column {name!r}; the columns "
+                    f"are {', '.join(schema.names)}"
+                )
+            if name in held:
+                raise ConfigError(f"column {name!r} is named twice in blocks and counts")
+            held.add(name)
+            kind = BLOCKS[block.family]
+            if kind is not None and schema[name].kind != kind:
+                raise ConfigError(
+                    f"block ({', '.join(block.columns)}): {block.family} takes {kind} columns, and "
+                    f"{name!r} is {schema[name].kind}"
+                )
+    return held
+
+
+def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
+    """The family of one block of columns."""
+    if kind in ("full", "tied"):
+        return Gaussian(schema.n_features, kind == "tied", reg_covar, dtype)
+    if kind == "student":
+        return Student(schema.n_features, "full", reg_covar, dtype)
+    if kind == "negative_binomial":
+        return NegativeBinomial(schema, dtype)
+    if kind == "zero_inflated":
+        return ZeroInflated(schema, dtype)
+    return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
+
+
+def factors(
+    schema: Schema,
+    n_factors: int,
+    n_components: int = 1,
+    *,
+    noise: str = "diagonal",
+    shared_noise: bool = False,
+    prior: str | None = "weak",
+    dtype: str = "float64",
+    frozen: Iterable[str] = (),
+    statistics: str = "auto",
+) -> Story:
+    """Factor analysis, probabilistic PCA, and mixtures of them, over real columns.
+
+        t ~ N(0, I),    x | k, t ~ N(mean_k + W_k t, noise_k)
+
+    Parameters
+    ----------
+    schema
+        Real columns only.
+    n_factors
+        q, the number of factors, from 1 to one less than there are columns.
+    n_components
+        K; 1 is plain factor analysis.
+    noise
+        `diagonal`: a variance a column (factor analysis); `isotropic`: one for all (PPCA).
+    shared_noise
+        Whether all components have the same noise.
+    prior
+        `weak` for MAP under weak priors of mean and noise, None for maximum likelihood, under
+        which noise may sit on its floor.
+    dtype
+        Arithmetic of the E-step: `float64` or `float32`.
+    frozen
+        Parameters that learning leaves as they are: `weights`, `mean`, `loadings`, `noise`.
+    statistics
+        `moments`: sums of `x x'`, with which complete data of one component need a single pass;
+        `latent`: sums through the factors, for many columns. `auto` takes moments of up to 256
+        columns where those of all components make at most 2^20 numbers.
+
+    Raises
+    ------
+    ConfigError
+        Where an argument is not one of those, or does not fit the columns.
+    """
+    other = next((c for c in schema.columns if c.kind != "real"), None)
+    if other is not None:
+        raise ConfigError(
+            f"factors need real columns throughout, but {other.name!r} is {other.kind}"
+        )
+    d = schema.n_features
+    if not 1 <= n_factors < d:
+        raise ConfigError(
+            f"n_factors is {n_factors}: with {d} columns it must be at least 1 and less than {d}"
+        )
+    if noise not in NOISES:
+        raise ConfigError(f"noise {noise!r} is not one of {', '.join(NOISES)}")
+    if statistics not in ("auto", *STATISTICS):
+        raise ConfigError(f"statistics {statistics!r} is not one of auto, {', '.join(STATISTICS)}")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if prior not in PRIORS:
+        raise ConfigError(f"prior {prior!r} is not one of weak, None")
+    if n_components < 1:
+        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    if statistics == "auto":
+        few = d <= MOMENT_COLUMNS and n_components * d**2 <= MOMENT_NUMBERS
+        statistics = "moments" if few else "latent"
+    family = Factors(d, n_factors, noise == "isotropic", shared_noise, statistics, dtype)
+    return Story(schema, family, n_components, prior, frozenset(frozen))
+
+
+def kmeans(schema: Schema, n_components: int, *, dtype: str = "float64") -> Story:
+    """The story of which K-means is hard EM: spherical Gaussians, equally large and equally likely.
+
+        k ~ Uniform(1..K),    x | k ~ N(mean_k, variance I)
+
+    Parameters
+    ----------
+    schema
+        Real columns only.
+    n_components
+        K, at least 1.
+    dtype
+        Arithmetic of the E-step: `float64` or `float32`.
+
+    Raises
+    ------
+    ConfigError
+        Where an argument is not one of those, or does not fit the columns.
+    """
+    other = next((c for c in schema.columns if c.kind != "real"), None)
+    if other is not None:
+        raise ConfigError(
+            f"K-means needs real columns throughout, but {other.name!r} is {other.kind}"
+        )
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if n_components < 1:
+        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    family = IndependentColumns(schema, spherical=True, shared=True, dtype=dtype)
+    return Story(schema, family, n_components, None, frozenset({"weights"}))

@@ -9,48 +9,32 @@ E-step of any rows returns sufficient statistics, which add; the M-step sees sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from genstream.errors import ConfigError, CorruptError, DataError
 from genstream.families import FAMILIES
-from genstream.families.blocks import MAX_BLOCK, Array, Family, Index, Pivot, Walk, slices
+from genstream.families.blocks import (
+    MAX_BLOCK,
+    Array,
+    FactorWalk,
+    Family,
+    Index,
+    Pivot,
+    Walk,
+    slices,
+)
+from genstream.responsibility import Key, Responsibility, rule_of, soft
 from genstream.rows import Rows
-from genstream.schema import Kind, Schema
+from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
 
-NUMERIC: tuple[Kind, ...] = ("real", "binary", "count")
-
-# A responsibility rule turns log-joints (K, n) into responsibilities in place, and returns the
-# (n,) contributions sum_k r (log joint - log r) to the objective.
-Responsibility = Callable[[Array], Array]
-
-
-def soft(log_joint: Array) -> Array:
-    """Responsibilities `r_k = p(k | x)`; the objective is `log p(x)`."""
-    peak = log_joint.max(axis=0)
-    log_joint -= peak
-    # Below this, exp gives denormal numbers, which slow a matrix product many times over.
-    np.maximum(log_joint, -80.0 if log_joint.dtype == np.float32 else -700.0, out=log_joint)
-    np.exp(log_joint, out=log_joint)
-    total = log_joint.sum(axis=0)
-    log_joint *= 1.0 / total
-    value: Array = np.add(peak, np.log(total, dtype=np.float64), dtype=np.float64)
-    return value
-
-
-def hard(log_joint: Array) -> Array:
-    """All responsibility to the likeliest component; the objective is its log-joint."""
-    best = log_joint.argmax(axis=0)
-    every = np.arange(log_joint.shape[1])
-    objective: Array = log_joint[best, every].astype(np.float64)
-    log_joint[:] = 0.0
-    log_joint[best, every] = 1.0
-    return objective
+# Log-densities this close, relative to 1 + their size, tell no two components apart.
+TWIN = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,13 +175,19 @@ class Story:
     def anchored(self, sample: Rows) -> Story:
         """This story with pivot and prior fixed from a sample of rows."""
         self._check(sample)
-        weak = self.prior == "weak"
-        return replace(self, family=self.family.anchored(sample, self.n_components, weak))
+        family = self.family.anchored(
+            self.readable(sample), self.n_components, self.prior == "weak"
+        )
+        return replace(self, family=family)
 
     def vague(self) -> Params:
         """Equal components as wide as the sample, from which a start is made."""
         weights = np.full(self.n_components, 1.0 / self.n_components)
         return Params(weights, self.family.vague(self.n_components))
+
+    def readable(self, rows: Rows) -> Rows:
+        """Rows as the family takes them: with sparse values only where it works on those."""
+        return rows if getattr(self.family, "sparse", False) else rows.dense()
 
     def _check(self, rows: Rows) -> None:
         if rows.n_features != self.schema.n_features:
@@ -209,31 +199,38 @@ class Story:
     def _walk(self, params: Params, rows: Rows) -> Walk:
         self._check(rows)
         weights = np.maximum(params.weights, 1e-300)
-        return self.family.prepare(params.family, np.log(weights)).walk(rows)
+        return self.family.prepare(params.family, np.log(weights)).walk(self.readable(rows))
 
     # Values too extreme for the arithmetic show in the objective, not as warnings on the way.
     @np.errstate(over="ignore", invalid="ignore")
     def e_step(
-        self, params: Params, rows: Rows, responsibility: Responsibility | Array = soft
+        self,
+        params: Params,
+        rows: Rows,
+        responsibility: Responsibility | Array = soft,
+        key: Key | None = None,
     ) -> StoryStats:
         """Sufficient statistics of some rows.
 
-        `responsibility` is a rule (`soft`, `hard`), or an (n, K) array of responsibilities given
-        from outside, which leaves the objective at 0.
+        `responsibility` is a rule of `genstream.responsibility`, or an (n, K) array of
+        responsibilities given from outside, which leaves the objective at 0. A rule that draws
+        needs a `key` to draw by.
         """
+        given = responsibility if isinstance(responsibility, np.ndarray) else None
+        rule = soft if isinstance(responsibility, np.ndarray) else rule_of(responsibility, key)
         walk = self._walk(params, rows)
         sum_r = np.zeros(self.n_components)
         objective = weight = 0.0
         n_observed = 0
         for index in walk.blocks():
             log_joint = walk.score()
-            if callable(responsibility):
-                value = responsibility(log_joint)
+            if given is None:
+                value = rule(log_joint)
                 base = walk.base()
                 if base is not None:
                     value = value + base
             else:
-                log_joint[:] = responsibility[index].T
+                log_joint[:] = given[index].T
                 value = np.zeros(log_joint.shape[1])
             n_observed += len(value)
             if rows.weights is None:
@@ -247,11 +244,12 @@ class Story:
                 log_joint *= block.astype(log_joint.dtype)
             sum_r += log_joint.sum(axis=1, dtype=np.float64)
             walk.gather(log_joint)
-        if self.dtype == "float32" and not np.isfinite(objective):
-            # A row beyond float32's range: its chunk is done again, in float64.
-            return self._in_float64().e_step(params, rows, responsibility)
         family = walk.close()
-        return StoryStats(rows.n_rows, rows.n_rows - n_observed, weight, objective, sum_r, family)
+        stats = StoryStats(rows.n_rows, rows.n_rows - n_observed, weight, objective, sum_r, family)
+        if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
+            # A row beyond float32's range: its chunk is done again, in float64.
+            return self._in_float64().e_step(params, rows, responsibility, key)
+        return stats
 
     def maximise(self, stats: StoryStats, previous: Params) -> tuple[Params, NDArray[np.bool_]]:
         """The M-step, and (K,) which components were empty or singular and need rescue."""
@@ -374,7 +372,7 @@ class Story:
             chosen[:] = component
         mean = np.zeros((rows.n_rows, self.n_factors))
         covariance = np.zeros((rows.n_rows, self.n_factors, self.n_factors))
-        walk = self._walk(params, rows)
+        walk = cast(FactorWalk, self._walk(params, rows))
 
         def note(index: Index, log_joint: Array) -> None:
             if component is None:
@@ -397,7 +395,7 @@ class Story:
         value of a binary or categorical one. With it the gaps of a row are one draw from
         `p(x_missing | x_observed)`, for multiple imputation (Rubin 1987). Computed in float64.
         """
-        values = rows.values.astype(np.float64)
+        values = rows.dense().values.astype(np.float64)
         if rows.observed is None:
             return values
         story = self._in_float64()
@@ -424,7 +422,7 @@ class Story:
         if not len(columns):
             raise ConfigError("a marginal needs at least one column")
         family, theta = self.family.marginal(params.family, columns)
-        schema = Schema(tuple(self.schema.columns[j] for j in columns))
+        schema = self.schema.at(columns)
         story = Story(schema, family, self.n_components, None)
         return story, Params(params.weights, theta)
 
@@ -448,15 +446,43 @@ class Story:
         log_joint = (log_p + np.log(np.maximum(params.weights, 1e-300)))[:, None]
         soft(log_joint)
         weights = log_joint[:, 0] / log_joint.sum()
-        schema = Schema(tuple(self.schema.columns[j] for j in np.flatnonzero(~known)))
+        schema = self.schema.at(np.flatnonzero(~known))
         return Story(schema, family, self.n_components, None), Params(weights, theta)
 
     def place(self, params: Params, component: int, x: Array, observed: Array) -> Params:
-        """The parameters with one component re-seeded at a row (d,), weighing an even share."""
+        """The parameters with one component re-seeded at a row (d,), weighing an even share.
+
+        What is frozen stays.
+        """
         weights = params.weights.copy()
         weights[component] = 1.0 / self.n_components
         family = self.family.place(params.family, component, x, observed)
-        return Params(weights / weights.sum(), family)
+        return Params(weights / weights.sum(), family).graft(params, self.frozen)
+
+    def twins(self, params: Params, rows: Rows) -> list[tuple[int, int]]:
+        """Pairs of components to which all the rows are equally likely but for rounding.
+
+        EM never parts them. Of several alike the second of each pair is another one, the first the
+        heaviest of them.
+        """
+        story = self._in_float64() if self.dtype == "float32" else self
+        walk = story._walk(params, rows)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scores = [walk.score().copy() for _ in walk.blocks()]
+            if not scores:
+                return []
+            log_p = (
+                np.concatenate(scores, axis=1) - np.log(np.maximum(params.weights, 1e-300))[:, None]
+            )
+            slack = TWIN * (1 + np.abs(log_p))
+            order = np.argsort(log_p[:, 0], kind="stable")
+            near = np.abs(np.diff(log_p[order], axis=0)) <= slack[order[1:]]
+        pairs = []
+        for alike in np.split(order, np.flatnonzero(~near.all(axis=1)) + 1):
+            alike.sort()
+            first = alike[params.weights[alike].argmax()]
+            pairs += [(int(first), int(k)) for k in alike if k != first]
+        return sorted(pairs)
 
     def warnings(self, params: Params) -> list[str]:
         """What a user should know of fitted parameters: variances on their floor, in words."""
@@ -471,17 +497,12 @@ class Story:
         ]
 
     def labels(self) -> dict[str, Sequence[str]]:
-        """Labels of the axes of `Params`, for `Params.to_dataset`."""
-        columns = self.schema.columns
-        labels: dict[str, Sequence[str]] = {
-            kind: [columns[j].name for j in self.schema.of_kind(kind)] for kind in NUMERIC
-        }
-        levels = [
-            f"{columns[j].name}={level}"
-            for j in self.schema.of_kind("categorical")
-            for level in columns[j].levels
-        ]
-        return labels | {"feature": list(self.schema.names), "level": levels}
+        """Labels of the axes of `Params`, for `Params.to_dataset`.
+
+        A family whose axes are not those of the schema has `labels` of its own.
+        """
+        labels: dict[str, Sequence[str]] = {**self.schema.labels()}
+        return labels | getattr(self.family, "labels", dict)()
 
     def params_from(self, dataset: Any, prefix: str = "") -> Params:
         """Parameters from `Params.to_dataset`. Raises CorruptError where a variable is missing."""
@@ -515,8 +536,10 @@ class Story:
             told = data["family"] if "family" in data else _told_before(data)
             kind: Any = FAMILIES[told["name"]]
             pivot = record_from_json(Pivot, told["pivot"])
-            prior = record_from_json(kind.prior_type, told["prior"])
-            family = kind.of(schema, told["options"], pivot, prior)
+            family = kind.of(schema, told["options"], pivot, None)
+            if told["prior"] is not None:
+                prior = record_from_json(family.prior_type, told["prior"])
+                family = kind.of(schema, told["options"], pivot, prior)
             frozen = frozenset(data.get("frozen", ()))
             return cls(schema, family, data["n_components"], data["prior"], frozen)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

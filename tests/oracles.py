@@ -14,6 +14,7 @@ from scipy import optimize, special, stats
 
 from genstream.families.columns import ColumnsParams, SphericalParams
 from genstream.families.gaussian import FullParams, TiedParams
+from genstream.families.product import Product
 from genstream.schema import Column, Schema
 from genstream.stories import mixture
 from genstream.story import Params, Story
@@ -34,16 +35,35 @@ STORIES = ("full", "tied", "diag", "spherical", "mixed")
 
 
 def make_story(kind: str, n_components: int, d: int = 3, **options: Any) -> Story:
-    """A story of one of STORIES; `mixed` has the columns of MIXED."""
+    """A story of one of STORIES, or `blocks`: `mixed` and `blocks` have the columns of MIXED, of
+    which `blocks` makes the real ones jointly Gaussian.
+    """
     if kind == "mixed":
         return mixture(MIXED, n_components, **options)
+    if kind == "blocks":
+        return mixture(MIXED, n_components, covariance="full", **options)
     return mixture(Schema.real(d), n_components, covariance=kind, **options)
+
+
+def blocks_of(story: Story, params: Params | None = None) -> list[tuple[list[int], Story, Any]]:
+    """Positions, story and parameters of each block of a product, as if it were alone."""
+    assert isinstance(story.family, Product)
+    found = []
+    for i, part in enumerate(story.family.parts):
+        schema = Schema(tuple(story.schema.columns[j] for j in part.columns))
+        alone = Story(schema, part.family, story.n_components, story.prior)
+        theta = params and Params(params.weights, getattr(params.family, f"block{i}"))
+        found.append((list(part.columns), alone, theta))
+    return found
 
 
 def random_params(story: Story, rng: np.random.Generator, apart: float = 3.0) -> Params:
     """Parameters with components about `apart` deviations from one another."""
     k, d = story.n_components, story.schema.n_features
     weights = rng.dirichlet(np.full(k, 8.0))
+    if isinstance(story.family, Product):
+        theta = [random_params(alone, rng, apart).family for _, alone, _ in blocks_of(story)]
+        return Params(weights, story.family.params_type(*theta))
     kind = story.family.params_type
     if kind in (FullParams, TiedParams):
         shape = (d, d) if kind is TiedParams else (k, d, d)
@@ -96,6 +116,14 @@ def log_joint(story: Story, params: Params, values: Array) -> Array:
 
 def component_log_prob(story: Story, params: Params, k: int, values: Array) -> Array:
     """(n,) log-density of the observed entries under component k; NaN marks a gap."""
+    if isinstance(story.family, Product):
+        return np.sum(
+            [
+                component_log_prob(alone, theta, k, values[:, columns])
+                for columns, alone, theta in blocks_of(story, params)
+            ],
+            axis=0,
+        )
     if isinstance(params.family, FullParams | TiedParams):
         return _gaussian_log_prob(params.family, k, values)
     return _columns_log_prob(story, params.family, k, values)
@@ -182,6 +210,10 @@ def prior_log_density(story: Story, params: Params) -> float:
         return 0.0
     k = story.n_components
     total = float(stats.dirichlet.logpdf(params.weights, np.full(k, 1 + 1 / k))) if k > 1 else 0.0
+    if isinstance(story.family, Product):
+        return total + sum(
+            prior_log_density(alone, theta) - total for _, alone, theta in blocks_of(story, params)
+        )
     prior: Any = story.family.prior
     family: Any = params.family
     if isinstance(family, FullParams | TiedParams):
@@ -224,6 +256,12 @@ class Coordinates:
         self.story = story
         self.k, self.d = story.n_components, story.schema.n_features
         self.kind = story.family.params_type
+        self.blocks: list[tuple[Coordinates, int]] = []
+        if isinstance(story.family, Product):
+            params = random_params(story, np.random.default_rng(0))
+            for _, alone, theta in blocks_of(story, params):
+                block = Coordinates(alone)
+                self.blocks.append((block, len(block.theta(theta)) - (self.k - 1)))
 
     def params(self, theta: Array) -> Params:
         """Parameters at unconstrained coordinates."""
@@ -237,6 +275,10 @@ class Coordinates:
             return theta[at - size : at].reshape(shape)
 
         weights = special.softmax(np.append(take(k - 1), 0.0))
+        if self.blocks:
+            even = np.zeros(k - 1)
+            found = [b.params(np.append(even, take(size))).family for b, size in self.blocks]
+            return Params(weights, self.kind(*found))
         if self.kind in (FullParams, TiedParams):
             mean = take(k, d)
             n = 1 if self.kind is TiedParams else k
@@ -267,6 +309,10 @@ class Coordinates:
         d = self.d
         parts = [np.log(params.weights[:-1] / params.weights[-1])]
         family: Any = params.family
+        if self.blocks:
+            for (block, _), theta in zip(self.blocks, family.blocks, strict=True):
+                parts.append(block.theta(Params(params.weights, theta))[self.k - 1 :])
+            return np.concatenate(parts)
         if self.kind in (FullParams, TiedParams):
             factor = np.linalg.cholesky(family.covariance.reshape(-1, d, d))
             diagonal = np.arange(d)
@@ -345,6 +391,8 @@ def is_possible(story: Story, params: Params) -> bool:
     family: Any = params.family
     if not finite(params) or abs(params.weights.sum() - 1) > 1e-9 or (params.weights < 0).any():
         return False
+    if isinstance(story.family, Product):
+        return all(is_possible(alone, theta) for _, alone, theta in blocks_of(story, params))
     if isinstance(family, FullParams | TiedParams):
         covariance = family.covariance.reshape(-1, *family.covariance.shape[-2:])
         deviation = np.sqrt(np.diagonal(covariance, axis1=1, axis2=2))

@@ -7,11 +7,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import laws
 import numpy as np
 import oracles
 import pytest
 from scipy import special, stats
 
+from genstream.families.columns import IndependentColumns, SphericalParams
+from genstream.responsibility import hard
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.stories import mixture
@@ -263,3 +266,181 @@ class TestEmbedding:
         assert x.shape == observed.shape
         assert np.isfinite(x).all()
         assert not x[~observed].any()
+
+
+def moved(family: Any, rng: np.random.Generator, size: float) -> Any:
+    """Parameters of independent columns a little elsewhere."""
+    variance = family.variance * np.exp(size * rng.normal(size=family.variance.shape))
+    if isinstance(family, SphericalParams) and (family.variance == family.variance[0]).all():
+        variance = np.full_like(variance, variance[0])
+    logit = special.logit(np.clip(family.probability, 1e-9, 1 - 1e-9))
+    level = family.level_probability * np.exp(
+        size * rng.normal(size=family.level_probability.shape)
+    )
+    # The columns of MIXED with levels have three and two of them.
+    for levels in (slice(0, 3), slice(3, 5)):
+        level[:, levels] /= level[:, levels].sum(axis=1, keepdims=True)
+    return replace(
+        family,
+        mean=family.mean + size * rng.normal(size=family.mean.shape),
+        variance=variance,
+        probability=special.expit(logit + size * rng.normal(size=logit.shape)),
+        rate=family.rate * np.exp(size * rng.normal(size=family.rate.shape)),
+        level_probability=level,
+    )
+
+
+def told(
+    kind: str, n_rows: int = 120, k: int = 3, gaps: float = 0.3, **options: Any
+) -> tuple[Story, Params, Any]:
+    """A story of `mixed`, `diag`, `spherical` or `shared` columns, anchored on drawn rows."""
+    rng = np.random.default_rng(21)
+    if kind == "shared":
+        schema = Schema.real(3)
+        family = IndependentColumns(schema, True, shared=True)
+        story = Story(schema, family, k, options.get("prior", "weak"))
+        params = oracles.random_params(story, rng)
+        params = replace(params, family=replace(params.family, variance=np.full(k, 0.7)))
+    else:
+        story = oracles.make_story(kind, k, **options)
+        params = oracles.random_params(story, rng)
+    values = oracles.with_gaps(story.draw(params, n_rows, rng).values, gaps, rng)
+    if gaps:
+        values[5] = np.nan
+    return story.anchored(Rows.of(values)), params, values
+
+
+COLUMNS = ("mixed", "diag", "spherical", "shared")
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+class TestLaws:
+    def test_stored(self, kind: str) -> None:
+        for gaps in (0.0, 0.3):
+            laws.stored_and_read(*told(kind, gaps=gaps))
+
+    @pytest.mark.parametrize("gaps", [0.0, 0.4])
+    def test_loads_what_blocks_hold(self, kind: str, gaps: float) -> None:
+        laws.loads_what_blocks_hold(*told(kind, gaps=gaps))
+
+    @pytest.mark.parametrize("prior", ["weak", None])
+    def test_never_falls(self, kind: str, prior: str | None) -> None:
+        laws.never_falls_however_learned(*told(kind, prior=prior))
+
+    @pytest.mark.parametrize("prior", ["weak", None])
+    def test_m_step_is_the_maximum_given_what_is_frozen(self, kind: str, prior: str | None) -> None:
+        story, params, values = told(kind, prior=prior)
+        rng = np.random.default_rng(1)
+        resp = rng.dirichlet(np.ones(3), len(values))
+        stats = story.e_step(params, Rows.of(values, rng.uniform(0, 2, len(values))), resp)
+        for frozen in ((), *((name,) for name in story.family.param_names), ("mean", "rate")):
+            laws.maximises(story, params, stats, moved, frozen)
+
+    def test_conditions_and_marginals(self, kind: str) -> None:
+        story, params, values = told(kind, n_rows=12, gaps=0.0)
+        names = story.schema.names
+        laws.factorises(story, params, values, [names[0]])
+        laws.factorises(story, params, values, list(names[:0:-1]))
+        laws.marginal_is_what_gaps_leave(story, params, values)
+
+    def test_gaps_are_filled(self, kind: str) -> None:
+        story, params, values = told(kind, gaps=0.0)
+        d = values.shape[1]
+        for missing in ([0], [d - 1], list(range(d - 1)), list(range(d))):
+            x = values[3].copy()
+            x[missing] = np.nan
+            resp = oracles.responsibilities(story, params, x[None])[0]
+            means = np.full(d, np.nan)
+            family: Any = params.family
+            means[list(story.schema.of_kind("real"))] = resp @ family.mean
+            means[list(story.schema.of_kind("count"))] = resp @ family.rate
+            laws.fills_with_what_it_would_draw(story, params, x, means)
+
+
+def test_likeliest_values_fill_binary_and_categorical_gaps() -> None:
+    story, params, values = told("mixed", gaps=0.0)
+    x = values[:40].copy()
+    x[:, [1, 3, 5]] = np.nan
+    filled = story.impute(params, Rows.of(x))
+    family: Any = params.family
+    resp = oracles.responsibilities(story, params, x)
+    np.testing.assert_array_equal(filled[:, 1], resp @ family.probability[:, 0] > 0.5)
+    np.testing.assert_array_equal(filled[:, 3], (resp @ family.level_probability)[:, :3].argmax(1))
+    np.testing.assert_array_equal(filled[:, 5], (resp @ family.level_probability)[:, 3:].argmax(1))
+    # A binary column's draws have its probability.
+    drawn = story.impute(params, Rows.of(np.tile(x[0], (4000, 1))), np.random.default_rng(0))
+    assert drawn[:, 1].mean() == pytest.approx(resp[0] @ family.probability[:, 0], abs=0.04)
+
+
+class TestShared:
+    """One variance for all components and columns."""
+
+    def test_mode_is_the_hand_derived_one(self) -> None:
+        """Scatter pooled over components about each posterior mean, one inverse chi-squared."""
+        story, params, values = told("shared", gaps=0.0)
+        rng = np.random.default_rng(2)
+        resp = rng.dirichlet(np.ones(3), len(values))
+        found: Any = story.m_step(story.e_step(params, Rows.of(values), resp), params).family
+        prior: Any = story.family.prior
+        n = resp.sum(axis=0)
+        mean = (prior.strength * prior.mean + resp.T @ values) / (prior.strength + n)[:, None]
+        np.testing.assert_allclose(found.mean, mean, rtol=1e-10)
+        total = prior.scatter.mean()
+        for k in range(3):
+            total += float(resp[:, k] @ ((values - mean[k]) ** 2).sum(axis=1))
+            total += prior.strength * float(((mean[k] - prior.mean) ** 2).sum())
+        variance = total / (prior.dof + len(values) * 3 + 2 + 9)
+        np.testing.assert_allclose(found.variance, np.full(3, variance), rtol=1e-10)
+        assert story.n_parameters == 2 + 9 + 1
+
+    def test_gaps_are_exact(self) -> None:
+        """The variance is the average squared distance of what was observed."""
+        story, params, values = told("shared", prior=None)
+        labels = np.random.default_rng(3).integers(0, 3, len(values))
+        stats = story.e_step(params, Rows.of(values), np.eye(3)[labels])
+        found: Any = story.m_step(stats, params).family
+        means = np.array([np.nanmean(values[labels == k], axis=0) for k in range(3)])
+        np.testing.assert_allclose(found.mean, means, rtol=1e-10)
+        expected = np.nanmean((values - means[labels]) ** 2)
+        np.testing.assert_allclose(found.variance, expected, rtol=1e-10)
+
+    def test_k_means_is_hard_em_with_even_weights_kept(self) -> None:
+        """Lloyd's algorithm, step by step."""
+        story, params, values = told("shared", n_rows=300, gaps=0.0, prior=None)
+        story = replace(story, frozen=frozenset(("weights",)))
+        centres = values[:3].copy()
+        params = replace(
+            params, weights=np.full(3, 1 / 3), family=replace(params.family, mean=centres)
+        )
+        for _ in range(8):
+            distance = ((values[:, None] - centres) ** 2).sum(axis=2)
+            labels = distance.argmin(axis=1)
+            np.testing.assert_array_equal(story.infer(params, Rows.of(values)).component, labels)
+            centres = np.array([values[labels == k].mean(axis=0) for k in range(3)])
+            params = story.m_step(story.e_step(params, Rows.of(values), hard), params)
+            family: Any = params.family
+            np.testing.assert_allclose(family.mean, centres, rtol=1e-10)
+            np.testing.assert_array_equal(params.weights, 1 / 3)
+
+    def test_one_component_is_spherical(self) -> None:
+        _, _, values = told("spherical")
+        found = []
+        for shared in (False, True):
+            family = IndependentColumns(Schema.real(3), True, shared=shared)
+            story, params = learned(Story(Schema.real(3), family, 1), values)
+            found.append((params, story.log_prior(params)))
+        assert oracles.distance(found[0][0], found[1][0]) < 1e-12
+        assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
+
+
+def test_about_a_frozen_mean_the_variance_is_the_hand_derived_one() -> None:
+    story, params, values = told("diag", k=1)
+    kept = replace(story, frozen=frozenset(("mean",)))
+    found: Any = kept.m_step(kept.e_step(params, Rows.of(values)), params).family
+    mean: Any = params.family
+    prior: Any = story.family.prior
+    n = (~np.isnan(values)).sum(axis=0)
+    square = np.nansum((values - mean.mean[0]) ** 2, axis=0)
+    pull = prior.strength * (mean.mean[0] - prior.mean) ** 2
+    expected = (prior.scatter + square + pull) / (prior.dof + n + 3)
+    np.testing.assert_allclose(found.variance[0], expected, rtol=1e-10)

@@ -192,7 +192,7 @@ def test_an_override_may_open_a_section(write: Any) -> None:
         ("model.n_component=3", "did you mean 'n_components'?"),
         ("name.first=3", "name is a value"),
         ("model=[", "not valid YAML"),
-        ("model={kind: mixtur, n_components: 2}", "model.kind: expected mixture"),
+        ("model={kind: mixtur, n_components: 2}", "model.kind: expected one of mixture"),
         ("model=null", "model: expected keys"),
     ],
 )
@@ -205,7 +205,11 @@ def test_a_wrong_override_is_named_by_its_number(write: Any, override: str, word
 @pytest.mark.parametrize(
     ("overrides", "key", "words"),
     [
-        (["model.covariance=full"], "model.covariance", "'carrier' is categorical"),
+        (
+            ["model.covariance=full", "data.columns={carrier: categorical}"],
+            "model.covariance",
+            "is of real columns",
+        ),
         (["data.id=delay"], "data.id", "also a modelled column"),
         (["data.weights=flight_id"], "data.weights", "already the id"),
         (["data.test=t.npy"], "data.holdout", "either"),

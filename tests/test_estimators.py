@@ -84,7 +84,15 @@ def test_constructor_is_scikit_learns_and_more() -> None:
     theirs = Reference().get_params()
     ours = GaussianMixture().get_params()
     assert {name: ours[name] for name in theirs} == theirs
-    assert set(ours) - set(theirs) == {"prior", "dtype", "chunk_rows", "scheduler", "workers"}
+    assert set(ours) - set(theirs) == {
+        "prior",
+        "start",
+        "frozen",
+        "dtype",
+        "chunk_rows",
+        "scheduler",
+        "workers",
+    }
 
 
 def test_clone_pickle_and_copy() -> None:
@@ -708,6 +716,13 @@ def test_kinds_are_inferred_from_types() -> None:
         model.predict(numbers[["seats", "delay"]])
 
 
+def test_row_labels_of_a_table_are_no_column() -> None:
+    frame, _ = flights()
+    named = frame.drop(columns="note")
+    model = Mixture(2, random_state=0).fit(named.set_index(named.index[::-1] * 2))
+    assert list(model.feature_names_in_) == list(FLIGHT_COLUMNS)
+
+
 def test_rows_drawn_take_the_form_of_the_rows_fitted() -> None:
     frame, _ = flights()
     columns = list(FLIGHT_COLUMNS)
@@ -755,7 +770,7 @@ def test_wrong_tables_are_named() -> None:
     with pytest.raises(ValueError, match="'whole' is not one of real, binary, count, categorical"):
         Mixture(2, columns={"seats": "whole"}).fit(frame)
     with pytest.raises(ValueError, match="'full' needs real columns"):
-        Mixture(2, columns=FLIGHT_COLUMNS, covariance="full").fit(frame)
+        Mixture(2, columns={"seats": "count"}, covariance="full").fit(frame)
     with pytest.raises(DataError, match=r"shape \(200, 3\), but 6 columns are described"):
         model.predict(np.zeros((200, 3)))
     with pytest.raises(DataError, match="2 columns, but 1 are described: seats"):

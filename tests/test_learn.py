@@ -27,12 +27,13 @@ from genstream.learn import (
     story_of,
 )
 from genstream.passes import Passes
+from genstream.responsibility import hard
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
 from genstream.start import params_from_labels, warm_start
 from genstream.stories import mixture
-from genstream.story import Params, Story, StoryStats, hard
+from genstream.story import Params, Story, StoryStats
 
 K = 3
 

@@ -10,10 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy import sparse
 
 from genstream.errors import DataError
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
+from genstream.sources import NumpySource
+from genstream.start import seed_params
+from genstream.stories import mixture
 
 tables = hnp.arrays(
     st.sampled_from([np.float64, np.float32]),
@@ -178,3 +182,106 @@ class TestCheck:
     def test_columns_are_counted(self) -> None:
         with pytest.raises(DataError, match="3 columns, the schema 4"):
             Rows.of(np.zeros((2, 3))).check(self.schema)
+
+
+class TestSparse:
+    """Rows whose values are CSR say what the same rows say as an array."""
+
+    def pair(self) -> tuple[Rows, Rows]:
+        rng = np.random.default_rng(0)
+        array = rng.poisson(0.4, (30, 7)).astype(float)
+        weights = rng.uniform(0, 2, 30)
+        return Rows.of(sparse.csr_array(array), weights), Rows.of(array, weights)
+
+    def test_slices_selections_and_sums_of_pieces(self) -> None:
+        one, two = self.pair()
+        assert one.is_sparse
+        assert not two.is_sparse
+        assert (one.n_rows, one.n_features) == (two.n_rows, two.n_features) == (30, 7)
+        assert one.nbytes == one.values.data.nbytes + one.values.indices.nbytes + (
+            one.values.indptr.nbytes + 30 * 8
+        )
+        mask = np.arange(30) % 3 == 0
+        for index in (slice(3, 11), np.array([4, 4, 0]), mask):
+            piece, other = one[index], two[index]
+            assert piece.is_sparse
+            np.testing.assert_array_equal(piece.dense().values, other.values)
+            np.testing.assert_array_equal(piece.row_weights, other.row_weights)
+        np.testing.assert_array_equal(one.select([5, 0]).dense().values, two.select([5, 0]).values)
+        np.testing.assert_array_equal(one.filled(), two.filled())
+        assert one.is_observed.all()
+        assert one.is_observed.shape == (30, 7)
+        joined = Rows.concatenate([one[:4], one[4:]])
+        assert joined.is_sparse
+        np.testing.assert_array_equal(joined.dense().values, two.values)
+        np.testing.assert_array_equal(joined.weights, two.weights)
+        mixed = Rows.concatenate([one[:4], two[4:]])
+        assert not mixed.is_sparse
+        np.testing.assert_array_equal(mixed.values, two.values)
+
+    @pytest.mark.parametrize("form", ["csr", "csc", "coo", "lil", "dok"])
+    def test_any_format_becomes_canonical_csr_and_is_left_as_it_was(self, form: str) -> None:
+        array = np.array([[0, 2, 0], [1, 0, 3]])
+        for kind in (sparse.csr_array, sparse.csr_matrix):
+            given = kind(array).asformat(form)
+            rows = Rows.of(given)
+            assert isinstance(rows.values, sparse.csr_array)
+            assert rows.values.has_canonical_format
+            assert rows.values.dtype == np.float64
+            np.testing.assert_array_equal(rows.dense().values, array)
+            np.testing.assert_array_equal(given.toarray(), array)
+
+    def test_doubles_are_summed_in_a_copy(self) -> None:
+        given = sparse.csr_array(([1.0, 2.0, 4.0], [1, 1, 0], [0, 3]), shape=(1, 2))
+        rows = Rows.of(given)
+        np.testing.assert_array_equal(rows.dense().values, [[4.0, 3.0]])
+        np.testing.assert_array_equal(given.data, [1.0, 2.0, 4.0])
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            (np.nan, "row 8, column 'c' is nan: sparse values cannot have gaps"),
+            (np.inf, "row 8, column 'c' is inf"),
+            (1e200, "row 8, column 'c' is 1e\\+200"),
+        ],
+    )
+    def test_refusals_name_the_place(self, value: float, message: str) -> None:
+        array = sparse.csr_array(np.array([[0, 1, 0], [0, 0, value]]))
+        with pytest.raises(DataError, match=message):
+            Rows.of(array, first_row=7, names=["a", "b", "c"])
+        with pytest.raises(DataError, match="not numbers"):
+            Rows.of(sparse.csr_array(np.array([[1j, 0]])))
+
+    @pytest.mark.parametrize(
+        ("kind", "bad"), [("count", -1.0), ("count", 0.5), ("binary", 2.0), ("categorical", 3.0)]
+    )
+    def test_check_finds_what_it_finds_in_an_array(self, kind: Any, bad: float) -> None:
+        levels = ("x", "y", "z") if kind == "categorical" else ()
+        schema = Schema((Column("a"), Column("b", kind, levels), Column("c")))
+        array = np.array([[-0.5, 1.0, 0.0], [0.0, 0.0, 1.5], [2.0, bad, 0.0]])
+        Rows.of(sparse.csr_array(array[:2])).check(schema)
+        said = []
+        for values in (array, sparse.csr_array(array)):
+            with pytest.raises(DataError) as caught:
+                Rows.of(values).check(schema, first_row=10)
+            said.append(str(caught.value))
+        assert said[0] == said[1]
+        assert "row 12, column 'b'" in said[0]
+        with pytest.raises(DataError, match="2 columns"):
+            Rows.of(sparse.csr_array(array)).select([0, 1]).check(schema)
+
+    def test_a_source_keeps_them_sparse(self) -> None:
+        one, two = self.pair()
+        source = NumpySource(one.values, chunk_rows=8)
+        assert source.chunk_rows == (8, 8, 8, 6)
+        chunks = [source.read(i) for i in range(4)]
+        assert all(chunk.is_sparse for chunk in chunks)
+        np.testing.assert_array_equal(Rows.concatenate(chunks).dense().values, two.values)
+        assert source.chunk_nbytes >= max(chunk.nbytes for chunk in chunks)
+
+    def test_families_that_need_arrays_see_them(self) -> None:
+        one, two = self.pair()
+        story = mixture(Schema.real(7), 2, covariance="diag").anchored(one)
+        params = seed_params(story, one, np.random.default_rng(0))
+        np.testing.assert_array_equal(story.log_prob(params, one), story.log_prob(params, two))
+        np.testing.assert_array_equal(story.impute(params, one), two.values)

@@ -17,7 +17,7 @@ from genstream.stats import Monoid, Record, axes, record
 from genstream.story import Story, StoryStats
 
 K = 3
-STORY = {kind: oracles.make_story(kind, K) for kind in oracles.STORIES}
+STORY = {kind: oracles.make_story(kind, K) for kind in (*oracles.STORIES, "blocks")}
 PARAMS = {
     kind: oracles.random_params(story, np.random.default_rng(1)) for kind, story in STORY.items()
 }
@@ -36,7 +36,7 @@ factors = st.one_of(
     st.floats(0, 8),
     st.lists(st.floats(0, 8), min_size=K, max_size=K).map(np.array),
 )
-laws = pytest.mark.parametrize("kind", oracles.STORIES)
+laws = pytest.mark.parametrize("kind", (*oracles.STORIES, "blocks"))
 few = settings(max_examples=20, deadline=None)
 
 

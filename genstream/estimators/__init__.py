@@ -6,6 +6,21 @@ gaps (NaN) everywhere, and besides arrays and tables in memory a dask array, an 
 zarr array or a path; the answers for those are dask arrays, computed chunk by chunk when asked for.
 """
 
+from genstream.estimators.factors import (
+    PPCA,
+    FactorAnalysis,
+    MixtureOfFactorAnalyzers,
+    MixtureOfPPCA,
+)
+from genstream.estimators.kmeans import KMeans
 from genstream.estimators.mixtures import GaussianMixture, Mixture
 
-__all__ = ["GaussianMixture", "Mixture"]
+__all__ = [
+    "PPCA",
+    "FactorAnalysis",
+    "GaussianMixture",
+    "KMeans",
+    "Mixture",
+    "MixtureOfFactorAnalyzers",
+    "MixtureOfPPCA",
+]

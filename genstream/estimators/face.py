@@ -1,41 +1,43 @@
-"""What all faces of scikit-learn's kind share: they open data, fit, and answer questions."""
+"""What all faces of scikit-learn's kind share: they open data, fit, answer, and draw."""
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from genstream import evaluate
+from genstream.dreams import draw_array
 from genstream.errors import ConfigError, DataError
-from genstream.estimators.questions import (
-    Ask,
-    Data,
+from genstream.estimators.containers import (
+    FilledArray,
+    FilledColumns,
+    FilledPartitions,
     Form,
-    Labelled,
     as_table,
     columns_of,
-    is_lazy,
     is_numeric,
+    refilled,
+    table_refilled,
 )
+from genstream.estimators.questions import QUESTIONS, Ask, Data, Labelled, is_lazy
+from genstream.estimators.starts import given_leaves, replaced
 from genstream.families.blocks import Array
-from genstream.learn import BatchEM, FitState, Outcome, StepInfo, fit
+from genstream.learn import BatchEM, FitState, Learner, Outcome, StepInfo, fit
 from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
-from genstream.sources import NumpySource, Source
+from genstream.sources import CHUNK_ROWS, NumpySource, Source
 from genstream.start import draw_sample, rescue_rows, seed_params, warm_start
-from genstream.stories import mixture
 from genstream.story import Params, Story
 from genstream.tables import Encoder, TableSource, open_source
 from genstream.threads import one_blas_thread
@@ -48,17 +50,32 @@ if TYPE_CHECKING:
 START_ROWS = 50_000
 # Out-of-core data of so few numbers are read into memory to be fitted.
 RESIDENT_NUMBERS = 1 << 23
+# The least value of each parameter that some face has, and whether it is a whole number.
+LEAST = {
+    "n_components": (True, 1),
+    "n_clusters": (True, 1),
+    "n_factors": (True, 1),
+    "tol": (False, 0),
+    "reg_covar": (False, 0),
+    "max_iter": (True, 0),
+    "n_init": (True, 1),
+    "verbose": (True, 0),
+    "verbose_interval": (True, 1),
+    "chunk_rows": (True, 1),
+}
+# Parameters that say how work is done, not what is learned.
+MANNERS = ("random_state", "dtype", "chunk_rows", "scheduler", "workers")
 
 
 class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
-    """What the estimators share: opening data, fitting, and answering questions about rows."""
+    """What all estimators share: opening data, fitting, and answering questions about rows."""
 
     # Declared by the constructors of the subclasses, which scikit-learn reads parameters from.
-    n_components: int
     tol: float
-    reg_covar: float
     max_iter: int
-    n_init: int
+    n_init: int | str
+    start: Any
+    frozen: Sequence[str]
     random_state: int | np.random.RandomState | None
     warm_start: bool
     verbose: int
@@ -71,6 +88,8 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     # Whether columns may hold labels; without it all columns are numbers.
     takes_labels: ClassVar[bool] = False
+    # Parts of a row's latent that `sample` gives besides the row.
+    latents: ClassVar[tuple[str, ...]] = ("component",)
     _form: Form = Form()
 
     def __sklearn_tags__(self) -> Any:
@@ -79,19 +98,23 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
     @property
-    def _covariance(self) -> str | None:
-        """The form of covariance, which the faces name differently."""
-        raise NotImplementedError
+    def _k(self) -> int:
+        """K, the number of mixture components."""
+        return 1
 
     def _make_story(self, schema: Schema) -> Story:
-        return mixture(
-            schema,
-            self.n_components,
-            covariance=self._covariance,
-            prior=self.prior,
-            reg_covar=self.reg_covar,
-            dtype=self.dtype,
-        )
+        """The story of these columns, before it saw any rows."""
+        raise NotImplementedError
+
+    def _new_story(self, schema: Schema) -> Story:
+        other = next((c for c in schema.columns if c.kind != "real"), None)
+        if other is not None and not self.takes_labels:
+            raise ConfigError(
+                f"{type(self).__name__} needs real columns throughout, but {other.name!r} is "
+                f"{other.kind}: use Mixture, which takes columns of any kind"
+            )
+        story = self._make_story(schema)
+        return replace(story, frozen=story.frozen.union(self.frozen))
 
     def _describe(self, found: Schema) -> Schema:
         """What the columns of an array are, of which only the names were found."""
@@ -106,13 +129,49 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         params: Params = self.state_.params
         return params
 
+    def _given(self, story: Story) -> dict[str, Array]:
+        """Parameters to begin with that the caller gave, by name."""
+        start = self.start
+        if isinstance(start, Face):
+            check_is_fitted(start)
+            if not _alike(start._story(), story):
+                return {}
+            start = start._params()
+        return given_leaves(start, story)
+
+    def _begins_with_another(self, story: Story) -> bool:
+        """Whether a fitted model of another kind says how to begin."""
+        return isinstance(self.start, Face) and not _alike(self.start._story(), story)
+
+    @property
+    def _gives(self) -> bool:
+        """Whether the caller gave any parameter to begin with."""
+        return self.start is not None
+
+    def _whole_start(self, story: Story) -> Params | None:
+        """All parameters to begin with, where the caller gave them all."""
+        given, vague = self._given(story), story.vague()
+        whole = all(name in given for name, _, _ in vague.leaves())
+        return replaced(vague, given) if whole else None
+
     def _seed(self, story: Story, rows: Rows, random_state: np.random.RandomState) -> Params:
         """Parameters to begin a fit with, from the rows of a sample."""
-        return seed_params(story, rows, generator_of(random_state))
-
-    def _given_start(self, story: Story) -> Params | None:  # noqa: ARG002
-        """All parameters to begin with, where the caller gave them."""
-        return None
+        rng = generator_of(random_state)
+        if not self._begins_with_another(story):
+            return seed_params(story, rows, rng)
+        # A model of another kind says which rows belong together.
+        other = self.start._story()
+        same = other.n_components == story.n_components
+        if not same or other.schema.kinds != story.schema.kinds:
+            raise ConfigError(
+                f"start: a model of {other.n_components} components and {other.schema.n_features} "
+                f"columns, where {story.n_components} and {story.schema.n_features} are needed"
+            )
+        responsibilities = other.infer(self.start._params(), rows).responsibilities
+        vague = story.vague()
+        params = story.m_step(story.e_step(vague, rows, responsibilities), vague)
+        family = story.family.start(params.family, rows, responsibilities, rng)
+        return replace(params, family=family)
 
     def _set_attributes(self, params: Params) -> None:
         """Fitted attributes besides those that all estimators have."""
@@ -120,17 +179,10 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
     # --- parameters and data ---------------------------------------------------------------------
 
     def _check_parameters(self) -> None:
-        for name, whole, low in (
-            ("n_components", True, 1),
-            ("tol", False, 0),
-            ("reg_covar", False, 0),
-            ("max_iter", True, 0),
-            ("n_init", True, 1),
-            ("verbose", True, 0),
-            ("verbose_interval", True, 1),
-            ("chunk_rows", True, 1),
-        ):
-            value = getattr(self, name)
+        for name, (whole, low) in LEAST.items():
+            value = getattr(self, name, low)
+            if name == "n_init" and value == "auto" and hasattr(self, "n_clusters"):
+                continue
             kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
             if not isinstance(value, kinds) or not value >= low:
                 what = "an int" if whole else "a float"
@@ -138,6 +190,11 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
                     f"The {name!r} parameter of {type(self).__name__} must be {what} of at least "
                     f"{low}. Got {value!r} instead."
                 )
+        if isinstance(self.frozen, str) or not all(isinstance(name, str) for name in self.frozen):
+            raise ConfigError(
+                f"The 'frozen' parameter of {type(self).__name__} must be a tuple of names of "
+                f"parameters. Got {self.frozen!r} instead."
+            )
 
     def _open(self, X: Any, sample_weight: Any = None, *, reset: bool = False) -> Data:
         """The data as a source; with `reset` their columns become those of the estimator."""
@@ -147,7 +204,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 package = type(X).__module__.partition(".")[0]
                 self._form = Form(isinstance(data.source, TableSource), package)
             return data
-        table = as_table(X) if self.takes_labels else None
+        table = as_table(X)
         columns = self._wanted_columns() if reset else self._story().schema
         if not self.takes_labels:
             encoded = False
@@ -163,10 +220,10 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             return self._open_table(X, table, columns, sample_weight, reset)
         if reset:
             self._form = Form()
-        return self._open_array(X, sample_weight, reset)
+        return self._open_array(X, table, sample_weight, reset)
 
-    def _open_array(self, X: Any, sample_weight: Any, reset: bool) -> Data:
-        """Rows of numbers in memory."""
+    def _open_array(self, X: Any, table: Any, sample_weight: Any, reset: bool) -> Data:
+        """Rows of numbers in memory, and the table that they are, if any."""
         if isinstance(X, np.ma.MaskedArray):
             X = np.ma.filled(X.astype(np.float64), np.nan)
         array = validate_data(
@@ -184,7 +241,10 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             schema = self._story().schema
         if sample_weight is not None and not isinstance(sample_weight, str):
             sample_weight = np.asarray(sample_weight, dtype=np.float64)
-        return Data(NumpySource(array, schema, sample_weight, self.chunk_rows, name="X"))
+        source = NumpySource(array, schema, sample_weight, self.chunk_rows, name="X")
+        if table is None:
+            return Data(source, refill=FilledArray(array.dtype))
+        return Data(source, refill=table_refilled(X, table, source, None))
 
     def _open_table(
         self, X: Any, table: Any, columns: Any, sample_weight: Any, reset: bool
@@ -210,15 +270,19 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             self._form = Form(True, package, {n: table.schema.field(n).type for n in schema.names})
         if weights is not None:
             weights = np.asarray(weights, dtype=np.float64)
-        return Data(NumpySource(rows.filled(), schema, weights, self.chunk_rows, name="X"))
+        source = NumpySource(rows.filled(), schema, weights, self.chunk_rows, name="X")
+        if package == "numpy":
+            return Data(source, refill=FilledColumns(self._form))
+        return Data(source, refill=table_refilled(X, table, source, schema.names))
 
     def _open_source(self, X: Any, sample_weight: Any, reset: bool) -> Data:
         labels = None if reset else getattr(self, "feature_names_in_", None)
         wanted: Any = self._wanted_columns() if reset else None
         if not reset and (labels is not None or set(self._story().schema.kinds) != {"real"}):
             wanted = self._story().schema
+        refill = None
         if hasattr(X, "to_dask_array"):
-            found = [str(name) for name in X.columns]
+            whole, found = X, [str(name) for name in X.columns]
             if labels is not None:
                 absent = [name for name in labels if name not in found]
                 if absent:
@@ -232,13 +296,14 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
                         f"X: column {name!r} of the dask DataFrame holds {kind}, not numbers: "
                         "write it to parquet, and give that path to a Mixture"
                     )
+            refill = FilledPartitions(whole, found)
             X = X.astype(np.float64).to_dask_array(lengths=True)
             wanted = wanted or found
         source = open_source(X, wanted, sample_weight)
-        data = Data(source, lazy=True)
+        data = Data(source, lazy=True, refill=refill or refilled(X, source))
         if type(X).__module__.partition(".")[0] == "xarray":
             # Without chunks the caller is content to hold the answers in memory.
-            data = Data(source, lazy=bool(X.chunks), wrap=Labelled.like(X))
+            data = replace(data, lazy=bool(X.chunks), wrap=Labelled.like(X))
         names, n_features = source.schema.names, source.schema.n_features
         if reset:
             if sum(source.chunk_rows) < 2:
@@ -322,7 +387,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             self._check_same(story)
         pieces = (source.read(i) for i in range(len(source.chunk_rows)))
         with one_blas_thread():
-            state, info = OnlineEM().learn(story, state, pieces, n_rows=n_rows)
+            state, info = self._online().learn(story, state, pieces, n_rows=n_rows)
         if not np.isfinite(info.mean_objective):
             raise DataError(
                 "the rows have no finite log-likelihood, and were not learned: look for extreme "
@@ -333,17 +398,13 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _check_same(self, story: Story) -> None:
         """Raise ConfigError where parameters no longer describe what was learned so far."""
-        now, before = _settings(self._make_story(story.schema)), _settings(story)
+        now, before = _settings(self._new_story(story.schema)), _settings(story)
         for name in before:
             if now.get(name) != before[name]:
                 raise ConfigError(
                     f"{name} is {now.get(name)!r}, and what was learned so far has "
                     f"{before[name]!r}: partial_fit goes on with the same model, fit begins anew"
                 )
-
-    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:  # noqa: ARG002
-        """Fit, then (n,) the likeliest component of each row; parameters as for `fit`."""
-        return self._answer(self._fit(X, sample_weight), "component")
 
     def _fit(self, X: Any, sample_weight: Any) -> Data:
         self._check_parameters()
@@ -373,9 +434,9 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return data
 
     def _check_rows(self, n_rows: int) -> None:
-        if n_rows < self.n_components:
+        if n_rows < self._k:
             raise DataError(
-                f"Expected n_samples >= n_components but got n_components = {self.n_components}, "
+                f"Expected n_samples >= n_components but got n_components = {self._k}, "
                 f"n_samples = {n_rows}"
             )
 
@@ -385,12 +446,22 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if self._goes_on(story):
             # The first step may show that there was nothing more to gain.
             bound = self.lower_bound_
-            state = fit(story, BatchEM(1, self.tol), passes, state, [trace])
+            state = fit(story, self._learner(1), passes, state, [trace])
             if state.outcome is Outcome.MAX_STEPS and abs(_value(state) - bound) < self.tol:
                 return replace(state, outcome=Outcome.CONVERGED)
             if state.outcome is Outcome.MAX_STEPS and self.max_iter > 1:
                 state = replace(state, outcome=Outcome.RUNNING)
-        return fit(story, BatchEM(self.max_iter, self.tol), passes, state, [trace])
+        return fit(story, self._learner(self.max_iter), passes, state, [trace])
+
+    def _learner(self, max_steps: int) -> Learner:
+        return BatchEM(max_steps, self.tol)
+
+    def _online(self) -> OnlineEM:
+        return OnlineEM()
+
+    @property
+    def _n_starts(self) -> int:
+        return int(self.n_init)
 
     def _goes_on(self, story: Story) -> bool:
         """Whether a fit begins with the parameters of the last one."""
@@ -398,9 +469,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _finish(self, story: Story, state: FitState) -> None:
         if state.outcome is Outcome.NONFINITE:
-            raise DataError(
-                f"Fitting the mixture model failed at step {state.step}: {state.outcome.advice}"
-            )
+            raise DataError(f"Fitting failed at step {state.step}: {state.outcome.advice}")
         self._keep(story, state)
         # Without a step the caller wanted the start itself, so nothing failed to converge.
         if not self.converged_ and self.max_iter > 0:
@@ -416,6 +485,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         """Set what a fit leaves behind."""
         self.story_ = story
         self.state_ = state
+        self.is_bound_ = story.bound
         self.trace_ = state.trace
         self.outcome_ = state.outcome
         self.converged_ = state.outcome is Outcome.CONVERGED
@@ -427,26 +497,28 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _starts(self, passes: Passes, small: bool) -> Iterator[tuple[Story, FitState]]:
         """The states from which fits begin; the best fit is kept."""
-        story = self._make_story(passes.source.schema)
+        story = self._new_story(passes.source.schema)
         random_state = check_random_state(self.random_state)
         again = self._goes_on(story)
-        seed = FitState.seed
-        if small or again or self._given_start(story) is not None:
-            if not small:
-                seed = int(random_state.randint(2**31 - 1))
+        seed = FitState.seed if small else int(random_state.randint(2**31 - 1))
+        if small or again or self._gives:
             sample = draw_sample(passes, None if small else START_ROWS, seed)
-            story = story.anchored(sample)
-            params = self._params() if again else self._given_start(story)
             kept = rescue_rows(sample, seed)
-            for _ in range(self.n_init if params is None else 1):
-                begin = self._begin(story, sample, random_state) if params is None else params
-                yield story, FitState(begin, seed=seed, sample=kept)
-            return
+            anchored = story.anchored(sample)
+            params = self._params() if again else self._whole_start(anchored)
+            if params is not None:
+                yield anchored, FitState(params, seed=seed, sample=kept)
+                return
+            if small:
+                for _ in range(self._n_starts):
+                    begin = self._begin(anchored, sample, random_state)
+                    yield anchored, FitState(begin, seed=seed, sample=kept)
+                return
         yield warm_start(
             story,
             passes,
-            n_init=self.n_init,
-            seed=int(random_state.randint(2**31 - 1)),
+            n_init=self._n_starts,
+            seed=seed,
             sample_rows=START_ROWS,
             tolerance=self.tol,
             seeding=lambda story, rows, rng: self._begin(
@@ -460,37 +532,43 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 f"Expected n_samples >= n_components but got n_components = {story.n_components} "
                 f"and {rows.n_rows} rows that have an observed entry and a positive weight"
             )
-        return self._seed(story, rows, random_state)
+        # What is frozen is what a start makes of it, or what the caller gave.
+        begun = self._seed(replace(story, frozen=frozenset()), rows, random_state)
+        return replaced(begun, self._given(story))
 
     # --- answers ---------------------------------------------------------------------------------
 
-    def _answer(self, data: Data, what: str) -> Any:
-        ask = Ask(self._story(), self._params(), what)
+    def _labels(self, dim: str | None) -> Sequence[Any] | None:
+        """Labels along the axis of an answer after its row axis."""
+        if dim == "component":
+            return range(self._story().n_components)
+        return self._story().schema.names if dim == "feature" else None
+
+    def _answer(self, data: Data, what: str, seed: int | None = None) -> Any:
+        """The answers for all rows, without form."""
+        ask = Ask(self._story(), self._params(), what, seed)
         if data.lazy:
-            return data.wrap(ask.lazily(data.source))
+            return ask.lazily(data.source)
         passes = self._passes(data.source)
         answer = np.empty((passes.n_rows, *ask.trailing), ask.dtype)
         done = 0
         for piece in passes.map(ask):
             answer[done : done + len(piece)] = piece
             done += len(piece)
-        return data.wrap(answer)
+        return answer
+
+    def _told(self, data: Data, what: str) -> Any:
+        """The answers for all rows, in the form in which the rows were given."""
+        dim = QUESTIONS[what].dim
+        return data.wrap(self._answer(data, what), dim, self._labels(dim))
 
     def _ask(self, X: Any, what: str) -> Any:
         check_is_fitted(self)
-        return self._answer(self._open(X), what)
-
-    def predict(self, X: Any) -> Any:
-        """(n,) the likeliest component of each row: a dask array where X is out of core."""
-        return self._ask(X, "component")
-
-    def predict_proba(self, X: Any) -> Any:
-        """(n, K) `p(k | x)` of each row, from its observed entries: lazy where X is."""
-        return self._ask(X, "responsibilities")
+        return self._told(self._open(X), what)
 
     def score_samples(self, X: Any) -> Any:
         """(n,) `log p(x)` of each row's observed entries in nats, 0 where there is none: lazy
-        where X is.
+        where X is. A lower bound of it where `is_bound_`.
         """
         return self._ask(X, "log_prob")
 
@@ -500,7 +578,8 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         return evaluate.held_out(self._story(), self._params(), self._passes(data.source))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:  # noqa: ARG002
-        """Mean of `log p(x)` over the rows that have an observed entry, in nats.
+        """Mean of `log p(x)` over the rows that have an observed entry, in nats; of a lower bound
+        of it where `is_bound_`.
 
         Parameters as for `fit`. Out-of-core data are read in one pass.
         """
@@ -516,8 +595,35 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         found = self._held_out(X, sample_weight)
         return evaluate.aic(found.loglik, self._story().n_parameters)
 
-    def sample(self, n_samples: int = 1) -> tuple[Any, NDArray[np.intp]]:
-        """`n_samples` rows drawn from the model, and (n_samples,) the component of each."""
+    def impute(self, X: Any, random_state: int | np.random.RandomState | None = None) -> Any:
+        """X with its gaps filled, in the form of X; what was observed stays as it was.
+
+        Parameters
+        ----------
+        X
+            Rows as for `fit`. Tables keep their types, labels and further columns; a labelled
+            xarray object its coordinates. What need not be in memory is filled lazily: a dask
+            array or DataFrame as such, arrays in files as dask arrays, and tables in files as dask
+            DataFrames of the model's columns.
+        random_state
+            None fills a gap with its expectation given what the row shows, rounded where the
+            column holds whole numbers, or with the likeliest label. A seed fills the gaps of a row
+            with one draw from their joint distribution instead, for multiple imputation; it is
+            keyed by the number of the row's chunk, so that data cut in other chunks are filled
+            with other draws.
+        """
+        check_is_fitted(self)
+        data = self._open(X)
+        seed = None if random_state is None else _whole(random_state)
+        return data.refill(self._answer(data, "filled", seed), self._story().schema)
+
+    # --- draws -----------------------------------------------------------------------------------
+
+    def sample(self, n_samples: int = 1) -> tuple[Any, ...]:
+        """`n_samples` rows drawn from the model, in the form of those that were fitted, and their
+        latents: the (n_samples,) component and the (n_samples, q) factors of each, where it has
+        such.
+        """
         check_is_fitted(self)
         if n_samples < 1:
             raise ConfigError(
@@ -526,11 +632,80 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             )
         rng = generator_of(check_random_state(self.random_state))
         drawn = self._story().draw(self._params(), n_samples, rng)
-        return self._rows_drawn(drawn.values), drawn.component
+        rows = self._form.decode(self._story().schema, drawn.values)
+        return (rows, *(getattr(drawn, name) for name in self.latents))
 
-    def _rows_drawn(self, values: Array) -> Any:
-        """Rows in the form of those that were fitted, labels in place of codes."""
-        return self._form.decode(self._story().schema, values)
+    def draw(
+        self, n_samples: int, *, seed: int = 0, chunk_rows: int = CHUNK_ROWS
+    ) -> xarray.Dataset:
+        """Rows and latents drawn lazily, as many as you like: see `genstream.dreams.draw_array`."""
+        check_is_fitted(self)
+        return draw_array(self._story(), self._params(), n_samples, seed, chunk_rows)
+
+    # --- models of some of the columns -----------------------------------------------------------
+
+    def marginal(self, columns: Sequence[str | int]) -> Face:
+        """The fitted model of some of the columns, in the order in which they were fitted.
+
+        Columns go by name, or by position. It is of this class where that can describe it, else a
+        `Mixture`. Raises DataError where a column is not there.
+        """
+        check_is_fitted(self)
+        names = [self._name(column) for column in columns]
+        return self._derived(*self._story().marginal(self._params(), names))
+
+    def condition(self, given: Mapping[str | int, Any]) -> Face:
+        """The fitted model of the other columns, given the values of some.
+
+        `given` maps columns, by name or by position, to values: numbers or labels. The model is of
+        this class where that can describe it, else a `Mixture`; it can be asked and drawn from as
+        this one. Where `is_bound_` it is approximate. Raises DataError where a column is not there
+        or cannot hold the value, ConfigError where none or every column is given.
+        """
+        check_is_fitted(self)
+        values = {self._name(column): value for column, value in given.items()}
+        return self._derived(*self._story().condition(self._params(), values))
+
+    def _name(self, column: str | int) -> str:
+        names = self._story().schema.names
+        if isinstance(column, int | np.integer) and -len(names) <= column < len(names):
+            return names[column]
+        return str(column)
+
+    def _derived(self, story: Story, params: Params) -> Face:
+        """A fitted model of another story, which came of this one's."""
+        model = self._blank(story, params)
+        names = story.schema.names
+        model._form = self._form.of(names)
+        model._set_names(names, hasattr(self, "feature_names_in_"))
+        seed = self.state_.seed if hasattr(self, "state_") else FitState.seed
+        model._keep(story, FitState(params, seed=seed, outcome=Outcome.CONVERGED))
+        return model
+
+    def _blank(self, story: Story, params: Params) -> Face:
+        """An estimator that is not fitted, for a story with fewer columns."""
+        # The general face stands for all others, so that it can only be looked at from here.
+        from genstream.estimators.mixtures import Mixture
+
+        settings = self.get_params(deep=False)
+        anew = {name: x for name, x in self._reset(story).items() if name in settings}
+        own = type(self)(**settings | anew)
+        if own._describes(story, params):
+            return own
+        manners = {name: settings[name] for name in MANNERS}
+        return Mixture(story.n_components, columns=story.schema, prior=None, **manners)
+
+    def _describes(self, story: Story, params: Params) -> bool:  # noqa: ARG002
+        """Whether fits of this estimator could have this story."""
+        try:
+            return _kind(self._make_story(story.schema)) == _kind(story)
+        except ConfigError:
+            # Too few columns are left for a model of this class.
+            return False
+
+    def _reset(self, story: Story) -> dict[str, Any]:  # noqa: ARG002
+        """Parameters that do not hold for a model that came of this one."""
+        return {"start": None, "frozen": (), "prior": None}
 
     @property
     def params_(self) -> xarray.Dataset:
@@ -538,6 +713,28 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         params: Params = self.state_.params
         return params.to_dataset(self.story_.labels())
+
+
+class Mixed(Face):
+    """A face of a mixture: every row belongs to a component."""
+
+    n_components: int
+
+    @property
+    def _k(self) -> int:
+        return self.n_components
+
+    def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:  # noqa: ARG002
+        """Fit, then (n,) the likeliest component of each row; parameters as for `fit`."""
+        return self._told(self._fit(X, sample_weight), "component")
+
+    def predict(self, X: Any) -> Any:
+        """(n,) the likeliest component of each row: a dask array where X is out of core."""
+        return self._ask(X, "component")
+
+    def predict_proba(self, X: Any) -> Any:
+        """(n, K) `p(k | x)` of each row, from its observed entries: lazy where X is."""
+        return self._ask(X, "responsibilities")
 
 
 class Progress:
@@ -579,15 +776,42 @@ def _as_read(_chunk: int, rows: Rows) -> Rows:
     return rows
 
 
+def given_array(name: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """An array that the caller gave to begin with. Raises ConfigError where its shape is wrong."""
+    array: Array = check_array(value, dtype=np.float64, ensure_2d=False, allow_nd=True)
+    if array.shape != shape:
+        raise ConfigError(
+            f"The parameter '{name}' should have the shape of {shape}, but got {array.shape}"
+        )
+    return array
+
+
 def generator_of(random_state: np.random.RandomState) -> np.random.Generator:
     """NumPy's generator, seeded by scikit-learn's kind of random state."""
     return np.random.default_rng(random_state.randint(2**31 - 1))
 
 
+def _whole(random_state: int | np.random.RandomState) -> int:
+    """A seed from scikit-learn's kind of random state: itself where it is one."""
+    if isinstance(random_state, int | np.integer):
+        return int(random_state)
+    return int(check_random_state(random_state).randint(2**31 - 1))
+
+
+def _kind(story: Story) -> tuple[Any, ...]:
+    """What `p(x | z)` is, in a form to compare."""
+    return story.n_components, story.family.name, story.family.options()
+
+
 def _settings(story: Story) -> dict[str, Any]:
     """What a caller chose of a story, by name."""
-    chosen = {"n_components": story.n_components, "prior": story.prior, "kind": story.family.name}
-    return chosen | story.family.options()
+    return {
+        "n_components": story.n_components,
+        "prior": story.prior,
+        "frozen": sorted(story.frozen),
+        "kind": story.family.name,
+        **story.family.options(),
+    }
 
 
 def _alike(one: Story, other: Story) -> bool:
@@ -595,6 +819,6 @@ def _alike(one: Story, other: Story) -> bool:
 
     def form(story: Story) -> Any:
         columns = [(column.kind, column.levels) for column in story.schema.columns]
-        return story.n_components, columns, story.family.params_type
+        return story.n_components, story.n_factors, columns, story.family.params_type
 
     return bool(form(one) == form(other))

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.cluster import KMeans, kmeans_plusplus
-from sklearn.utils import check_array
 
 from genstream.errors import ConfigError, DataError
-from genstream.estimators.face import Face, generator_of
+from genstream.estimators.face import Mixed, generator_of, given_array
+from genstream.estimators.starts import replaced
 from genstream.families.blocks import Array
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS
 from genstream.start import cluster, seed_centres
-from genstream.stories import COVARIANCES
+from genstream.stories import COVARIANCES, mixture
 from genstream.story import Params, Story
 
 INIT_PARAMS = ("kmeans", "k-means++", "random", "random_from_data")
 
 
-class GaussianMixture(Face):
+class GaussianMixture(Mixed):
     """A mixture of Gaussians, in place of `sklearn.mixture.GaussianMixture`.
 
         k ~ Categorical(weights_),    x | k ~ N(means_[k], covariances_[k])
@@ -55,6 +55,13 @@ class GaussianMixture(Face):
         over the entries that two rows both have.
     weights_init, means_init, precisions_init
         Parameters to begin with; those not given come from `init_params`.
+    start
+        More of them: `Params`, a dataset as `params_` gives it or some of its variables by name,
+        or a fitted estimator; one of another kind says how likely each row belongs to each
+        component.
+    frozen
+        Names of parameters that stay as the start has them: `weights`, `mean`, `covariance`
+        (`variance` where it is `diag` or `spherical`).
     random_state
         Seed or generator of all random choices.
     warm_start
@@ -80,6 +87,8 @@ class GaussianMixture(Face):
     precisions_, precisions_cholesky_ : as `covariances_`
         Inverses of the covariances, and upper triangular U with `U U' = precision`.
     converged_ : bool
+    is_bound_ : bool
+        Whether log-probabilities are lower bounds; never of this model.
     n_iter_ : int
         Steps of the best fit.
     lower_bound_, lower_bounds_ : float, list
@@ -111,6 +120,8 @@ class GaussianMixture(Face):
         weights_init: ArrayLike | None = None,
         means_init: ArrayLike | None = None,
         precisions_init: ArrayLike | None = None,
+        start: Any = None,
+        frozen: Sequence[str] = (),
         random_state: int | np.random.RandomState | None = None,
         warm_start: bool = False,
         verbose: int = 0,
@@ -131,6 +142,8 @@ class GaussianMixture(Face):
         self.weights_init = weights_init
         self.means_init = means_init
         self.precisions_init = precisions_init
+        self.start = start
+        self.frozen = frozen
         self.random_state = random_state
         self.warm_start = warm_start
         self.verbose = verbose
@@ -151,15 +164,25 @@ class GaussianMixture(Face):
                     f"{', '.join(allowed)}. Got {value!r} instead."
                 )
 
-    @property
-    def _covariance(self) -> str | None:
-        return self.covariance_type
+    def _make_story(self, schema: Schema) -> Story:
+        return mixture(
+            schema,
+            self.n_components,
+            covariance=self.covariance_type,
+            prior=self.prior,
+            reg_covar=self.reg_covar,
+            dtype=self.dtype,
+        )
+
+    def _reset(self, story: Story) -> dict[str, Any]:
+        inits = {"weights_init": None, "means_init": None, "precisions_init": None}
+        return super()._reset(story) | inits
 
     def _story(self) -> Story:
         # Parameters set by hand make a model too, as they do in scikit-learn.
         found: Story | None = getattr(self, "story_", None)
         if found is None or found.n_components != len(self.weights_):
-            story = self._make_story(Schema.real(np.shape(self.means_)[1]))
+            story = self._new_story(Schema.real(np.shape(self.means_)[1]))
             found = replace(story, n_components=len(self.weights_))
         return found
 
@@ -173,7 +196,10 @@ class GaussianMixture(Face):
             else:
                 roots = roots**2
             covariances = _inverse(roots, self.covariance_type)
-        return _replaced(story.vague(), self.weights_, self.means_, covariances)
+        by_hand = {"weights": self.weights_, "family.mean": self.means_}
+        by_hand[self._covariance_name] = covariances
+        found = {name: np.asarray(value, dtype=np.float64) for name, value in by_hand.items()}
+        return replaced(story.vague(), found)
 
     def _set_attributes(self, params: Params) -> None:
         family: Any = params.family
@@ -191,11 +217,16 @@ class GaussianMixture(Face):
 
     # --- first parameters ------------------------------------------------------------------------
 
-    def _given(self, story: Story) -> tuple[Array | None, Array | None, Array | None]:
-        """Weights, means and covariances to begin with, each where the caller gave it."""
+    @property
+    def _gives(self) -> bool:
+        inits = (self.start, self.weights_init, self.means_init, self.precisions_init)
+        return any(given is not None for given in inits)
+
+    def _given(self, story: Story) -> dict[str, Array]:
+        found = super()._given(story)
         k, d = story.n_components, story.schema.n_features
-        weights = _given_array("weights", self.weights_init, (k,))
-        if weights is not None:
+        if self.weights_init is not None:
+            weights = given_array("weights", self.weights_init, (k,))
             if weights.min() < 0 or weights.max() > 1:
                 raise ConfigError(
                     "The parameter 'weights' should be in the range [0, 1], but got max value "
@@ -206,32 +237,34 @@ class GaussianMixture(Face):
                     "The parameter 'weights' should be normalized, but got sum(weights) = "
                     f"{weights.sum():.5f}"
                 )
-        means = _given_array("means", self.means_init, (k, d))
+            found["weights"] = weights
+        if self.means_init is not None:
+            found["family.mean"] = given_array("means", self.means_init, (k, d))
         kind = self.covariance_type
         shape = {"full": (k, d, d), "tied": (d, d), "diag": (k, d), "spherical": (k,)}[kind]
-        precisions = _given_array(f"{kind} precision", self.precisions_init, shape)
-        if precisions is None:
-            return weights, means, None
+        if self.precisions_init is None:
+            return found
+        precisions = given_array(f"{kind} precision", self.precisions_init, shape)
         if kind in ("full", "tied"):
             symmetric = np.allclose(precisions, precisions.swapaxes(-1, -2))
             if not symmetric or not (np.linalg.eigvalsh(precisions) > 0).all():
                 raise ConfigError(f"'{kind} precision' should be symmetric, positive-definite")
         elif not (precisions > 0).all():
             raise ConfigError(f"'{kind} precision' should be positive")
-        return weights, means, _inverse(precisions, kind)
+        return found | {self._covariance_name: _inverse(precisions, kind)}
 
-    def _given_start(self, story: Story) -> Params | None:
-        given = self._given(story)
-        return _replaced(story.vague(), *given) if all(x is not None for x in given) else None
+    @property
+    def _covariance_name(self) -> str:
+        matrix = self.covariance_type in ("full", "tied")
+        return "family.covariance" if matrix else "family.variance"
 
     def _seed(self, story: Story, rows: Rows, random_state: np.random.RandomState) -> Params:
-        if self.init_params == "kmeans" and rows.observed is not None:
-            params = super()._seed(story, rows, random_state)
-        else:
-            responsibilities = self._first_responsibilities(story, rows, random_state)
-            vague = story.vague()
-            params = story.m_step(story.e_step(vague, rows, responsibilities), vague)
-        return _replaced(params, *self._given(story))
+        gappy = self.init_params == "kmeans" and rows.observed is not None
+        if gappy or self._begins_with_another(story):
+            return super()._seed(story, rows, random_state)
+        responsibilities = self._first_responsibilities(story, rows, random_state)
+        vague = story.vague()
+        return story.m_step(story.e_step(vague, rows, responsibilities), vague)
 
     def _first_responsibilities(
         self, story: Story, rows: Rows, random_state: np.random.RandomState
@@ -272,7 +305,7 @@ class GaussianMixture(Face):
         return np.asarray(chosen)
 
 
-class Mixture(Face):
+class Mixture(Mixed):
     """A mixture over columns of any kind: real, binary, count and categorical.
 
         k ~ Categorical(weights_),    x | k ~ prod_j p_j(x_j | k)
@@ -299,8 +332,9 @@ class Mixture(Face):
     tol, max_iter, n_init
         EM stops when a step changes the mean objective (log-likelihood plus log-prior) by less than
         `tol` nats a row, or after `max_iter` steps. `n_init` starts compete on a row sample.
-    random_state, warm_start, verbose, verbose_interval, dtype, chunk_rows, scheduler, workers
-        As for `GaussianMixture`.
+    start, frozen, random_state, warm_start, verbose, verbose_interval, dtype, chunk_rows, \
+scheduler, workers
+        As for `GaussianMixture`; what can be frozen depends on the columns.
 
     Attributes
     ----------
@@ -323,6 +357,8 @@ state_, trace_, outcome_, warnings_
         tol: float = 1e-4,
         max_iter: int = 200,
         n_init: int = 5,
+        start: Any = None,
+        frozen: Sequence[str] = (),
         random_state: int | np.random.RandomState | None = None,
         warm_start: bool = False,
         verbose: int = 0,
@@ -340,6 +376,8 @@ state_, trace_, outcome_, warnings_
         self.tol = tol
         self.max_iter = max_iter
         self.n_init = n_init
+        self.start = start
+        self.frozen = frozen
         self.random_state = random_state
         self.warm_start = warm_start
         self.verbose = verbose
@@ -351,9 +389,18 @@ state_, trace_, outcome_, warnings_
 
     takes_labels = True
 
-    @property
-    def _covariance(self) -> str | None:
-        return self.covariance
+    def _make_story(self, schema: Schema) -> Story:
+        return mixture(
+            schema,
+            self.n_components,
+            covariance=self.covariance,
+            prior=self.prior,
+            reg_covar=self.reg_covar,
+            dtype=self.dtype,
+        )
+
+    def _reset(self, story: Story) -> dict[str, Any]:
+        return super()._reset(story) | {"columns": story.schema}
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -383,34 +430,8 @@ state_, trace_, outcome_, warnings_
         self.weights_ = params.weights
 
 
-def _given_array(name: str, value: Any, shape: tuple[int, ...]) -> Array | None:
-    if value is None:
-        return None
-    array: Array = check_array(value, dtype=np.float64, ensure_2d=False, allow_nd=True)
-    if array.shape != shape:
-        raise ConfigError(
-            f"The parameter '{name}' should have the shape of {shape}, but got {array.shape}"
-        )
-    return array
-
-
 def _inverse(matrices: Array, covariance_type: str) -> Array:
     if covariance_type in ("diag", "spherical"):
         return np.asarray(1.0 / matrices)
     inverse = np.linalg.inv(matrices)
     return np.asarray((inverse + inverse.swapaxes(-1, -2)) / 2)
-
-
-def _replaced(
-    params: Params, weights: Array | None, means: Array | None, covariances: Array | None
-) -> Params:
-    """The parameters with those replaced that are given."""
-    family: Any = params.family
-    fields: dict[str, Array] = {}
-    if means is not None:
-        fields["mean"] = np.asarray(means, dtype=np.float64)
-    if covariances is not None:
-        name = "covariance" if hasattr(family, "covariance") else "variance"
-        fields[name] = np.asarray(covariances, dtype=np.float64)
-    chosen = params.weights if weights is None else np.asarray(weights, dtype=np.float64)
-    return Params(chosen, replace(family, **fields))

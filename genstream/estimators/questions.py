@@ -1,21 +1,20 @@
-"""Questions put to rows, wherever they live, and answers in the form in which rows were given."""
+"""Questions put to rows wherever they live, and answers in the form in which rows were given."""
 
 from __future__ import annotations
 
 import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
-from genstream.errors import DataError
+from genstream.dreams import generator_of_chunk, lazily
 from genstream.families.blocks import Array
 from genstream.rows import Rows
-from genstream.schema import Column, Schema
-from genstream.sources import DaskSource, Source
+from genstream.schema import Schema
+from genstream.sources import Source
+from genstream.start import distances
 from genstream.story import Params, Story
 from genstream.threads import one_blas_thread
 
@@ -27,119 +26,85 @@ LAZY_PACKAGES = ("dask", "xarray", "zarr")
 
 
 @dataclass(frozen=True)
-class Data:
-    """Data given to a method: where to read the rows, and how to give answers about them.
-
-    `lazy` data may exceed memory, so answers are dask arrays; `wrap` turns an answer with the rows
-    along its first axis into the type the caller expects.
+class Question:
+    """What can be asked of each row: the axis of an answer after the row axis, its type, and how
+    it is found from `(story, params, rows, generator)`.
     """
 
-    source: Source
-    lazy: bool = False
-    wrap: Callable[[Any], Any] = lambda answer: answer
+    dim: str | None
+    dtype: type
+    find: Callable[[Story, Params, Rows, np.random.Generator | None], Array]
+
+
+QUESTIONS = {
+    "component": Question(None, np.intp, lambda s, p, rows, _: s.infer(p, rows).component),
+    "responsibilities": Question(
+        "component", np.float64, lambda s, p, rows, _: s.infer(p, rows).responsibilities
+    ),
+    "log_prob": Question(None, np.float64, lambda s, p, rows, _: s.log_prob(p, rows)),
+    "factors": Question("factor", np.float64, lambda s, p, rows, _: s.factors(p, rows).mean),
+    "filled": Question("feature", np.float64, lambda s, p, rows, rng: s.impute(p, rows, rng)),
+    "distances": Question("component", np.float64, lambda _s, p, rows, _: _distances(p, rows)),
+}
+
+
+def _distances(params: Params, rows: Rows) -> Array:
+    """(n, K) Euclidean distances of rows from components' means over their observed entries,
+    scaled up to all entries.
+    """
+    family: Any = params.family
+    middle = family.mean.mean(axis=0)
+    observed = rows.is_observed
+    x = np.where(observed, rows.values - middle, 0.0)
+    return np.sqrt(distances(x, observed, family.mean - middle))
 
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """One question put to the rows of a chunk.
+    """One of `QUESTIONS`, put to the rows of a chunk.
 
-    `what` is `component` (n,), `responsibilities` (n, K) or `log_prob` (n,).
+    `seed` keys what is drawn for an answer, by the number of the chunk; None draws nothing.
     """
 
     story: Story
     params: Params
     what: str
+    seed: int | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the answers."""
-        return np.dtype(np.intp if self.what == "component" else np.float64)
+        return np.dtype(QUESTIONS[self.what].dtype)
+
+    @property
+    def dim(self) -> str | None:
+        """Name of an answer's axis after its row axis."""
+        return QUESTIONS[self.what].dim
 
     @property
     def trailing(self) -> tuple[int, ...]:
         """Shape of an answer after its row axis."""
-        return (self.story.n_components,) if self.what == "responsibilities" else ()
+        sizes = {
+            "component": self.story.n_components,
+            "factor": self.story.n_factors,
+            "feature": self.story.schema.n_features,
+        }
+        return () if self.dim is None else (sizes[self.dim],)
 
-    def __call__(self, _chunk: int, rows: Rows) -> Array:
+    def __call__(self, chunk: int, rows: Rows) -> Array:
         """The answers for the rows of one chunk."""
+        rng = None if self.seed is None else generator_of_chunk(self.seed, chunk)
         with one_blas_thread():
-            if self.what == "log_prob":
-                return self.story.log_prob(self.params, rows)
-            answer: Array = getattr(self.story.infer(self.params, rows), self.what)
-            return answer
-
-    def of_chunk(self, source: Source, block_id: tuple[int, ...]) -> Array:
-        """The answers for a chunk of a source, for dask."""
-        return self(block_id[0], source.read(block_id[0]))
-
-    def of_block(self, block: Array, block_info: Any) -> Array:
-        """The answers for a block of a dask array, for dask."""
-        first_row = block_info[0]["array-location"][0][0]
-        schema = self.story.schema
-        rows = Rows.of(np.asarray(block), first_row=first_row, names=schema.names)
-        return self(0, rows.check(schema, first_row=first_row))
+            return QUESTIONS[self.what].find(self.story, self.params, rows, rng)
 
     def lazily(self, source: Source) -> Any:
         """A dask array of the answers for all rows of a source, one block a chunk."""
-        import dask.array as da
-
-        shape = self.trailing
-        chunks = (tuple(source.chunk_rows), *((size,) for size in shape))
-        # A name of its own each time: what a path holds may have changed since it was last asked.
-        options: dict[str, Any] = {
-            "chunks": chunks,
-            "meta": np.empty((0,) * len(chunks), self.dtype),
-            "name": f"{self.what}-{uuid.uuid4().hex}",
-        }
-        if not isinstance(source, DaskSource):
-            return da.map_blocks(self.of_chunk, source, **options)
-        # The blocks of the caller's own graph are answered where they are computed.
-        if not shape:
-            options["drop_axis"] = 1
-        return da.map_blocks(self.of_block, source.array, **options)
+        return lazily(self, source, self.trailing, self.dtype, label=self.what)
 
 
-@dataclass(frozen=True)
-class Form:
-    """The form in which rows were given to a fit, so that rows drawn can take it.
-
-    `encoded` rows had labels or types that were turned into numbers. `package` is what their table
-    came from, `types` the type of each column in Arrow's terms.
-    """
-
-    encoded: bool = False
-    package: str = "numpy"
-    types: Mapping[str, Any] = field(default_factory=dict)
-
-    def decode(self, schema: Schema, values: Array) -> Any:
-        """Rows of codes (n, d) in this form: a table, or an array."""
-        if not self.encoded:
-            return values
-        arrays = [self._column(column, values[:, j]) for j, column in enumerate(schema.columns)]
-        table = pa.Table.from_arrays(arrays, names=list(schema.names))
-        if self.package == "pandas":
-            return table.to_pandas()
-        if self.package == "numpy":
-            return np.column_stack([x.to_numpy(zero_copy_only=False) for x in arrays])
-        if self.package == "xarray":
-            import xarray
-
-            return xarray.Dataset({name: ("row", table[name].to_numpy()) for name in schema.names})
-        return table
-
-    def _column(self, column: Column, x: Array) -> Any:
-        kind = self.types.get(column.name)
-        if column.kind == "real":
-            known = kind is not None and pa.types.is_floating(kind)
-            return pa.array(x).cast(kind, safe=False) if known else pa.array(x)
-        found = pa.array(x.astype(np.int64))
-        if column.levels:
-            found = pa.array(column.levels, pa.string()).take(found)
-        if kind is None:
-            return found
-        if pa.types.is_dictionary(kind):
-            return found.cast(kind.value_type).dictionary_encode()
-        return found.cast(kind)
+def unchanged(answer: Any, *_labels: Any) -> Any:
+    """The answer as it is: arrays have no names for axes and entries."""
+    return answer
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,42 +120,30 @@ class Labelled:
         labels = {name: x for name, x in X.coords.items() if x.dims == (row,)}
         return cls(str(row), labels)
 
-    def __call__(self, answer: Any) -> xarray.DataArray:
+    def __call__(
+        self, answer: Any, dim: str | None = None, labels: Sequence[Any] | None = None
+    ) -> xarray.DataArray:
         import xarray
 
-        dims = (self.row, "component")[: answer.ndim]
-        return xarray.DataArray(answer, dims=dims, coords=self.coordinates)
+        dims = (self.row,) if dim is None else (self.row, dim)
+        named = {} if labels is None else {dim: list(labels)}
+        return xarray.DataArray(answer, dims=dims, coords=self.coordinates | named)
 
 
-def as_table(X: Any) -> Any:
-    """A table in memory as Arrow's, or None for anything else."""
-    try:
-        if type(X).__module__.startswith("pandas.") and hasattr(X, "columns"):
-            return pa.Table.from_pandas(X, preserve_index=False)
-        if hasattr(X, "__arrow_c_stream__") and hasattr(X, "columns"):
-            return pa.table(X)
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        raise DataError(f"X: {error}") from None
-    return None
+@dataclass(frozen=True)
+class Data:
+    """Data given to a method: where to read the rows, and how to give answers about them.
 
+    `lazy` data may exceed memory, so answers are dask arrays. `wrap(answer, dim, labels)` turns an
+    answer with the rows along its first axis, and `dim` with its `labels` along the second, into
+    the type the caller expects; `refill(filled, schema)` turns filled rows (n, d) into the type of
+    the data themselves.
+    """
 
-def columns_of(X: Any, names: Sequence[str]) -> Any:
-    """The columns of an array by the names given to them."""
-    array = np.asarray(X)
-    if array.ndim != 2 or array.shape[1] != len(names):
-        raise DataError(
-            f"X has shape {array.shape}, but {len(names)} columns are described: {', '.join(names)}"
-        )
-    try:
-        columns = [pa.array(column, from_pandas=True) for column in array.T]
-    except pa.ArrowException as error:
-        raise DataError(f"X: {error}") from None
-    return pa.Table.from_arrays(columns, names=list(names))
-
-
-def is_numeric(kind: Any) -> bool:
-    """Whether a column of this Arrow type holds numbers."""
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+    source: Source
+    lazy: bool = False
+    wrap: Callable[..., Any] = unchanged
+    refill: Callable[[Any, Schema], Any] = unchanged
 
 
 def is_lazy(X: Any) -> bool:

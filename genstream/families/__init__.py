@@ -17,8 +17,26 @@ from __future__ import annotations
 
 from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
+from genstream.families.factors import Factors
 from genstream.families.gaussian import Gaussian
+from genstream.families.logistic_factors import LogisticFactors
+from genstream.families.multinomial import Multinomial
+from genstream.families.negative_binomial import NegativeBinomial
+from genstream.families.product import Product
+from genstream.families.student import Student
+from genstream.families.zero_inflated import ZeroInflated
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (Gaussian, IndependentColumns)
+    family.name: family
+    for family in (
+        Gaussian,
+        Student,
+        IndependentColumns,
+        NegativeBinomial,
+        ZeroInflated,
+        Multinomial,
+        Product,
+        Factors,
+        LogisticFactors,
+    )
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,17 +70,55 @@ class Walk(Protocol):
         `p(x_M | x_O, k)`. What was observed stays to the bit.
         """
 
-    def factors(self, component: Array) -> tuple[Array, Array]:
-        """(n, q) mean and (n, q, q) covariance of `p(t | x, k)` with the components (n,) given.
 
-        Only of families that have factors.
+class FactorWalk(Walk, Protocol):
+    """A walk of a family that has factors."""
+
+    def factors(self, component: Array) -> tuple[Array, Array]:
+        """(n, q) mean and (n, q, q) covariance of `p(t | x, k)` with the components (n,) given."""
+
+
+class LinearBlock(Protocol):
+    """A block of rows, scored by `linear` from its features and gathered as sums of them."""
+
+    @property
+    def linear(self) -> Linear:
+        """The natural parameters."""
+
+    @property
+    def features(self) -> Array:
+        """(p, n) features of the block."""
+
+    def exact(self) -> Array:
+        """(p, n) features in float64."""
+
+    def add(self, sums: Array) -> None:
+        """Add (K, p) `resp @ T.T` to the statistics."""
+
+
+@runtime_checkable
+class LinearWalk(Walk, Protocol):
+    """A walk that has such blocks, which a product of families scores and gathers together."""
+
+    @property
+    def width(self) -> int:
+        """The most features a block has."""
+
+    @property
+    def linear_block(self) -> LinearBlock | None:
+        """The block at hand, where it is linear."""
+
+    def build_in(self, buffer: Array) -> None:
+        """Build features of complete blocks, and of blocks of one pattern, in the first rows of a
+        buffer (width, size).
         """
 
 
 class Kernel(Protocol):
     """A family's parameters, prepared for a pass.
 
-    One whose walk takes rows with sparse values (scipy CSR) has an attribute `sparse` that is true.
+    One whose walk sorts rows by what they observed has an attribute `by_pattern` that is true, and
+    leads in products.
     """
 
     def walk(self, rows: Rows) -> Walk:
@@ -93,7 +131,8 @@ class Family(Protocol):
     `name` is its key among `families.FAMILIES`. Where `bound` is true, scores are lower bounds of
     `log p(x | k)`. `n_factors` is q, the length of `t`, and 0 where there are no factors.
     `param_names` are the parameters that may be frozen. `ridge` is what is added to variances after
-    an M-step, 0 where that makes no sense.
+    an M-step, 0 where that makes no sense. One that takes rows with sparse values (scipy CSR) as
+    they are has an attribute `sparse` that is true.
     """
 
     @property
@@ -209,6 +248,21 @@ class Family(Protocol):
         """(component, column position) of every variance that sits on its floor."""
 
 
+class Levelled(Family, Protocol):
+    """A family that takes categorical columns, whose levels may become more."""
+
+    def with_levels(self, schema: Schema, params: Any, seen: Array) -> tuple[Family, Record]:
+        """Family and parameters over a schema with further levels at the end of its columns.
+
+        A new level has probability `0.5 / (n + 0.5 L)` in every component and in the prior, with n
+        the weight that observed the column, of `seen` (d,), and L its levels (Krichevsky &
+        Trofimov 1981); the others keep their ratios.
+        """
+
+    def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
+        """Statistics over that schema, in which no row had a new level."""
+
+
 @dataclass(frozen=True, eq=False)
 class Description:
     """What a family's components are like, column by column, in data units.
@@ -216,12 +270,15 @@ class Description:
     `mean` and `sd` (K, d) are those of real and count columns, NaN elsewhere; `levels[j]` (K, L)
     are level probabilities of a binary or categorical column. `covariance(k)` is the (d, d)
     covariance within a component, None where columns are independent given the component.
+    `loadings` (K, d, q) are what a factor's unit adds to a column, in the units of `mean` (logits
+    of a binary column); None without factors.
     """
 
     mean: Array
     sd: Array
     levels: Mapping[int, Array] = field(default_factory=dict)
     covariance: Callable[[int], Array] | None = None
+    loadings: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,6 +360,7 @@ class Linear:
     """
 
     def __init__(self, eta: Array, rounding: Array, dtype: np.dtype[Any]) -> None:
+        self.whole, self.rounding = eta, rounding
         self.eta = eta.astype(dtype)
         self.dtype = dtype
         unit = float(np.finfo(dtype).eps) / 2

@@ -10,13 +10,15 @@ so a missing entry is simply left out of the product, exactly. The features of a
 
 with `y` the real columns in pivot coordinates; a block with gaps adds one row of ones where a
 column is observed, which carries that column's normaliser. A diagonal Gaussian is the case of real
-columns only; `spherical` shares one variance among a component's real columns.
+columns only; `spherical` shares one variance among a component's real columns, `shared` one among
+those of all components. With equal weights kept and responsibilities of 0 or 1 the latter is
+K-means.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -31,13 +33,11 @@ from genstream.families.blocks import (
     UNSEEN,
     Array,
     Description,
-    Index,
     Linear,
     Pivot,
-    block_rows,
     moments,
-    slices,
 )
+from genstream.families.columns_walk import LinearWalk, log_prob_given
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record
@@ -54,8 +54,9 @@ SINGULAR = 1e-14
 class ColumnsParams(Record):
     """Parameters of K components over independent columns, in data units.
 
-    `variance` is (K,) where the real columns share one. `level_probability` holds the levels of all
-    categorical columns side by side; those of one column sum to 1.
+    `variance` is (K,) where the real columns share one, and the same K times where the components
+    do too. `level_probability` holds the levels of all categorical columns side by side; those of
+    one column sum to 1.
     """
 
     mean: Array = axes("component", "real")
@@ -128,6 +129,8 @@ class IndependentColumns:
         Arithmetic of the E-step, float64 or float32; sums are float64 always.
     pivot, prior
         Fixed by `anchored`; the pivot has an entry for every column, neutral where not real.
+    shared
+        One variance for the real columns of all components; only where `spherical`.
     """
 
     schema: Schema
@@ -136,6 +139,7 @@ class IndependentColumns:
     dtype: str = "float64"
     pivot: Pivot | None = record(Pivot)
     prior: ColumnsPrior | None = record(ColumnsPrior)
+    shared: bool = False
 
     name: ClassVar[str] = "columns"
     bound: ClassVar[bool] = False
@@ -150,15 +154,16 @@ class IndependentColumns:
     prior_type: ClassVar[type[Record]] = ColumnsPrior
 
     def options(self) -> dict[str, Any]:
-        covariance = "spherical" if self.spherical else "diag"
+        covariance = "shared" if self.shared else "spherical" if self.spherical else "diag"
         return {"covariance": covariance, "reg_covar": self.ridge, "dtype": self.dtype}
 
     @classmethod
     def of(
         cls, schema: Schema, options: Mapping[str, Any], pivot: Pivot | None, prior: Any
     ) -> IndependentColumns:
-        spherical = {"diag": False, "spherical": True}[options["covariance"]]
-        return cls(schema, spherical, options["reg_covar"], options["dtype"], pivot, prior)
+        kind = ("diag", "spherical", "shared").index(options["covariance"])
+        ridge, dtype = options["reg_covar"], options["dtype"]
+        return cls(schema, kind > 0, ridge, dtype, pivot, prior, kind > 1)
 
     def with_dtype(self, dtype: str) -> IndependentColumns:
         return replace(self, dtype=dtype)
@@ -212,7 +217,8 @@ class IndependentColumns:
         return np.repeat(sums, sizes, axis=-1)
 
     @property
-    def _pivot(self) -> Pivot:
+    def pivot_at(self) -> Pivot:
+        """The pivot, neutral before `anchored`."""
         return self.pivot if self.pivot is not None else Pivot.none(self.schema.n_features)
 
     def anchored(self, sample: Rows, n_components: int, weak_prior: bool) -> IndependentColumns:
@@ -248,7 +254,7 @@ class IndependentColumns:
         return replace(self, pivot=pivot, prior=prior)
 
     def vague(self, n_components: int) -> Record:
-        pivot = self._pivot
+        pivot = self.pivot_at
         shape = (n_components, len(self.real))
         mean = np.broadcast_to(pivot.shift[self.real], shape).copy()
         variance = np.broadcast_to(pivot.scale[self.real] ** 2, shape).copy()
@@ -293,87 +299,91 @@ class IndependentColumns:
     ) -> tuple[Record, NDArray[np.bool_]]:
         """Mode of the conjugate posterior, column by column, over the rows that observed it.
 
-        Real, with `n` the observed weight, `S` the scatter about the weighted mean, `D` its squared
-        distance from the prior mean: `variance = (scatter + S + strength n / (strength + n) D) /
-        (dof + n + 3)`; shared variances sum over the d columns and divide by `dof + n + 2 + d`.
-        Others: `(sum + rows * prior) / (n + rows)`. Without a prior these are the plain averages;
-        a column that a component never observed keeps its previous parameters.
+        Real, with `n` the observed weight, `S` the scatter about the weighted mean and `D` its
+        squared distance from the prior mean: `mean = (strength m0 + sum) / (strength + n)` and
+        `variance = (scatter + S + strength n / (strength + n) D) / (dof + n + 3)`. A spherical
+        variance sums over the d columns, a shared one over the components too, and divides by
+        `dof + n + 2` and the number of means it is about. About a frozen mean, `S` and the last
+        term are `S + n (average - mean)^2` and `strength (mean - m0)^2`. Others:
+        `(sum + rows * prior) / (n + rows)`. Without a prior these are the plain averages; a column
+        that a component never observed keeps its previous parameters.
         """
-        pivot, prior = self._pivot, self.prior
-        shift, scale = pivot.shift[self.real], pivot.scale[self.real]
+        prior = self.prior
         rows = prior.rows if prior else 0.0
         tiny = UNSEEN * float(stats.sum_w.sum(axis=0).max())
 
-        def average(sums: Array, n: Array, centre: Any, old: Array) -> Array:
-            total = n + rows
-            value = (sums + (rows * centre if prior else 0.0)) / np.where(total > tiny, total, 1.0)
-            return np.where(total > tiny, value, old)
+        def average(name: str, sums: Array, positions: Array) -> Array:
+            old = np.asarray(getattr(previous, name))
+            if name in frozen:
+                return old
+            total = stats.sum_w[:, positions] + rows
+            if prior is not None:
+                sums = sums + rows * getattr(prior, name)
+            return np.where(total > tiny, sums / np.where(total > tiny, total, 1.0), old)
 
+        mean, variance = self._maximise_real(stats, previous, tiny, frozen)
+        levels = average("level_probability", stats.sum_level, self.level_column)
+        if "level_probability" not in frozen:
+            levels = levels / self.level_totals(levels)
+        params = self.params_type(
+            mean,
+            variance,
+            np.clip(average("probability", stats.sum_binary, self.binary), 0.0, 1.0),
+            average("rate", stats.sum_count, self.count),
+            levels,
+        )
+        faulty = stats.sum_w.max(axis=1) <= tiny
+        # A prior knows what no row does, and what is frozen is not to be moved to other rows.
+        return params, np.zeros_like(faulty) if prior is not None or frozen else faulty
+
+    def _maximise_real(
+        self, stats: Any, previous: Any, tiny: float, frozen: frozenset[str]
+    ) -> tuple[Array, Array]:
+        """Means (K, real) in data units, and variances (K, real) or (K,)."""
+        prior, pivot = self.prior, self.pivot_at
+        shift, scale = pivot.shift[self.real], pivot.scale[self.real]
         n = stats.sum_w[:, self.real]
         known = n > tiny
         safe = np.where(known, n, 1.0)
-        mean = stats.sum_real / safe
-        about = safe * mean**2
+        average = stats.sum_real / safe
+        about = np.where(known, safe * average**2, 0.0)
         if self.spherical:
-            scatter = stats.sum_square - np.where(known, about, 0.0).sum(axis=1)
-            rounding = SINGULAR * stats.sum_square
+            about = about.sum(axis=1)
+        scatter = np.maximum(stats.sum_square - about, SINGULAR * stats.sum_square)
+        fixed = (previous.mean - shift) / scale
+        if "mean" in frozen:
+            pull = np.where(known, n * (average - fixed) ** 2, 0.0)
+            mean = fixed
         else:
-            scatter = stats.sum_square - about
-            rounding = SINGULAR * stats.sum_square
-        scatter = np.maximum(scatter, rounding)
+            pull = np.zeros_like(n)
+            mean = np.where(known, average, fixed)
         if prior is not None:
             m0 = (prior.mean - shift) / scale
-            gap = np.where(known, mean - m0, 0.0)
-            pull = prior.strength * n / (prior.strength + n) * gap**2
-            psi = prior.scatter / scale**2
-            mean = (prior.strength * m0 + stats.sum_real) / (prior.strength + n)
-            if self.spherical:
-                variance = (psi.mean() + scatter + pull.sum(axis=1)) / (
-                    prior.dof + n.sum(axis=1) + 2 + len(self.real)
-                )
+            if "mean" in frozen:
+                pull += prior.strength * (fixed - m0) ** 2
             else:
-                variance = (psi + scatter + pull) / (prior.dof + n + 3)
+                gap = np.where(known, average - m0, 0.0)
+                pull = prior.strength * n / (prior.strength + n) * gap**2
+                mean = (prior.strength * m0 + stats.sum_real) / (prior.strength + n)
+        centre = previous.mean if "mean" in frozen else shift + mean * scale
+        if "variance" in frozen:
+            return centre, previous.variance
+        if self.spherical:
+            unit: Any = scale[0] ** 2
+            scatter, n, n_means = scatter + pull.sum(axis=1), n.sum(axis=1), len(self.real)
+            if self.shared:
+                n_means *= len(n)
+                scatter, n = np.full_like(n, scatter.sum()), np.full_like(n, n.sum())
         else:
-            mean = np.where(known, mean, (previous.mean - shift) / scale)
-            if self.spherical:
-                total = n.sum(axis=1)
-                old = previous.variance / scale[0] ** 2
-                variance = np.where(total > tiny, scatter / np.where(total > tiny, total, 1), old)
-            else:
-                variance = np.where(known, scatter / safe, previous.variance / scale**2)
-        unit = scale[0] ** 2 if self.spherical else scale**2
-        variance = np.maximum(variance * unit + self.ridge, FLOOR * unit)
-        weight = stats.sum_w.max(axis=1)
-        level_n = stats.sum_w[:, self.level_column]
-        levels = average(
-            stats.sum_level,
-            level_n,
-            prior.level_probability if prior else None,
-            previous.level_probability,
-        )
-        params = self.params_type(
-            shift + mean * scale,
-            variance,
-            np.clip(
-                average(
-                    stats.sum_binary,
-                    stats.sum_w[:, self.binary],
-                    prior.probability if prior else None,
-                    previous.probability,
-                ),
-                0.0,
-                1.0,
-            ),
-            average(
-                stats.sum_count,
-                stats.sum_w[:, self.count],
-                prior.rate if prior else None,
-                previous.rate,
-            ),
-            levels / self.level_totals(levels),
-        )
-        faulty = weight <= tiny if prior is None else np.zeros(len(weight), dtype=bool)
-        return params, faulty
+            unit, scatter, n_means = scale**2, scatter + pull, 1
+        if prior is not None:
+            psi = prior.scatter / scale**2
+            variance = (psi.mean() if self.spherical else psi) + scatter
+            variance = variance / (prior.dof + n + 2 + n_means)
+        else:
+            variance = scatter / np.where(n > tiny, n, 1.0)
+            variance = np.where(n > tiny, variance, previous.variance / unit)
+        return centre, np.maximum(variance * unit + self.ridge, FLOOR * unit)
 
     def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
         kept: Monoid = stats.take(components)
@@ -424,32 +434,34 @@ class IndependentColumns:
             pull = prior.strength * (params.mean - prior.mean) ** 2 / variance
             total -= 0.5 * float(pull.sum())
             if self.spherical:
-                width = prior.dof + 2 + len(self.real)
-                shared = params.variance
+                shared = params.variance[:1] if self.shared else params.variance
+                n_means = len(self.real) * len(params.variance) // len(shared)
+                width = prior.dof + 2 + n_means
                 total -= 0.5 * float((width * np.log(shared) + prior.scatter.mean() / shared).sum())
             else:
                 total -= 0.5 * float(
                     ((prior.dof + 3) * np.log(variance) + prior.scatter / variance).sum()
                 )
-        success, failure = _log(params.probability), _log1m(params.probability)
+        success, failure = bounded_log(params.probability), bounded_log1m(params.probability)
         total += prior.rows * float(
             (prior.probability * success + (1 - prior.probability) * failure).sum()
         )
-        total += prior.rows * float((prior.rate * _log(params.rate) - params.rate).sum())
+        total += prior.rows * float((prior.rate * bounded_log(params.rate) - params.rate).sum())
         total += prior.rows * float(
-            (prior.level_probability * _log(params.level_probability)).sum()
+            (prior.level_probability * bounded_log(params.level_probability)).sum()
         )
         return total
 
     def place(self, params: Any, component: int, x: Array, observed: Array) -> Record:
         """Real and count columns move to the row, categories lean half towards it."""
-        pivot = self._pivot
+        pivot = self.pivot_at
         mean, rate = params.mean.copy(), params.rate.copy()
         probability, levels = params.probability.copy(), params.level_probability.copy()
         mean[component] = np.where(observed[self.real], x[self.real], pivot.shift[self.real])
         variance = params.variance.copy()
         scale = pivot.scale[self.real] ** 2
-        variance[component] = scale[0] if self.spherical else scale
+        if not self.shared:
+            variance[component] = scale[0] if self.spherical else scale
         pooled = params.rate.mean(axis=0)
         rate[component] = np.where(observed[self.count], 0.5 * (x[self.count] + pooled), pooled)
         pooled = params.probability.mean(axis=0)
@@ -483,10 +495,43 @@ class IndependentColumns:
             out[:, self.level_column[start]] = code
         return out, None
 
+    def fill(self, params: Any, resp: Array, rng: np.random.Generator | None = None) -> Array:
+        if rng is not None:
+            return self.draw(params, resp.argmax(axis=0), rng)[0]
+        out = np.empty((resp.shape[1], self.schema.n_features))
+        out[:, self.real] = resp.T @ params.mean
+        out[:, self.binary] = resp.T @ params.probability > 0.5
+        out[:, self.count] = resp.T @ params.rate
+        levels = resp.T @ params.level_probability
+        edges = np.append(self.level_start, len(self.level_column))
+        for start, stop in itertools.pairwise(edges):
+            out[:, self.level_column[start]] = levels[:, start:stop].argmax(axis=1)
+        return out
+
+    def marginal(self, params: Any, columns: Array) -> tuple[IndependentColumns, Record]:
+        schema = Schema(tuple(self.schema.columns[j] for j in columns))
+        pivot = None
+        if self.pivot is not None:
+            pivot = Pivot(self.pivot.shift[columns], self.pivot.scale[columns])
+        real = np.isin(self.real, columns)
+        return replace(self, schema=schema, pivot=pivot, prior=None), self.params_type(
+            params.mean[:, real],
+            params.variance if self.spherical else params.variance[:, real],
+            params.probability[:, np.isin(self.binary, columns)],
+            params.rate[:, np.isin(self.count, columns)],
+            params.level_probability[:, np.isin(self.level_column, columns)],
+        )
+
+    def condition(
+        self, params: Any, x: Array, given: Array
+    ) -> tuple[IndependentColumns, Record, Array]:
+        rest, kept = self.marginal(params, np.flatnonzero(~given))
+        return rest, kept, log_prob_given(self, params, x, given)
+
     def embed(self, rows: Rows) -> tuple[Array, Array]:
         """Standardised reals and log-counts; binaries and one-hot levels by their spread."""
         observed = rows.is_observed
-        pivot = self._pivot
+        pivot = self.pivot_at
         parts, masks = [], []
         seen = observed[:, self.real]
         parts.append((rows.values[:, self.real] - pivot.shift[self.real]) / pivot.scale[self.real])
@@ -509,16 +554,36 @@ class IndependentColumns:
         mask = np.concatenate(masks, axis=1)
         return np.where(mask, np.concatenate(parts, axis=1), 0.0), mask
 
+    def with_levels(
+        self, schema: Schema, params: Any, seen: Array
+    ) -> tuple[IndependentColumns, Record]:
+        family = replace(self, schema=schema)
+        index = np.array(_level_index(self.schema, schema))
+        sizes = family.level_totals(np.ones(len(index)))
+        fresh = np.where(index < 0, 0.5 / (seen[family.level_column] + 0.5 * sizes), 0.0)
+        rest = 1.0 - family.level_totals(fresh)
+
+        def grown(record: Any) -> Any:
+            wide = record.take(index, "level")
+            return replace(wide, level_probability=wide.level_probability * rest + fresh)
+
+        prior = None if self.prior is None else grown(self.prior)
+        return replace(family, prior=prior), grown(params)
+
+    def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
+        wide: Monoid = stats.take(_level_index(self.schema, schema), "level")
+        return wide
+
     def rounding(self, params: Any) -> Array:
-        scale = self._pivot.scale[self.real]
+        scale = self.pivot_at.scale[self.real]
         variance = self.variances(params)
-        mean = params.mean - self._pivot.shift[self.real]
+        mean = params.mean - self.pivot_at.shift[self.real]
         # Means are kept in data units, where a large offset takes digits from them.
         lost = np.finfo(np.float64).eps * params.mean / scale
         moved = lost**2 * scale**2 / variance
         unit = float(np.finfo(self.dtype).eps)
         quadratic = np.minimum(unit * mean**2 / variance, MAX_ROUNDING)
-        counts = _poisson_rounding(params.rate)
+        counts = poisson_terms(params.rate)
         exact = np.finfo(np.float64).eps
         counts = np.minimum(unit * counts, MAX_ROUNDING) + exact * counts
         return np.asarray((quadratic + moved).sum(axis=1) + counts)
@@ -540,29 +605,42 @@ class IndependentColumns:
     def n_parameters(self, n_components: int) -> int:
         real = len(self.real)
         levels = len(self.level_column) - len(self.level_start)
-        spread = 1 if self.spherical else real
-        return n_components * (real + spread + len(self.binary) + len(self.count) + levels)
+        means = n_components * (real + len(self.binary) + len(self.count) + levels)
+        if self.shared:
+            return means + 1
+        return means + n_components * (1 if self.spherical else real)
 
     def floored(self, params: Any) -> list[tuple[int, int]]:
         """(component, column position) whose variance sits on its floor or ridge."""
-        floor = np.maximum(FLOOR * self._pivot.scale[self.real] ** 2, self.ridge) * 1.5
+        floor = np.maximum(FLOOR * self.pivot_at.scale[self.real] ** 2, self.ridge) * 1.5
         at = np.argwhere(self.variances(params) <= floor)
         return [(int(k), int(self.real[j])) for k, j in at]
 
 
-def _log(p: Array) -> Array:
+def bounded_log(p: Array) -> Array:
     """Log, not below `LOG_TINY`."""
     return np.log(np.maximum(p, np.exp(LOG_TINY)))
 
 
-def _log1m(p: Array) -> Array:
+def bounded_log1m(p: Array) -> Array:
     """log(1 - p), not below the log of the roundoff of 1."""
     return np.log1p(-np.minimum(p, 1.0 - np.finfo(np.float64).epsneg))
 
 
-def _poisson_rounding(rate: Array) -> Array:
+def poisson_terms(rate: Array) -> Array:
     """(K,) size of the terms of `x log rate - rate` near `x = rate`, which cancel."""
-    return np.asarray((rate * (1.0 + np.abs(_log(rate)))).sum(axis=1))
+    return np.asarray((rate * (1.0 + np.abs(bounded_log(rate)))).sum(axis=1))
+
+
+def _level_index(old: Schema, new: Schema) -> list[int]:
+    """Where each level of the new schema stood among the old ones, -1 for new levels."""
+    index: list[int] = []
+    at = 0
+    for before, after in zip(old.columns, new.columns, strict=True):
+        index += range(at, at + before.n_levels)
+        index += [-1] * (after.n_levels - before.n_levels)
+        at += before.n_levels
+    return index
 
 
 def _level_sums(family: IndependentColumns, rows: Rows) -> Array:
@@ -576,11 +654,11 @@ class ColumnsKernel:
     """Independent columns prepared for a pass."""
 
     def __init__(self, family: IndependentColumns, params: Any, log_weights: Array) -> None:
-        self.family, self.log_weights = family, log_weights
+        self.family, self.params, self.log_weights = family, params, log_weights
         self.dtype = np.dtype(family.dtype)
         self.n_components = len(log_weights)
-        self.pivot = family._pivot
-        shift, scale = self.pivot.shift[family.real], self.pivot.scale[family.real]
+        shift, scale = family.pivot_at.shift[family.real], family.pivot_at.scale[family.real]
+        self.real_pivot = Pivot(shift, scale)
         self.mean = (params.mean - shift) / scale
         self.variance = family.variances(params) / scale**2
         slope = self.mean / self.variance
@@ -590,24 +668,24 @@ class ColumnsKernel:
         # The same about each mean: beside a large quadratic term its digits would be lost.
         self.about_mean = -0.5 * (np.log(self.variance) + LOG_2PI) - np.log(scale)
         self.normaliser[:, family.real] = self.about_mean - 0.5 * quadratic
-        failure = _log1m(params.probability)
+        failure = bounded_log1m(params.probability)
         self.normaliser[:, family.binary] = failure
         self.normaliser[:, family.count] = -params.rate
         curvature = -0.5 / self.variance
         if family.spherical:
             curvature = curvature[:, :1]
-        log_rate = _log(params.rate)
+        log_rate = bounded_log(params.rate)
         self.slopes = np.concatenate(
             [
                 slope,
                 curvature,
-                _log(params.probability) - failure,
+                bounded_log(params.probability) - failure,
                 log_rate,
-                _log(params.level_probability),
+                bounded_log(params.level_probability),
             ],
             axis=1,
         )
-        counts = _poisson_rounding(params.rate)
+        counts = poisson_terms(params.rate)
         self.rounding = 2 * quadratic.sum(axis=1) + 2 * counts
         # Scores of large counts are themselves large, since `log x!` is left to `base`: float32
         # cannot hold them, however exactly they were computed.
@@ -616,7 +694,6 @@ class ColumnsKernel:
         self.n_square = curvature.shape[1]
 
     def linear(self, gaps: bool) -> Linear:
-        """Natural parameters of the features of complete blocks, or of blocks with gaps."""
         constant = self.log_weights
         if not gaps:
             constant = constant + self.normaliser.sum(axis=1)
@@ -625,52 +702,23 @@ class ColumnsKernel:
             pieces.append(self.normaliser)
         return Linear(np.concatenate(pieces, axis=1), self.rounding, self.dtype)
 
-    def walk(self, rows: Rows) -> ColumnsWalk:
-        return ColumnsWalk(self, rows)
+    def walk(self, rows: Rows) -> LinearWalk:
+        return LinearWalk(self, rows)
 
-
-class ColumnsWalk:
-    """A walk over one chunk in consecutive blocks."""
-
-    def __init__(self, kernel: ColumnsKernel, rows: Rows) -> None:
-        self.kernel, self.rows = kernel, rows
-        # Rows with nothing observed say nothing: they are in no block.
-        self.index: Array | None = None
-        if rows.observed is not None:
-            useful = rows.observed.any(axis=1)
-            if not useful.all():
-                self.index = np.flatnonzero(useful)
-                self.rows = rows[self.index]
-        family = kernel.family
-        gaps = rows.observed is not None
-        self.linear = kernel.linear(gaps)
-        self.width = self.linear.eta.shape[1]
-        k = kernel.n_components
-        self.size = block_rows(self.width + k, kernel.dtype.itemsize)
-        self.features = np.empty((self.width, self.size), dtype=kernel.dtype)
-        self.y = np.empty((len(family.real), self.size))
-        self.log_p = np.empty((k, self.size), dtype=kernel.dtype)
-        self.sums = np.zeros((k, self.width))
-        self.pivot = Pivot(kernel.pivot.shift[family.real], kernel.pivot.scale[family.real])
-
-    def blocks(self) -> Iterator[Index]:
-        for piece in slices(self.rows.n_rows, self.size):
-            self.piece = piece
-            self._exact: Array | None = None
-            self.block = self._fill(self.features)
-            yield piece if self.index is None else self.index[piece]
-
-    def _fill(self, buffer: Array) -> Array:
-        family = self.kernel.family
-        values = self.rows.values[self.piece]
-        n = len(values)
-        features = buffer[:, :n]
-        observed = None if self.rows.observed is None else self.rows.observed[self.piece].T
-        real, columns = len(family.real), values.T
-        y = self.pivot.block(values[:, family.real], self.y)
+    def _centred(self, values: Array, observed: Array | None) -> Array:
+        """(real, n) real columns in pivot coordinates, zero where missing."""
+        real = self.family.real
+        y = self.real_pivot.block(values[:, real], np.empty((len(real), len(values))))
         if observed is not None:
-            y *= observed[family.real]
-        self.block_y = y
+            y *= observed[:, real].T
+        return y
+
+    def features(self, values: Array, observed: Array | None, out: Array) -> Array:
+        family = self.family
+        n = len(values)
+        features = out[:, :n]
+        real, columns = len(family.real), values.T
+        y = self._centred(values, observed)
         features[0] = 1.0
         at = 1
         features[at : at + real] = y
@@ -679,74 +727,51 @@ class ColumnsWalk:
             np.einsum("in,in->n", y, y, out=features[at], casting="same_kind")
         else:
             np.multiply(y, y, out=features[at : at + real], casting="same_kind")
-        at += self.kernel.n_square
+        at += self.n_square
         for positions in (family.binary, family.count):
             features[at : at + len(positions)] = columns[positions]
             at += len(positions)
         for j, code in zip(family.level_column, family.level_code, strict=True):
             np.equal(columns[j], code, out=features[at], casting="unsafe")
             if observed is not None and code == 0.0:
-                features[at] *= observed[j]
+                features[at] *= observed[:, j]
             at += 1
         if observed is not None:
-            features[at:] = observed
+            features[at:] = observed.T
         return features
 
-    def exact(self) -> Array:
-        """Features in float64."""
-        if self.block.dtype == np.float64:
-            return self.block
-        if self._exact is None:
-            self._exact = self._fill(np.empty(self.features.shape))
-        return self._exact
-
-    def score(self) -> Array:
-        log_p = self.linear.score(self.block, self.exact, self.log_p)
-        for k in self.linear.direct:
-            log_p[k] = self._direct(int(k))
-        return log_p
-
-    def _direct(self, k: int) -> Array:
-        """Score of one component by squared distances, for a mean far out in pivot units."""
-        kernel = self.kernel
-        real = len(kernel.mean[k])
-        features = self.exact()
-        eta = np.concatenate([kernel.log_weights[k : k + 1], kernel.slopes[k]])
-        eta[1 : 1 + real + kernel.n_square] = 0.0
+    def direct(self, k: int, values: Array, observed: Array | None, features: Array) -> Array:
+        """Squared distances, for a mean far out in pivot units."""
+        real = len(self.mean[k])
+        eta = np.concatenate([self.log_weights[k : k + 1], self.slopes[k]])
+        eta[1 : 1 + real + self.n_square] = 0.0
         log_p = eta @ features[: len(eta)]
-        constant = kernel.normaliser[k].copy()
-        constant[kernel.family.real] = kernel.about_mean[k]
-        gap = (self.block_y - kernel.mean[k][:, None]) ** 2 / kernel.variance[k][:, None]
-        if self.rows.observed is None:
+        constant = self.normaliser[k].copy()
+        constant[self.family.real] = self.about_mean[k]
+        y = self._centred(values, observed)
+        gap = (y - self.mean[k][:, None]) ** 2 / self.variance[k][:, None]
+        if observed is None:
             return np.asarray(log_p + constant.sum() - 0.5 * gap.sum(axis=0))
-        observed = self.rows.observed[self.piece].T
-        gap *= observed[kernel.family.real]
-        return np.asarray(log_p + constant @ observed - 0.5 * gap.sum(axis=0))
+        gap *= observed[:, self.family.real].T
+        return np.asarray(log_p + constant @ observed.T - 0.5 * gap.sum(axis=0))
 
-    def base(self) -> Array | None:
+    def base(self, values: Array, observed: Array | None) -> Array | None:
         """`-sum log x!` over the observed counts of each row."""
-        counts = self.kernel.family.count
+        counts = self.family.count
         if not len(counts):
             return None
-        x = self.rows.values[self.piece][:, counts].astype(np.float64)
-        factorials = gammaln(x + 1.0)
-        if self.rows.observed is not None:
-            factorials *= self.rows.observed[self.piece][:, counts]
+        factorials = gammaln(values[:, counts].astype(np.float64) + 1.0)
+        if observed is not None:
+            factorials *= observed[:, counts]
         return np.asarray(-factorials.sum(axis=1))
 
-    def gather(self, resp: Array) -> None:
-        self.sums += self.linear.gather(self.block, self.exact, resp)
-
-    def close(self) -> Monoid:
-        family, sums = self.kernel.family, self.sums
-        real = len(family.real)
-        sizes = [1, real, self.kernel.n_square, len(family.binary), len(family.count)]
+    def statistics(self, sums: Array, gaps: bool) -> Monoid:
+        family = self.family
+        sizes = [1, len(family.real), self.n_square, len(family.binary), len(family.count)]
         sizes.append(len(family.level_column))
         edges = np.cumsum(sizes)
         n, first, second, binary, count, level = np.split(sums[:, : edges[-1]], edges[:-1], axis=1)
-        observed = sums[:, edges[-1] :]
-        if self.rows.observed is None:
-            observed = np.repeat(n, family.schema.n_features, axis=1)
+        observed = sums[:, edges[-1] :] if gaps else np.repeat(n, family.schema.n_features, axis=1)
         return family.stats_type(
             observed, first, second[:, 0] if family.spherical else second, binary, count, level
         )

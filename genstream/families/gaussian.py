@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ from genstream.families.blocks import (
     UNSEEN,
     Array,
     Description,
+    Family,
     Pivot,
     moments,
 )
@@ -96,6 +97,18 @@ class NormalWishart(Record):
         return cls(mean, positive / share, 0.01, dof)
 
 
+class Conditional(NamedTuple):
+    """Some columns given others, in pivot coordinates: their mean (K, m) and covariance
+    (C, m, m), and of the given ones the squared distance from the mean (K,) and the
+    log-determinant of their covariance (K,).
+    """
+
+    mean: Array
+    covariance: Array
+    distance: Array
+    log_det: Array
+
+
 @dataclass(frozen=True, eq=False)
 class Gaussian:
     """K Gaussians over d real columns, each with its own covariance or all with one (`tied`).
@@ -144,7 +157,7 @@ class Gaussian:
         return replace(self, dtype=dtype)
 
     @property
-    def params_type(self) -> type[Record]:
+    def params_type(self) -> type[FullParams | TiedParams]:
         return TiedParams if self.tied else FullParams
 
     @property
@@ -218,50 +231,82 @@ class Gaussian:
         """Mode of the Normal-inverse-Wishart posterior (Fraley & Raftery 2007, eq. 7-9).
 
             mean_k = (strength m0 + sum_wx) / (strength + n_k)
-            covariance_k = (diag(scatter) + S_k + c_k D_k) / (dof + n_k + d + 2)
+            covariance_k = (diag(scatter) + S_k + strength D_k) / (dof + n_k + d + 2)
 
-        with `S_k` the scatter about the weighted mean, `D_k` the outer product of that mean's
-        distance from `m0` and `c_k = strength n_k / (strength + n_k)`; without a prior
-        `S_k / n_k`. Tied covariances add `S_k + c_k D_k` over k and divide by
-        `dof + n + d + 1 + K` (`n` without a prior). Under the constraint that no direction has a
-        variance below `FLOOR` of the pivot's, which eigenvalues are lifted to, this is still the
-        maximum, so that EM never falls; a component so lifted is singular.
+        with `S_k` the scatter about `mean_k` and `D_k` the outer product of that mean's distance
+        from `m0`; without a prior `S_k / n_k`. Tied covariances add `S_k + strength D_k` over k
+        and divide by `dof + n + d + 1 + K` (`n` without a prior). The mean of the mode does not
+        depend on the covariance, and the covariance is the maximum for any mean, so that either
+        may be frozen. Under the constraint that no direction has a variance below `FLOOR` of the
+        pivot's, which eigenvalues are lifted to, this is still the maximum, so that EM never
+        falls; a component so lifted is singular.
         """
         d = self.n_features
-        pivot, prior = self._pivot, self.prior
         n = stats.sum_w
-        faulty = n <= UNSEEN * n.sum()
-        safe = np.where(faulty, 1.0, n)
-        mean = stats.sum_wx / safe[:, None]
-        outer = safe[:, None, None] * mean[:, :, None] * mean[:, None, :]
-        if self.tied:
-            outer = outer[~faulty].sum(axis=0)
-        scatter = stats.sum_wxx - outer
-        diagonal = np.arange(d)
-        raw = stats.sum_wxx[..., diagonal, diagonal]
-        if prior is not None:
-            m0 = (prior.mean - pivot.shift) / pivot.scale
-            gap = np.where(faulty[:, None], 0.0, mean - m0)
-            pull = prior.strength * n / (prior.strength + n)
-            spread = pull[:, None, None] * gap[:, :, None] * gap[:, None, :]
-            scatter = scatter + (spread.sum(axis=0) if self.tied else spread)
-            scatter[..., diagonal, diagonal] += prior.scatter / pivot.scale**2
-            mean = (prior.strength * m0 + stats.sum_wx) / (prior.strength + n)[:, None]
-            count = prior.dof + d + 2 + n
-            if self.tied:
-                count = prior.dof + d + 1 + len(n) + n.sum()
-            faulty = np.zeros_like(faulty)
-        else:
+        unseen = n <= UNSEEN * n.sum()
+        old_mean, old_covariance = self.pivoted(previous)
+        mean = old_mean
+        if "mean" not in frozen:
+            mean = self.modal_mean(n, stats.sum_wx, old_mean)
+        thin = np.zeros(len(n), dtype=bool)
+        covariance = old_covariance
+        if "covariance" not in frozen:
+            # Only without a prior has an unseen component nothing to be divided by.
+            safe = np.where(unseen, 1.0, n) if self.prior is None else n
             count = n.sum() if self.tied else safe
-            mean = np.where(faulty[:, None], self.pivoted(previous)[0], mean)
-        covariance = scatter / np.reshape(count, (-1, 1, 1))
-        covariance = (covariance + covariance.swapaxes(-1, -2)) / 2
-        covariance[:, diagonal, diagonal] += self.ridge / pivot.scale**2
-        # Below a share of the raw second moment an eigenvalue is rounding error.
-        raw = np.reshape(raw, (-1, d)) / np.reshape(count, (-1, 1))
-        thin = _lift(covariance, FLOOR + SINGULAR * raw.max(axis=1))
+            if self.prior is not None:
+                count = count + self.prior.dof + d + (1 + len(n) if self.tied else 2)
+            count = np.reshape(count, (-1, 1, 1))
+            scatter = self.modal_scatter(mean, stats)
+            covariance = scatter.reshape(-1, d, d) / count
+            raw = (
+                np.reshape(np.diagonal(stats.sum_wxx, axis1=-2, axis2=-1), (-1, d)) / count[..., 0]
+            )
+            covariance, thin = self.regular(covariance, raw)
+        params = self._params(mean, covariance)
+        # Frozen leaves stay to the bit.
+        params = replace(params, **{name: getattr(previous, name) for name in frozen})
+        faulty = unseen if self.prior is None else np.zeros_like(unseen)
         # All components share a tied covariance: moving one of them would not make it regular.
-        return self._params(mean, covariance), faulty if self.tied else faulty | thin
+        return params, faulty if self.tied else faulty | thin
+
+    def pivoted_prior(self) -> tuple[Array, Array, float]:
+        """Mean (d,), scatter (d,) and strength of the prior in pivot coordinates; 0 without one."""
+        pivot, prior = self._pivot, self.prior
+        if prior is None:
+            return np.zeros(self.n_features), np.zeros(self.n_features), 0.0
+        mean = (prior.mean - pivot.shift) / pivot.scale
+        return mean, prior.scatter / pivot.scale**2, prior.strength
+
+    def modal_mean(self, n: Array, sum_wx: Array, old: Array) -> Array:
+        """(K, d) `(strength m0 + sum_wx) / (strength + n)`; the old mean where n is nothing."""
+        m0, _, strength = self.pivoted_prior()
+        if self.prior is None:
+            unseen = n <= UNSEEN * n.sum()
+            return np.where(unseen[:, None], old, sum_wx / np.where(unseen, 1.0, n)[:, None])
+        return np.asarray((strength * m0 + sum_wx) / (strength + n)[:, None])
+
+    def modal_scatter(self, mean: Array, stats: Any) -> Array:
+        """(K, d, d) of `diag(scatter) + S_k + strength D_k` about given means (K, d), in pivot
+        coordinates; summed over k, with `diag(scatter)` once, if tied.
+        """
+        m0, psi, strength = self.pivoted_prior()
+        gap = mean - m0
+        pull = strength * gap[:, :, None] * gap[:, None, :]
+        scatter: Array = self.scatter(stats, mean) + (pull.sum(axis=0) if self.tied else pull)
+        diagonal = np.arange(self.n_features)
+        scatter[..., diagonal, diagonal] += psi
+        return scatter
+
+    def regular(self, covariance: Array, raw: Array) -> tuple[Array, NDArray[np.bool_]]:
+        """Covariances (C, d, d) made symmetric, with the ridge, and no eigenvalue below `FLOOR` or
+        the rounding of raw second moments (C, d); and (C,) which ones were lifted.
+        """
+        covariance = (covariance + covariance.swapaxes(-1, -2)) / 2
+        diagonal = np.arange(self.n_features)
+        covariance[:, diagonal, diagonal] += self.ridge / self._pivot.scale**2
+        # Below a share of the raw second moment an eigenvalue is rounding error.
+        return covariance, _lift(covariance, FLOOR + SINGULAR * raw.max(axis=1))
 
     def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
         """Tied components share one sum of `y y'`, which gives back what the others are worth in
@@ -280,34 +325,37 @@ class Gaussian:
         n = stats.sum_w
         if not (n > 0.1 * known.sum_w).all():
             return None
-        scatter = self._scatter(stats)
-        if self.prior is not None:
-            diagonal = np.arange(self.n_features)
-            scatter[..., diagonal, diagonal] += self.prior.scatter / self._pivot.scale**2
+        scatter = self.scatter(stats)
+        diagonal = np.arange(self.n_features)
+        scatter[..., diagonal, diagonal] += self.pivoted_prior()[1]
         try:
             np.linalg.cholesky(scatter)
         except np.linalg.LinAlgError:
             return None
         return stats  # type: ignore[no-any-return]
 
-    def _scatter(self, stats: Any) -> Array:
-        """(K, d, d) scatter about each weighted mean, or (d, d) of them all."""
+    def scatter(self, stats: Any, mean: Array | None = None) -> Array:
+        """(K, d, d) scatter about each weighted mean, or given means (K, d), in pivot coordinates;
+        (d, d) of them all if tied.
+        """
         n = np.maximum(stats.sum_w, 1e-300)
-        outer = stats.sum_wx[:, :, None] * (stats.sum_wx / n[:, None])[:, None, :]
-        return np.asarray(stats.sum_wxx - (outer.sum(axis=0) if self.tied else outer))
+        centre = stats.sum_wx / n[:, None]
+        outer = stats.sum_wx[:, :, None] * centre[:, None, :]
+        scatter = np.asarray(stats.sum_wxx - (outer.sum(axis=0) if self.tied else outer))
+        if mean is None:
+            return scatter
+        # By way of the weighted mean, so that one far from the pivot costs no digits.
+        gap = centre - mean
+        outer = n[:, None, None] * gap[:, :, None] * gap[:, None, :]
+        return np.asarray(scatter + (outer.sum(axis=0) if self.tied else outer))
 
     def expected_log_prob(self, params: Any, stats: Any) -> float:
         pivot, d = self._pivot, self.n_features
         mean, covariance = self.pivoted(params)
         precision = np.linalg.inv(covariance)
         log_det = np.linalg.slogdet(covariance)[1] + 2 * np.log(pivot.scale).sum()
-        # About the parameters' own means, so that a mean far from the pivot costs no digits.
-        n = stats.sum_w
-        gap = stats.sum_wx / np.maximum(n, 1e-300)[:, None] - mean
-        spread = n[:, None, None] * gap[:, :, None] * gap[:, None, :]
-        spread = self._scatter(stats) + (spread.sum(axis=0) if self.tied else spread)
-        square = float((precision * np.reshape(spread, precision.shape)).sum())
-        return -0.5 * (float((n * (log_det + d * LOG_2PI)).sum()) + square)
+        square = float((precision * np.reshape(self.scatter(stats, mean), precision.shape)).sum())
+        return -0.5 * (float((stats.sum_w * (log_det + d * LOG_2PI)).sum()) + square)
 
     def log_prior(self, params: Any) -> float:
         prior = self.prior
@@ -346,6 +394,49 @@ class Gaussian:
             covariance = params.covariance if self.tied else params.covariance[k]
             out[chosen] = params.mean[k] + noise[chosen] @ np.linalg.cholesky(covariance).T
         return out, None
+
+    def fill(self, params: Any, resp: Array, rng: np.random.Generator | None = None) -> Array:
+        if rng is not None:
+            return self.draw(params, resp.argmax(axis=0), rng)[0]
+        return np.asarray(resp.T @ params.mean)
+
+    def _narrowed(self, columns: Array) -> Gaussian:
+        """The family of some of the columns, without a prior."""
+        pivot = self.pivot and self.pivot.take(columns.tolist(), axis="feature")
+        return replace(self, n_features=len(columns), pivot=pivot, prior=None)
+
+    def marginal(self, params: Any, columns: Array) -> tuple[Family, Record]:
+        covariance = params.covariance[..., columns[:, None], columns]
+        return self._narrowed(columns), self.params_type(params.mean[:, columns], covariance)
+
+    def condition(self, params: Any, x: Array, given: Array) -> tuple[Family, Record, Array]:
+        """Means `mean_M + A_k (x_O - mean_O)` and covariances `covariance_MM - A_k covariance_OM`.
+
+        Computed in pivot coordinates, where columns of different units are alike.
+        """
+        seen, missing = np.flatnonzero(given), np.flatnonzero(~given)
+        conditional = self.conditional(params, x, seen, missing)
+        family = self._narrowed(missing)
+        narrowed = family._params(conditional.mean, conditional.covariance)
+        log_p = conditional.log_det + conditional.distance + len(seen) * LOG_2PI
+        return family, narrowed, -0.5 * log_p - np.log(self._pivot.scale[seen]).sum()
+
+    def conditional(self, params: Any, x: Array, seen: Array, missing: Array) -> Conditional:
+        """The columns `missing` given values `x` (d,) of those `seen`, in pivot coordinates."""
+        mean, covariance = self.pivoted(params)
+        gap = ((x - self._pivot.shift) / self._pivot.scale - mean)[:, seen]
+        factor = np.linalg.cholesky(covariance[:, seen[:, None], seen])
+        cross = np.linalg.solve(factor, covariance[:, seen[:, None], missing])
+        white = np.linalg.solve(
+            np.broadcast_to(factor, (len(mean), *factor.shape[1:])), gap[..., None]
+        )
+        log_det = 2 * np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(axis=1)
+        return Conditional(
+            mean[:, missing] + (cross.swapaxes(1, 2) @ white)[..., 0],
+            covariance[:, missing[:, None], missing] - cross.swapaxes(1, 2) @ cross,
+            (white[..., 0] ** 2).sum(axis=1),
+            np.broadcast_to(log_det, len(mean)),
+        )
 
     def embed(self, rows: Rows) -> tuple[Array, Array]:
         observed = rows.is_observed

@@ -39,6 +39,8 @@ class GaussianKernel:
     Takes means (K, d) and covariances (C, d, d), where C is K, or 1 if they are tied.
     """
 
+    by_pattern = True
+
     def __init__(
         self,
         mean: Array,
@@ -257,7 +259,7 @@ class GaussianWalk:
         if self.rows.observed is None:
             yield from self._dense(self.kernel.complete, None)
         else:
-            yield from self._by_pattern(self.rows.observed)
+            yield from self._by_pattern()
         # The block refers back to the walk: without this a chunk would outlive its use until the
         # garbage collector comes round.
         self.block = None
@@ -275,14 +277,13 @@ class GaussianWalk:
     @cached_property
     def frequent(self) -> NDArray[np.bool_]:
         """(p,) which patterns have enough rows for matrix products of their own."""
-        found = self.patterns
-        return np.asarray((found.counts >= FREQUENT) & (found.width > 0))
+        return self.patterns.frequent(FREQUENT)
 
-    def _by_pattern(self, observed: NDArray[np.bool_]) -> Iterator[Index]:
+    def _by_pattern(self) -> Iterator[Index]:
         """Blocks of one pattern after another, then those of all rare patterns."""
         found = self.patterns
         for p in np.flatnonzero(self.frequent):
-            yield from self._dense(self._marginal(p), found.rows(p))
+            yield from self._dense(self._marginal(int(p)), found.rows(int(p)))
         width = np.repeat(np.where(self.frequent, 0, found.width), found.counts)
         for chosen in self._lanes(found.order, width):
             self.lanes.clear()
@@ -330,23 +331,29 @@ class GaussianWalk:
 
     def load(self, index: Index) -> None:
         values = self.rows.values[index]
-        n, d = values.shape
+        n = len(values)
         if self.log_p.shape[1] < n:
             self.log_p = np.empty((len(self.log_p), n), dtype=self.kernel.dtype)
+        self.block, self.index = _MixedBlock(self, n), index
+        if self.rows.observed is None:
+            if self.y.shape[1] < n:
+                self.y = np.empty((len(self.y), n))
+            if self.features.shape[1] < n:
+                self.features = np.empty((self.width, n), dtype=self.kernel.dtype)
+            work = self._works.setdefault(-1, self._work(self.kernel.complete))
+            work.load(values, self.y, self.features)
+            self.block.parts.append((slice(None), work))
+            return
         if self._room.size < n:
             self._room = _Room(self, n)
         self._room.clear()
-        self.block, self.index = _MixedBlock(self, n), index
-        if self.rows.observed is None:
-            self._load_frequent(-1, self.kernel.complete, slice(None), values)
-            return
-        found, observed = self.patterns, self.rows.observed[index]
+        found = self.patterns
         of_row = found.of_row[index]
         frequent = self.frequent[of_row]
         for p in np.unique(of_row[frequent]):
             chosen = np.flatnonzero(of_row == p)
             known = self._works.get(int(p))
-            marginal = self._marginal(p) if known is None else known.marginal
+            marginal = self._marginal(int(p)) if known is None else known.marginal
             self._load_frequent(int(p), marginal, chosen, values[chosen])
         width = np.where(frequent, 0, found.width[of_row])
         self.lanes.clear()
@@ -366,6 +373,17 @@ class GaussianWalk:
         y, features = self._room.take(marginal.n_observed, work.width, len(values))
         work.load(values, y, features)
         self.block.parts.append((chosen, work))
+
+    def build_in(self, buffer: Array) -> None:
+        self.features = buffer
+
+    @property
+    def linear_block(self) -> _PatternBlock | None:
+        """The block at hand where it is linear in its features: of one pattern, and not tied."""
+        block = self.block
+        if isinstance(block, _MixedBlock) and len(block.parts) == 1:
+            block = block.parts[0][1]
+        return block if isinstance(block, _PatternBlock) else None
 
     def score(self) -> Array:
         log_p: Array = self.block.score()
@@ -473,13 +491,16 @@ class _PatternBlock:
         z = whiten @ (self.y - marginal.mean[k][:, None])
         return np.asarray(marginal.peak[k] - 0.5 * np.einsum("in,in->n", z, z))
 
+    def add(self, sums: Array) -> None:
+        """Add (K, p) sums of features to those of the pattern."""
+        self.sums += sums
+
     def gather(self, resp: Array, scaled: Array | None = None) -> None:
         if scaled is not None and not self.whole:
             spared = resp.sum(axis=1, dtype=np.float64)
             self.spared = spared if self.spared is None else self.spared + spared
-        self.sums += self.linear.gather(
-            self.features, self.exact, resp if scaled is None else scaled
-        )
+        weights = resp if scaled is None else scaled
+        self.add(self.linear.gather(self.features, self.exact, weights))
 
     def finish(self) -> None:
         self.walk.add(*self.marginal.completed(self.sums, self.spared))
@@ -617,8 +638,8 @@ def _completed(
     """Fill the gaps of rows (n, d), in place: `sum_k r_k E[x_M | x_O, k]`.
 
     With precision `P` and distance `e` from the mean, zero where missing, `x_M` given `x_O` has
-    mean `mean_M - inv(P_MM) (P e)_M` and covariance `inv(P_MM)`; standard normal `noise` (n, d) adds
-    a deviation of it. Rows that miss equally many columns are worked on at a time.
+    mean `mean_M - inv(P_MM) (P e)_M` and covariance `inv(P_MM)`; standard normal `noise` (n, d)
+    adds a deviation of it. Rows that miss equally many columns are worked on at a time.
     """
     shift, scale = kernel.pivot.shift, kernel.pivot.scale
     gaps = (~observed).sum(axis=1)

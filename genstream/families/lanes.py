@@ -363,3 +363,11 @@ def bordered(matrices: Array, cells: Array, out: Array, scratch: Array) -> Array
     for start in range(0, size, RUN):
         log_det += np.log(pivots[start : start + RUN].prod(axis=0))
     return log_det
+
+
+def lane_inverse(matrices: Array) -> tuple[Array, Array]:
+    """Inverses (s, s, n) and log-determinants (n,) of n symmetric positive definite matrices."""
+    out = np.empty((1, *matrices.shape), matrices.dtype)
+    cells = np.arange(matrices.size).reshape(matrices.shape)
+    log_det = bordered(matrices.reshape(1, -1), cells, out, np.empty_like(out))
+    return out[0], log_det[0]

@@ -1,0 +1,177 @@
+"""Walks over independent columns: consecutive blocks, gaps masked exactly.
+
+Where columns are independent given the component, a missing entry is a factor left out and
+its value given the rest of the row is a draw from its own column. `ConsecutiveWalk` holds what all
+such walks share; `LinearWalk` is that of families that are linear in features of single columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genstream.families.blocks import Array, Index, Linear, block_rows, slices
+from genstream.rows import Rows
+from genstream.stats import Monoid
+
+
+class Filling(Protocol):
+    """A family of columns that do not depend on one another given the component."""
+
+    def fill(self, params: Any, resp: Array, rng: np.random.Generator | None = None) -> Array:
+        """(n, d) values of columns under responsibilities (K, n)."""
+
+
+def log_prob_given(family: Any, params: Any, x: Array, given: Array) -> Array:
+    """(K,) `log p(x_given | k)` in float64, of the columns `given` (d,) of one row (d,)."""
+    columns = np.flatnonzero(given)
+    part, known = family.with_dtype("float64").marginal(params, columns)
+    n_components = len(next(known.leaves())[2])
+    walk = part.prepare(known, np.zeros(n_components)).walk(Rows(x[None, columns]))
+    walk.load(slice(0, 1))
+    base = walk.base()
+    return np.asarray(walk.score()[:, 0] + (0.0 if base is None else base[0]))
+
+
+class ConsecutiveWalk:
+    """A walk over one chunk in consecutive blocks.
+
+    Parameters
+    ----------
+    family, params
+        What fills gaps: given the component, a missing entry does not depend on observed ones.
+    rows
+        The chunk.
+    size
+        Rows in a block.
+    """
+
+    def __init__(self, family: Filling, params: Any, rows: Rows, size: int) -> None:
+        self.family, self.params, self.rows, self.size = family, params, rows, size
+        self.values = rows.values[:0]
+        self.observed: NDArray[np.bool_] | None = None
+
+    def blocks(self) -> Iterator[Index]:
+        # Rows with nothing observed say nothing: they are in no block.
+        useful: Array | None = None
+        if self.rows.observed is not None:
+            some = self.rows.observed.any(axis=1)
+            if not some.all():
+                useful = np.flatnonzero(some)
+        for piece in slices(self.rows.n_rows if useful is None else len(useful), self.size):
+            index = piece if useful is None else useful[piece]
+            self.load(index)
+            yield index
+
+    def load(self, index: Index) -> None:
+        self.values = self.rows.values[index]
+        observed = self.rows.observed
+        self.observed = None if observed is None else observed[index]
+
+    def complete(self, resp: Array, rng: np.random.Generator | None = None) -> Array:
+        """(n, d) the block's rows with gaps filled from responsibilities (K, n) alone."""
+        values = self.values.astype(np.float64)
+        if self.observed is not None:
+            gaps = np.flatnonzero(~self.observed.all(axis=1))
+            filled = self.family.fill(self.params, resp[:, gaps], rng)
+            values[gaps] = np.where(self.observed[gaps], values[gaps], filled)
+        return values
+
+
+class LinearKernel(Protocol):
+    """Independent columns prepared for a pass, linear in features of single columns.
+
+    The first feature is 1 and takes `log_weights`; the d last ones of a block with gaps are 1 where
+    a column is observed and take what an observed entry adds whatever its value.
+    """
+
+    params: Any
+    dtype: np.dtype[Any]
+    n_components: int
+
+    @property
+    def family(self) -> Filling: ...
+
+    def linear(self, gaps: bool) -> Linear:
+        """Natural parameters of the features of complete blocks, or of blocks with gaps."""
+
+    def features(self, values: Array, observed: Array | None, out: Array) -> Array:
+        """(p, n) features of rows (n, d), whose mask is (n, d) or None, in a part of `out`."""
+
+    def direct(self, k: int, values: Array, observed: Array | None, features: Array) -> Array:
+        """(n,) scores of a component whose linear form would lose too many digits."""
+
+    def base(self, values: Array, observed: Array | None) -> Array | None:
+        """(n,) the part of the log-density that no component changes, or None."""
+
+    def statistics(self, sums: Array, gaps: bool) -> Monoid:
+        """Statistics from the features' sums (K, p)."""
+
+
+class LinearWalk(ConsecutiveWalk):
+    """A walk whose blocks are scored and gathered by one matrix product each.
+
+    All blocks are alike, so that the walk itself stands for the one at hand where a product of
+    families asks for it.
+    """
+
+    def __init__(self, kernel: LinearKernel, rows: Rows) -> None:
+        self.kernel = kernel
+        self.gaps = rows.observed is not None
+        self.linear = kernel.linear(self.gaps)
+        self.width = self.linear.eta.shape[1]
+        size = block_rows(self.width + kernel.n_components, kernel.dtype.itemsize)
+        super().__init__(kernel.family, kernel.params, rows, size)
+        self.sums = np.zeros((kernel.n_components, self.width))
+        self._allocate(size)
+
+    def _allocate(self, n_rows: int) -> None:
+        self.build_in(np.empty((self.width, n_rows), dtype=self.kernel.dtype))
+
+    def build_in(self, buffer: Array) -> None:
+        self._buffer = buffer
+        shape = (self.kernel.n_components, buffer.shape[1])
+        self._log_p = np.empty(shape, dtype=self.kernel.dtype)
+
+    @property
+    def linear_block(self) -> LinearWalk:
+        return self
+
+    def load(self, index: Index) -> None:
+        super().load(index)
+        if len(self.values) > self._buffer.shape[1]:
+            self._allocate(len(self.values))
+        self._exact: Array | None = None
+        self.features = self.kernel.features(self.values, self.observed, self._buffer)
+
+    def exact(self) -> Array:
+        """Features in float64."""
+        if self.features.dtype == np.float64:
+            return self.features
+        if self._exact is None:
+            self._exact = self.kernel.features(
+                self.values, self.observed, np.empty(self.features.shape)
+            )
+        return self._exact
+
+    def score(self) -> Array:
+        log_p = self.linear.score(self.features, self.exact, self._log_p)
+        for k in self.linear.direct:
+            log_p[k] = self.kernel.direct(int(k), self.values, self.observed, self.exact())
+        return log_p
+
+    def base(self) -> Array | None:
+        return self.kernel.base(self.values, self.observed)
+
+    def gather(self, resp: Array) -> None:
+        self.add(self.linear.gather(self.features, self.exact, resp))
+
+    def add(self, sums: Array) -> None:
+        """Sums (K, p) of `r T(x)` over a block, in the order of `features`."""
+        self.sums += sums
+
+    def close(self) -> Monoid:
+        return self.kernel.statistics(self.sums, self.gaps)

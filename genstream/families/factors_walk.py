@@ -1,0 +1,488 @@
+"""The E-step of linear-Gaussian factors through the latent: q x q solves, never d x d.
+
+With `e = (x - mean) / sqrt(noise)`, `B = W / sqrt(noise)` (d, q) and `O` what a row observed,
+
+    V = inv(I + B_O' B_O),    m = V B_O' e_O,    p(t | x_O, k) = N(m, V)
+    log p(x_O | k) = -1/2 [ sum_O log(2 pi noise) - log|V| + |e_O - B_O m|^2 + |m|^2 ]
+
+(Ghahramani & Hinton 1996). `V` is the same for all rows of a pattern, so that a block of complete
+rows, or of a frequent pattern, is scored for all components by two matrix products. That form
+cancels, so it only says which components matter to a row; those few are scored again by the
+residuals `e_O - B_O m`, which cancel nothing and keep their digits in float32 too. Rows of rare
+patterns have a `V` each, from one matrix product and small factors in lanes.
+
+Statistics are gathered as moments of `m` and of the residuals, those numbers being of the size of
+the noise, and are turned into moments of `x` and `t` once a chunk, in float64. A missing entry has
+residual 0 in the mean, of variance 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genstream.families.blocks import LOG_2PI, Array, Index, Pivot, block_rows, slices
+from genstream.families.gaussian_walk import Patterns
+from genstream.rows import Rows
+from genstream.stats import Monoid
+
+# A component this many nats below a row's best one is not scored again: what it would get of the
+# row is lost in the last digit of the sums.
+DEPTH = 37.0
+# A responsibility below this share of its row's weight is not gathered.
+NEGLIGIBLE = 1e-16
+# Units of roundoff by which the sum of a long product may be off, relative to its terms.
+SLACK = 64.0
+# Residuals are kept from scoring to gathering for at most so many components a row on average.
+HELD = 4
+# Numbers held for a block of rows of rare patterns.
+LANE_NUMBERS = 1 << 20
+
+
+class FactorsKernel:
+    """Factors prepared for a pass, in pivot coordinates.
+
+    Takes means (K, d), loadings (K, d, q) and noise variances (K, d).
+    """
+
+    def __init__(
+        self,
+        mean: Array,
+        loadings: Array,
+        noise: Array,
+        log_weights: Array,
+        pivot: Pivot,
+        dtype: np.dtype[Any],
+        stats_type: type[Any],
+    ) -> None:
+        self.mean, self.loadings = mean, loadings
+        self.log_weights, self.pivot, self.dtype = log_weights, pivot, dtype
+        self.stats_type = stats_type
+        self.n_components, self.n_features, self.n_factors = loadings.shape
+        self.deviation = np.sqrt(noise)
+        self.white = loadings / self.deviation[:, :, None]
+        # What an observed entry adds to the log-density beside its residual.
+        self.normaliser = -0.5 * LOG_2PI - np.log(self.deviation) - np.log(pivot.scale)
+        q = self.n_factors
+        self.triangle = np.tril_indices(q)
+        self.complete = Marginal(self, np.arange(self.n_features))
+
+    def walk(self, rows: Rows) -> FactorsWalk:
+        return FactorsWalk(self, rows)
+
+    def moments(self, sums: Sums) -> tuple[Array, Array, Array, Array, Array, Array]:
+        """Sums of `r`, `r t`, `r t t'`, `r x`, `r x t'`, `r x^2` from those of residuals.
+
+        `x = mean + W t + sqrt(noise) e`, with `e` the residual.
+        """
+        mean, deviation, w = self.mean, self.deviation, sums.weight
+        lifted = (self.loadings @ sums.t[:, :, None])[..., 0] + deviation * sums.e
+        crossed = self.loadings @ sums.tt + deviation[:, :, None] * sums.et
+        x = w[:, None] * mean + lifted
+        xt = mean[:, :, None] * sums.t[:, None, :] + crossed
+        square = ((self.loadings @ sums.tt) * self.loadings).sum(axis=2)
+        square += 2 * deviation * (self.loadings * sums.et).sum(axis=2) + deviation**2 * sums.ee
+        return w, sums.t, sums.tt, x, xt, mean * (w[:, None] * mean + 2 * lifted) + square
+
+
+@dataclass
+class Sums:
+    """Sums over rows under their responsibilities, for K components and d columns: of 1, of `t`
+    and `t t'`, of residuals `e`, of `e t'` and of `e^2`.
+    """
+
+    weight: Array
+    t: Array
+    tt: Array
+    e: Array
+    et: Array
+    ee: Array
+
+    @classmethod
+    def zero(cls, k: int, d: int, q: int) -> Sums:
+        return cls(
+            np.zeros(k),
+            np.zeros((k, q)),
+            np.zeros((k, q, q)),
+            np.zeros((k, d)),
+            np.zeros((k, d, q)),
+            np.zeros((k, d)),
+        )
+
+    def add(self, k: int, r: Array, m: Array, residual: Array) -> None:
+        """Rows of component k with weights (n,), factor means (n, q) and residuals (n, d)."""
+        weighted = m * r[:, None]
+        self.weight[k] += r.sum(dtype=np.float64)
+        self.t[k] += weighted.sum(axis=0, dtype=np.float64)
+        self.tt[k] += weighted.T @ m
+        self.e[k] += r @ residual
+        self.et[k] += residual.T @ weighted
+        self.ee[k] += r @ residual**2
+
+
+class Marginal:
+    """The marginal of the columns `seen` (o,) that a pattern observes.
+
+    `spare` (K, q, q) is the factors' covariance given such a row, and `gain` (K, o, q) makes their
+    mean, `m = e @ gain`.
+    """
+
+    def __init__(self, kernel: FactorsKernel, seen: Array) -> None:
+        self.kernel, self.seen = kernel, seen
+        self.white = kernel.white[:, seen]
+        self.mean = kernel.mean[:, seen]
+        self.inverse = 1.0 / kernel.deviation[:, seen]
+        turned = self.white.swapaxes(1, 2)
+        factor = np.linalg.cholesky(np.eye(kernel.n_factors) + turned @ self.white)
+        root = np.linalg.inv(factor)
+        self.spare = root.swapaxes(1, 2) @ root
+        self.gain = self.white @ self.spare
+        log_det = np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(axis=1)
+        self.constant = kernel.log_weights + kernel.normaliser[:, seen].sum(axis=1) - log_det
+        dtype = kernel.dtype
+        self.gain_ = self.gain.astype(dtype, copy=False)
+        self.back_ = np.ascontiguousarray(turned, dtype=dtype)
+        if kernel.n_components == 1:
+            return
+        # |e|^2 as a product of [y^2, y] and |e|^2 - |e - B m|^2 - |m|^2 = |u|^2, u of length q.
+        square = self.inverse**2
+        self.form = np.concatenate([square, -2 * self.mean * square], axis=1).T.astype(dtype)
+        self.centre = (self.mean**2 * square).sum(axis=1)
+        project = (self.white * self.inverse[:, :, None]) @ root.swapaxes(1, 2)
+        self.offset = (self.mean[:, None, :] @ project).ravel()
+        flat = project.swapaxes(0, 1).reshape(len(seen), -1)
+        self.project = np.ascontiguousarray(flat, dtype=dtype)
+
+
+class PatternBlock:
+    """Rows of one pattern: coarse scores of all components, fine ones of those that matter."""
+
+    def __init__(self, walk: FactorsWalk, marginal: Marginal) -> None:
+        self.walk, self.kernel, self.marginal = walk, walk.kernel, marginal
+        kernel = walk.kernel
+        self.pivot = Pivot(kernel.pivot.shift[marginal.seen], kernel.pivot.scale[marginal.seen])
+        self.whole = len(marginal.seen) == kernel.n_features
+        self.sums = Sums.zero(kernel.n_components, len(marginal.seen), kernel.n_factors)
+
+    def load(self, values: Array) -> None:
+        seen = values if self.whole else values[:, self.marginal.seen]
+        self.y = np.subtract(seen, self.pivot.shift, dtype=np.float64)
+        self.y *= 1.0 / self.pivot.scale
+        self.held: dict[int, tuple[Array, Array, Array]] = {}
+
+    def score(self) -> Array:
+        kernel, n = self.kernel, len(self.y)
+        if kernel.n_components == 1:
+            every = np.arange(n)
+            return self._fine(0, every, HELD * n)[None]
+        log_p, wanted = self._coarse()
+        room = HELD * n
+        for k in range(kernel.n_components):
+            index = np.flatnonzero(wanted[k])
+            if len(index):
+                log_p[k, index] = self._fine(k, index, room)
+                room -= len(index)
+        return log_p
+
+    def _coarse(self) -> tuple[Array, NDArray[np.bool_]]:
+        """(K, n) scores by products that cancel, and whether each needs a closer look."""
+        kernel, marginal = self.kernel, self.marginal
+        k, n, o = kernel.n_components, len(self.y), self.y.shape[1]
+        features = np.empty((n, 2 * o), dtype=kernel.dtype)
+        features[:, o:] = self.y
+        np.square(features[:, o:], out=features[:, :o])
+        distance = (features @ marginal.form).astype(np.float64) + marginal.centre
+        u = features[:, o:] @ marginal.project
+        u -= marginal.offset.astype(u.dtype)
+        explained = np.square(u, out=u).reshape(n, k, -1).sum(axis=2, dtype=np.float64)
+        log_p = marginal.constant - 0.5 * (distance - explained)
+        slack = SLACK * np.finfo(kernel.dtype).eps * (np.abs(distance) + marginal.centre)
+        bar = (log_p - slack).max(axis=1, keepdims=True) - DEPTH
+        wanted = log_p + slack >= bar
+        return np.ascontiguousarray(log_p.T), wanted.T
+
+    def _residuals(self, k: int, index: Array, dtype: Any) -> tuple[Array, Array]:
+        """Factor means (n, q) and residuals (n, o) of some rows under component k."""
+        marginal = self.marginal
+        y = self.y if len(index) == len(self.y) else self.y[index]
+        distance = y - marginal.mean[k]
+        e = np.multiply(
+            distance,
+            marginal.inverse[k],
+            out=distance if dtype == np.float64 else np.empty(y.shape, dtype),
+            casting="same_kind",
+        )
+        m = e @ marginal.gain_[k] if dtype == self.kernel.dtype else e @ marginal.gain[k]
+        e -= m @ (marginal.back_[k] if dtype == self.kernel.dtype else marginal.white[k].T)
+        return m, e
+
+    def _fine(self, k: int, index: Array, room: int) -> Array:
+        m, residual = self._residuals(k, index, self.kernel.dtype)
+        if len(index) <= room:
+            self.held[k] = (index, m, residual)
+        square = np.einsum("ij,ij->i", residual, residual) + np.einsum("ij,ij->i", m, m)
+        return np.asarray(self.marginal.constant[k] - 0.5 * square.astype(np.float64))
+
+    def gather(self, resp: Array) -> None:
+        wanted = _wanted(resp)
+        for k in np.flatnonzero(wanted.any(axis=1)):
+            held = self.held.get(int(k))
+            if held is None or wanted[k, held[0]].sum() < wanted[k].sum():
+                index = np.flatnonzero(wanted[k])
+                held = (index, *self._residuals(int(k), index, self.kernel.dtype))
+            index, m, residual = held
+            self.sums.add(int(k), resp[k, index].astype(m.dtype), m, residual)
+
+    def posterior(self, k: int, index: Array) -> tuple[Array, Array]:
+        """(n, q) means and (n, q, q) covariances of some rows' factors under component k."""
+        m, _ = self._residuals(k, index, np.dtype(np.float64))
+        return m, np.broadcast_to(
+            self.marginal.spare[k], (len(index), *self.marginal.spare[k].shape)
+        )
+
+    def finish(self) -> None:
+        """Add the pattern's sums to the walk's: `m` has covariance V about `t`, which residuals
+        share, and missing entries have nothing but their noise.
+        """
+        total, sums, marginal = self.walk.sums, self.sums, self.marginal
+        weight, seen = sums.weight, marginal.seen
+        spare = weight[:, None, None] * marginal.spare
+        shared = marginal.white @ spare
+        total.weight += weight
+        total.t += sums.t
+        total.tt += sums.tt + spare
+        total.e[:, seen] += sums.e
+        total.et[:, seen] += sums.et - shared
+        total.ee += weight[:, None]
+        total.ee[:, seen] += sums.ee + (shared * marginal.white).sum(axis=2) - weight[:, None]
+
+
+class LaneBlock:
+    """Rows of any patterns: a `V` a row, from one product of the mask and the pairs of loadings."""
+
+    def __init__(self, walk: FactorsWalk, observed: NDArray[np.bool_]) -> None:
+        self.walk, self.kernel = walk, walk.kernel
+        self.observed = observed.astype(np.float64)
+
+    def load(self, values: Array) -> None:
+        pivot = self.kernel.pivot
+        self.y = (values - pivot.shift) / pivot.scale
+
+    def _solve(self, k: int, index: Index) -> tuple[Array, Array, Array, Array]:
+        """Of some rows under component k: `e` (n, d), zero where missing, the factor (q, q, n) of
+        `I + B'B`, and `B'e` before and after it is solved by that factor, both (q, n).
+        """
+        kernel, seen = self.kernel, self.observed[index]
+        white = kernel.white[k]
+        e = (self.y[index] - kernel.mean[k]) / kernel.deviation[k] * seen
+        row, column = kernel.triangle
+        pairs = (white[:, row] * white[:, column]).T @ seen.T
+        q = kernel.n_factors
+        matrices = np.empty((q, q, len(e)))
+        matrices[row, column] = pairs
+        matrices[column, row] = pairs
+        matrices[range(q), range(q)] += 1.0
+        factor = _lane_factor(matrices)
+        h = white.T @ e.T
+        return e, factor, h, _lane_forward(factor, h)
+
+    def score(self) -> Array:
+        kernel = self.kernel
+        log_p = self.observed @ kernel.normaliser.T + kernel.log_weights
+        log_p = np.ascontiguousarray(log_p.T)
+        diagonal = range(kernel.n_factors)
+        for k in range(kernel.n_components):
+            e, factor, _, u = self._solve(k, slice(None))
+            square = np.einsum("ij,ij->i", e, e) - np.einsum("qn,qn->n", u, u)
+            log_p[k] -= 0.5 * square + np.log(factor[diagonal, diagonal]).sum(axis=0)
+        return log_p
+
+    def posterior(self, k: int, index: Array) -> tuple[Array, Array]:
+        """(n, q) means and (n, q, q) covariances of some rows' factors under component k."""
+        _, factor, h, _ = self._solve(k, index)
+        spare = _lane_inverse(factor)
+        return np.einsum("ijn,jn->ni", spare, h), np.moveaxis(spare, 2, 0)
+
+    def gather(self, resp: Array) -> None:
+        kernel, total = self.kernel, self.walk.sums
+        # A row with nothing observed may be here, but says nothing.
+        resp = resp * self.observed.any(axis=1)
+        wanted = _wanted(resp)
+        row, column = kernel.triangle
+        for k in np.flatnonzero(wanted.any(axis=1)):
+            index = np.flatnonzero(wanted[k])
+            seen, r = self.observed[index], resp[k, index].astype(np.float64)
+            e, factor, h, _ = self._solve(int(k), index)
+            spare = _lane_inverse(factor)
+            m = np.einsum("ijn,jn->ni", spare, h)
+            white = kernel.white[k]
+            residual = e - (m @ white.T) * seen
+            total.add(int(k), r, m, residual)
+            total.tt[k] += spare @ r
+            weight = seen * r[:, None]
+            # (d, q, q) sums of V over the rows that observed each column.
+            shared = np.empty((kernel.n_features, *spare.shape[:2]))
+            shared[:, row, column] = weight.T @ spare[row, column].T
+            shared[:, column, row] = shared[:, row, column]
+            moved = np.einsum("dij,dj->di", shared, white)
+            total.et[k] -= moved
+            total.ee[k] += (moved * white).sum(axis=1) + r.sum() - weight.sum(axis=0)
+
+    def finish(self) -> None:
+        """Sums are the walk's already."""
+
+
+class FactorsWalk:
+    """A walk over one chunk: frequent patterns one after another, then all other rows."""
+
+    def __init__(self, kernel: FactorsKernel, rows: Rows) -> None:
+        self.kernel, self.rows = kernel, rows
+        k, d, q = kernel.n_components, kernel.n_features, kernel.n_factors
+        self.size = block_rows(2 * d + k * (q + 1), kernel.dtype.itemsize)
+        # Solving lanes is one step of the interpreter an entry, so that blocks must not be short.
+        self.lane_size = int(np.clip(LANE_NUMBERS // (2 * d + 2 * q * q), 64, self.size))
+        self.sums = Sums.zero(k, d, q)
+        self.block: PatternBlock | LaneBlock | None = None
+        self.index: Index = slice(0)
+        self._whole: PatternBlock | None = None
+
+    def blocks(self) -> Iterator[Index]:
+        rows = self.rows
+        if rows.observed is None:
+            yield from self._dense(self.kernel.complete, None)
+        else:
+            found = Patterns(rows.observed)
+            order = np.argsort(found.of_row, kind="stable")
+            starts = np.concatenate([[0], np.cumsum(found.counts)])
+            for p in np.flatnonzero(found.frequent):
+                seen = np.flatnonzero(found.observed[p])
+                whole = len(seen) == self.kernel.n_features
+                marginal = self.kernel.complete if whole else Marginal(self.kernel, seen)
+                yield from self._dense(marginal, order[starts[p] : starts[p + 1]])
+            rare = ~found.frequent & (found.width > 0)
+            left = order[rare[found.of_row[order]]]
+            for piece in slices(len(left), self.lane_size):
+                self._load_lanes(left[piece])
+                yield left[piece]
+        # The block refers back to the walk: without this a chunk would outlive its use until the
+        # garbage collector comes round.
+        self.block = None
+
+    def _dense(self, marginal: Marginal, index: Array | None) -> Iterator[Index]:
+        work = PatternBlock(self, marginal)
+        n = self.rows.n_rows if index is None else len(index)
+        for piece in slices(n, self.size):
+            self.index = piece if index is None else index[piece]
+            work.load(self.rows.values[self.index])
+            self.block = work
+            yield self.index
+        work.finish()
+
+    def _load_lanes(self, index: Index) -> None:
+        block = LaneBlock(self, self.rows.is_observed[index])
+        block.load(self.rows.values[index])
+        self.block, self.index = block, index
+
+    def load(self, index: Index) -> None:
+        observed = self.rows.observed
+        if observed is not None and not observed[index].all():
+            self._load_lanes(index)
+            return
+        if self._whole is None:
+            self._whole = PatternBlock(self, self.kernel.complete)
+        self._whole.load(self.rows.values[index])
+        self.block, self.index = self._whole, index
+
+    @property
+    def _at_hand(self) -> PatternBlock | LaneBlock:
+        assert self.block is not None
+        return self.block
+
+    def score(self) -> Array:
+        return self._at_hand.score()
+
+    def base(self) -> Array | None:
+        return None
+
+    def gather(self, resp: Array) -> None:
+        self._at_hand.gather(resp)
+
+    def complete(self, resp: Array, rng: np.random.Generator | None = None) -> Array:
+        """Gaps filled by `mean + W m`, or by a draw of `t` and then of the noise."""
+        kernel, pivot = self.kernel, self.kernel.pivot
+        values = self.rows.values[self.index].astype(np.float64)
+        if self.rows.observed is None:
+            return values
+        observed = self.rows.observed[self.index]
+        filled = np.zeros_like(values)
+        for k in np.flatnonzero(resp.any(axis=1)):
+            index = np.flatnonzero(resp[k] > 0)
+            m, spare = self._at_hand.posterior(int(k), index)
+            if rng is not None:
+                noise = rng.standard_normal((*m.shape, 1))
+                m = m + (np.linalg.cholesky(spare) @ noise)[..., 0]
+            y = kernel.mean[k] + m @ kernel.loadings[k].T
+            if rng is not None:
+                y += kernel.deviation[k] * rng.standard_normal(y.shape)
+            filled[index] += resp[k, index, None] * y
+        whole = resp.sum(axis=0)[:, None]
+        return np.where(observed, values, pivot.shift * whole + pivot.scale * filled)
+
+    def factors(self, component: Array) -> tuple[Array, Array]:
+        n, q = len(component), self.kernel.n_factors
+        mean, covariance = np.empty((n, q)), np.empty((n, q, q))
+        for k in np.unique(component):
+            index = np.flatnonzero(component == k)
+            mean[index], covariance[index] = self._at_hand.posterior(int(k), index)
+        return mean, covariance
+
+    def close(self) -> Monoid:
+        if self._whole is not None:
+            self._whole.finish()
+            self._whole = None
+        self.block = None
+        stats: Monoid = self.kernel.stats_type(*self.kernel.moments(self.sums))
+        return stats
+
+
+def _wanted(resp: Array) -> NDArray[np.bool_]:
+    """(K, n) which responsibilities are more than rounding."""
+    return np.asarray(resp > NEGLIGIBLE * resp.sum(axis=0))
+
+
+def _lane_factor(matrices: Array) -> Array:
+    """Cholesky factors (q, q, n) of n matrices with eigenvalues of 1 and more."""
+    size = len(matrices)
+    factor = np.zeros_like(matrices)
+    for j in range(size):
+        pivot = matrices[j, j] - np.einsum("in,in->n", factor[j, :j], factor[j, :j])
+        # Rounding may leave less of a pivot than there is.
+        factor[j, j] = np.sqrt(np.maximum(pivot, 1.0))
+        for i in range(j + 1, size):
+            left = matrices[i, j] - np.einsum("in,in->n", factor[i, :j], factor[j, :j])
+            factor[i, j] = left / factor[j, j]
+    return factor
+
+
+def _lane_forward(factor: Array, h: Array) -> Array:
+    """`inv(L) h` (q, n) for n factors and right-hand sides."""
+    out = np.empty_like(h)
+    for j in range(len(h)):
+        out[j] = (h[j] - np.einsum("in,in->n", factor[j, :j], out[:j])) / factor[j, j]
+    return out
+
+
+def _lane_inverse(factor: Array) -> Array:
+    """`inv(L L')` (q, q, n) of n factors."""
+    size = len(factor)
+    whiten = np.zeros_like(factor)
+    for j in range(size):
+        whiten[j, j] = 1.0 / factor[j, j]
+        for i in range(j + 1, size):
+            inner = np.einsum("in,in->n", factor[i, j:i], whiten[j:i, j])
+            whiten[i, j] = -inner / factor[i, i]
+    return np.asarray(np.einsum("lin,ljn->ijn", whiten, whiten))

@@ -1,0 +1,51 @@
+"""One small story of every kind, with parameters to draw rows from: what is tried with all of them.
+
+A kind is one line in `ZOO`: a function of a generator that gives a story of a few components over
+a few columns, and parameters for it whose components are not all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import oracles
+from numpy.typing import NDArray
+
+from genstream.passes import Passes
+from genstream.sources import NumpySource
+from genstream.story import Params, Story
+
+Array = NDArray[Any]
+Maker = Callable[[np.random.Generator], tuple[Story, Params]]
+
+K = 3
+
+
+def of_oracles(kind: str, rng: np.random.Generator) -> tuple[Story, Params]:
+    """A story of `oracles.STORIES`."""
+    story = oracles.make_story(kind, K)
+    return story, oracles.random_params(story, rng, apart=2.5)
+
+
+ZOO: dict[str, Maker] = {kind: partial(of_oracles, kind) for kind in oracles.STORIES}
+
+
+def drawn(
+    name: str, n_rows: int, *, gaps: float = 0.0, weighted: bool = False, seed: int = 0
+) -> tuple[Story, Params, Array, Array | None]:
+    """A story of the zoo, its parameters, rows drawn from them (NaN a gap) and row weights."""
+    rng = np.random.default_rng([seed, *name.encode()])
+    story, params = ZOO[name](rng)
+    values = oracles.with_gaps(story.draw(params, n_rows, rng).values, gaps, rng)
+    weights = rng.choice([0.0, 0.5, 1.0, 2.0], n_rows) if weighted else None
+    return story, params, values, weights
+
+
+def passes_over(
+    story: Story, values: Array, weights: Array | None = None, chunk: int = 50, **options: Any
+) -> Passes:
+    """Passes over rows in memory, in chunks."""
+    return Passes(NumpySource(values, story.schema, weights, chunk), **{"workers": 1, **options})
