@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import oracles
 import pytest
+from scipy import optimize, stats
+from sklearn.datasets import load_digits
+from sklearn.decomposition import FactorAnalysis
 
+from genstream.errors import ConfigError
 from genstream.families import factors_walk
+from genstream.families.factors import FLOOR, Factors
 from genstream.families.gaussian import FullParams
-from genstream.learn import BatchEM, FitState, Resident, fit
+from genstream.families.low_rank import NoisePrior, best_loadings, diagonal_noise, spherical_noise
+from genstream.families.rotation import varimax
+from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
+from genstream.passes import Passes
 from genstream.rows import Rows
-from genstream.schema import Schema
+from genstream.schema import Column, Schema
+from genstream.sources import NumpySource
+from genstream.start import warm_start
 from genstream.stories import factors, mixture
 from genstream.story import Params, Story
 
