@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from genstream.families import gaussian_walk, lanes
-from genstream.families.lanes import Lanes, inverses, lane_factor, lane_inverse
+from genstream.families.lanes import Lanes, lane_inverse, factor_lanes, invert_lanes
 from genstream.families.patterns import Patterns
 from genstream.rows import Rows
 from genstream.story import Params, Story
@@ -290,8 +290,8 @@ class TestInverses:
         cells = chosen.T[:, None] * 12 + chosen.T
         # What is above the diagonal of a factor is nobody's.
         factor = np.full((2, size, size, 9), np.nan)
-        log_det = lane_factor(matrices.reshape(2, -1), cells, factor)
-        out = lane_inverse(factor, np.full(factor.shape, np.nan))
+        log_det = factor_lanes(matrices.reshape(2, -1), cells, factor)
+        out = invert_lanes(factor, np.full(factor.shape, np.nan))
         for c, p in itertools.product(range(2), range(9)):
             part = matrices[c][np.ix_(chosen[p], chosen[p])]
             np.testing.assert_allclose(out[c, :, :, p], np.linalg.inv(part), rtol=1e-9, atol=1e-10)
@@ -300,17 +300,17 @@ class TestInverses:
     def test_of_matrices_in_lanes(self) -> None:
         a = np.random.default_rng(7).normal(size=(30, 4, 4))
         matrices = a @ a.swapaxes(1, 2) + 0.1 * np.eye(4)
-        found, log_det = inverses(np.moveaxis(matrices, 0, 2))
+        found, log_det = lane_inverse(np.moveaxis(matrices, 0, 2))
         np.testing.assert_allclose(np.moveaxis(found, 2, 0), np.linalg.inv(matrices), rtol=1e-9)
         np.testing.assert_allclose(log_det, np.linalg.slogdet(matrices)[1], rtol=1e-11)
 
     def test_determinants_beyond_the_range_of_numbers(self) -> None:
         matrices = 1e-12 * np.eye(40)[..., None]
-        assert inverses(matrices)[1][0] == pytest.approx(40 * np.log(1e-12))
+        assert lane_inverse(matrices)[1][0] == pytest.approx(40 * np.log(1e-12))
 
     def test_a_variance_lost_to_rounding_stays_positive(self) -> None:
         """An exactly singular matrix: its inverse is large, but finite and semidefinite."""
-        found, log_det = inverses(np.full((2, 2, 1), 3.0))
+        found, log_det = lane_inverse(np.full((2, 2, 1), 3.0))
         assert np.isfinite(log_det).all()
         assert np.linalg.eigvalsh(found[..., 0])[0] >= -1e-9
 

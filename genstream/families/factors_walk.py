@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genstream.families.blocks import LOG_2PI, Array, Index, Pivot, block_rows, slices
-from genstream.families.lanes import inverses
+from genstream.families.lanes import lane_inverse
 from genstream.families.patterns import Patterns
 from genstream.rows import Rows
 from genstream.stats import Monoid
@@ -289,7 +289,7 @@ class LaneBlock:
         matrices[row, column] = pairs
         matrices[column, row] = pairs
         matrices[range(q), range(q)] += 1.0
-        spare, log_det = inverses(matrices)
+        spare, log_det = lane_inverse(matrices)
         return e, spare, log_det, np.einsum("ijn,jn->in", spare, white.T @ e.T)
 
     def score(self) -> Array:

@@ -210,7 +210,7 @@ class LaneBlock:
 class _Part:
     """The components of one group over a block of lanes.
 
-    `factor` (c, s, s, p) is that of the smaller side of each pattern, as `lane_factor` leaves it,
+    `factor` (c, s, s, p) is that of the smaller side of each pattern, as `factor_lanes` leaves it,
     `log_det` (c, p) the log-determinant of the covariance of what a pattern observes, and `solved`
     (k, s, n) is `x`.
     """
@@ -225,7 +225,7 @@ class _Part:
         d, small = self.group.mean.shape[1], self.rows.small
         cells = small[:, None] * d + small
         self.factor = self.lanes.keep(matrices.dtype, (len(matrices), *cells.shape))
-        self.log_det = lane_factor(matrices.reshape(len(matrices), d * d), cells, self.factor)
+        self.log_det = factor_lanes(matrices.reshape(len(matrices), d * d), cells, self.factor)
 
     def _buffer(self, name: str, *shape: int) -> Array:
         return self.lanes.buffer(name, self.group.dtype, shape)
@@ -258,7 +258,7 @@ class _Part:
         step = max(1, SCRATCH_NUMBERS // max(1, size * size * n_patterns))
         for some in slices(len(self.factor), step):
             factor = self.factor[some]
-            inverses = lane_inverse(factor, self._buffer("inverse", *factor.shape))
+            inverses = invert_lanes(factor, self._buffer("inverse", *factor.shape))
             for k, r, inverse in zip(group.which[some], weight[some], inverses, strict=False):
                 terms = (inverse[row, column] * r).ravel()
                 half = np.bincount(cells, terms, d * d).reshape(d, d)
@@ -351,7 +351,7 @@ def _solve(lower: list[Array], g: Array, out: Array) -> Array:
     return square
 
 
-def lane_factor(matrices: Array, cells: Array, out: Array) -> Array:
+def factor_lanes(matrices: Array, cells: Array, out: Array) -> Array:
     """Factor submatrices of symmetric positive definite matrices as `L D L'`, all at a time.
 
     `matrices` is (c, d * d) and `cells` (s, s, p) says which of its entries make up each
@@ -376,8 +376,8 @@ def lane_factor(matrices: Array, cells: Array, out: Array) -> Array:
     return log_det
 
 
-def lane_inverse(factor: Array, out: Array) -> Array:
-    """Inverses (c, s, s, p), in `out`, of what `lane_factor` factored.
+def invert_lanes(factor: Array, out: Array) -> Array:
+    """Inverses (c, s, s, p), in `out`, of what `factor_lanes` factored.
 
     From the last column up, with `C` the inverse of what is below and right of entry j and `l` the
     factor's column j below it, the inverse's column is `-C l`, under `1 / D_j + l'C l`.
@@ -391,9 +391,9 @@ def lane_inverse(factor: Array, out: Array) -> Array:
     return out
 
 
-def inverses(matrices: Array) -> tuple[Array, Array]:
+def lane_inverse(matrices: Array) -> tuple[Array, Array]:
     """Inverses (s, s, n) and log-determinants (n,) of n symmetric positive definite matrices."""
     factor, out = np.empty((2, 1, *matrices.shape))
     cells = np.arange(matrices.size).reshape(matrices.shape)
-    log_det = lane_factor(matrices.reshape(1, -1), cells, factor)
-    return lane_inverse(factor, out)[0], log_det[0]
+    log_det = factor_lanes(matrices.reshape(1, -1), cells, factor)
+    return invert_lanes(factor, out)[0], log_det[0]
