@@ -252,7 +252,7 @@ class _Part:
         size, n = self.rows.columns.shape
         room = self._buffer("factor", size * (size + 1) // 2, n)
         lower = [room[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(size)]
-        held = -1
+        held: int | np.signedinteger[Any] = -1
         for c in self.group.matrix:
             if c != held:
                 for i, row in enumerate(lower):
