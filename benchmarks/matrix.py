@@ -25,7 +25,7 @@ import argparse
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +48,7 @@ Array = NDArray[Any]
 N = 240
 
 
-def schema_of(*kinds: Kind) -> Schema:
+def schema_of(kinds: Sequence[Kind]) -> Schema:
     """Columns of these kinds, called by their positions."""
     levels = ("a", "b", "c")
     return Schema(
@@ -59,10 +59,10 @@ def schema_of(*kinds: Kind) -> Schema:
     )
 
 
-REAL = schema_of(*["real"] * 4)
-COUNT = schema_of(*["count"] * 4)
-BINARY = schema_of(*["binary"] * 5)
-MIXED = schema_of("real", "real", "count", "binary", "categorical")
+REAL = schema_of(["real"] * 4)
+COUNT = schema_of(["count"] * 4)
+BINARY = schema_of(["binary"] * 5)
+MIXED = schema_of(["real", "real", "count", "binary", "categorical"])
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ def estimator(case: Case) -> str:
     from sklearn.utils.estimator_checks import check_estimator
 
     face = case.face()
-    known = getattr(face, "known_failures", dict)()
+    known: dict[str, str] = getattr(face, "known_failures", dict)()
     found = check_estimator(face, expected_failed_checks=known, on_fail=None, on_skip=None)
     failed = [each for each in found if each["status"] == "failed"]
     assert not failed, [each["check_name"] for each in failed]

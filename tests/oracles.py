@@ -35,8 +35,8 @@ STORIES = ("full", "tied", "diag", "spherical", "mixed")
 
 
 def make_story(kind: str, n_components: int, d: int = 3, **options: Any) -> Story:
-    """A story of one of STORIES, or `blocks`. `mixed` and `blocks` have the columns of MIXED, and in
-    `blocks` real columns are jointly Gaussian.
+    """A story of one of STORIES, or `blocks`: `mixed` and `blocks` have the columns of MIXED, of
+    which `blocks` makes the real ones jointly Gaussian.
     """
     if kind == "mixed":
         return mixture(MIXED, n_components, **options)

@@ -13,14 +13,17 @@ from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
 from genstream.errors import ConfigError
+from genstream.families.gaussian import FullParams, Gaussian
+from genstream.families.multinomial import Multinomial, MultinomialParams
 from genstream.families.negative_binomial import (
     SHAPES,
     NegativeBinomial,
     NegativeBinomialParams,
-    _inverse_log_minus_psi,
     _log_minus_psi,
     _log_rising,
+    inverse_log_minus_psi,
 )
+from genstream.families.product import Part, Product
 from genstream.families.zero_inflated import ZeroInflated, ZeroInflatedParams
 from genstream.learn import BatchEM, FitState, Resident, fit
 from genstream.rows import Rows
@@ -235,8 +238,8 @@ class TestNegativeBinomial:
             c = _log_minus_psi(np.array(a))
             expected = np.log(a) - special.psi(a) if a < 1e3 else 1 / (2 * a) + 1 / (12 * a * a)
             assert c == pytest.approx(expected, rel=1e-11)
-            assert _inverse_log_minus_psi(np.array([c]))[0] == pytest.approx(a, rel=1e-10)
-        np.testing.assert_array_equal(_inverse_log_minus_psi(np.array([-1.0, 1e9])), SHAPES[::-1])
+            assert inverse_log_minus_psi(np.array([c]))[0] == pytest.approx(a, rel=1e-10)
+        np.testing.assert_array_equal(inverse_log_minus_psi(np.array([-1.0, 1e9])), SHAPES[::-1])
         for a in (0.01, 3.0, 150.0, 1e6):
             for x in (0.0, 1.0, 40.0, 1e4):
                 exact = float(sum(np.log1p(i / a) for i in range(int(x))))
@@ -355,3 +358,58 @@ class TestZeroInflated:
             assert np.isfinite(log_prob).all()
             if prior is None and value:
                 np.testing.assert_allclose(log_prob, stats.poisson.logpmf(value, value), atol=1e-2)
+
+
+class TestInProducts:
+    """Beside one another, on columns in any order, with gaps: parts add."""
+
+    def story(self) -> tuple[Story, Params, Array]:
+        kinds = ("real", "count", "count", "real", "count", "count", "count", "count")
+        schema = Schema(tuple(Column(f"x{j}", kind) for j, kind in enumerate(kinds)))
+
+        def of(columns: tuple[int, ...]) -> Schema:
+            return Schema(tuple(schema.columns[j] for j in columns))
+
+        parts = (
+            Part((0, 3), Gaussian(2)),
+            Part((1, 4), NegativeBinomial(of((1, 4)))),
+            Part((2,), ZeroInflated(of((2,)))),
+            Part((5, 6, 7), Multinomial(of((5, 6, 7)), total=(9.0,))),
+        )
+        product = Product(schema, parts)
+        story = Story(schema, product, 2)
+        rng = np.random.default_rng(0)
+        theta = product.params_type(
+            FullParams(rng.normal(0, 2, (2, 2)), np.tile(np.eye(2), (2, 1, 1))),
+            NegativeBinomialParams(rng.uniform(1, 9, (2, 2)), rng.uniform(1, 4, (2, 2))),
+            ZeroInflatedParams(rng.uniform(1, 9, (2, 1)), rng.uniform(0.1, 0.6, (2, 1))),
+            MultinomialParams(rng.dirichlet(np.ones(3), 2)),
+        )
+        params = Params(np.array([0.4, 0.6]), theta)
+        values = oracles.with_gaps(story.draw(params, 300, rng).values, 0.25, rng)
+        return story.anchored(Rows.of(values)), params, values
+
+    def test_scores_add(self) -> None:
+        story, params, values = self.story()
+        total = np.tile(np.log(params.weights), (len(values), 1))
+        family: Any = story.family
+        for part, theta in zip(family.parts, params.family.blocks, strict=True):  # type: ignore[union-attr]
+            kernel = part.family.prepare(theta, np.zeros(2))
+            walk = kernel.walk(Rows.of(values[:, part.columns]))
+            for index in walk.blocks():
+                base = walk.base()
+                total[index] += walk.score().T + (0.0 if base is None else base[:, None])
+        expected = special.logsumexp(total, axis=1)
+        empty = np.isnan(values).all(axis=1)
+        found = story.log_prob(params, Rows.of(values))
+        np.testing.assert_allclose(found, np.where(empty, 0.0, expected), rtol=1e-10)
+
+    def test_laws(self) -> None:
+        story, params, values = self.story()
+        laws.stored_and_read(story, params, values)
+        laws.loads_what_blocks_hold(story, params, values)
+        laws.never_falls(story, params, values, steps=12)
+        names = ["x1", "x2", "x5", "x7"]
+        left, posterior = story.condition(params, dict.fromkeys(names, 2.0))
+        assert left.schema.names == ("x0", "x3", "x4", "x6")
+        assert left.draw(posterior, 9, np.random.default_rng(0)).values.shape == (9, 4)

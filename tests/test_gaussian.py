@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
+import laws
 import numpy as np
 import oracles
 import pytest
@@ -17,6 +19,7 @@ from genstream.stories import mixture
 from genstream.story import Params, Story
 
 KINDS = ("full", "tied")
+FREQUENT = 64
 
 
 def drawn(
@@ -79,15 +82,19 @@ GAPS = {
     "both, and nothing observed": {(): 90, (2,): 80, (0, 1, 2): 66, (3,): 5, (0, 1, 2, 3): 9},
     "no row is complete": {(0,): 70, (1,): 3, (2, 3): 64, (1, 2, 3): 30},
     "at the edge of frequent": {
-        (0,): gaussian_walk.FREQUENT - 1,
-        (1,): gaussian_walk.FREQUENT,
-        (2,): gaussian_walk.FREQUENT + 1,
+        (0,): FREQUENT - 1,
+        (1,): FREQUENT,
+        (2,): FREQUENT + 1,
     },
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 class TestGaps:
+    @pytest.fixture(autouse=True)
+    def few_rows_are_frequent(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gaussian_walk, "FREQUENT", FREQUENT)
+
     @pytest.mark.parametrize("gaps", GAPS)
     def test_densities_are_those_of_the_marginals(self, kind: str, gaps: str) -> None:
         story, params, values = drawn(kind, 400, 4)
@@ -183,6 +190,186 @@ class TestOneGaussian:
         np.testing.assert_allclose(family.mean[0], [mean0, intercept + slope * mean0], rtol=1e-9)
         wanted = [[var0, slope * var0], [slope * var0, residual + slope**2 * var0]]
         np.testing.assert_allclose(family.covariance[0], wanted, rtol=1e-9)
+
+
+def gapped(
+    kind: str, n_rows: int = 500, d: int = 4, **options: Any
+) -> tuple[Story, Params, np.ndarray]:
+    """Complete rows, frequent and rare patterns, and rows with nothing observed, shuffled."""
+    story, params, values = drawn(kind, n_rows, d, **options)
+    rng = np.random.default_rng(31)
+    values[:100, 0] = np.nan
+    values[100:180, 1:3] = np.nan
+    values[180:250] = oracles.with_gaps(values[180:250], 0.5, rng)
+    values[250:255] = np.nan
+    values = rng.permutation(values)
+    return story.anchored(Rows.of(values)), params, values
+
+
+def moved(family: Any, rng: np.random.Generator, size: float) -> Any:
+    """Parameters a little off, within what they may be."""
+    turn = np.eye(family.mean.shape[1]) + size * rng.normal(size=family.covariance.shape)
+    covariance = turn @ family.covariance @ np.swapaxes(turn, -1, -2)
+    return type(family)(family.mean + size * rng.normal(size=family.mean.shape), covariance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestLaws:
+    def test_stored(self, kind: str) -> None:
+        laws.stored_and_read(*gapped(kind))
+
+    def test_loads_what_blocks_hold(self, kind: str) -> None:
+        laws.loads_what_blocks_hold(*gapped(kind))
+        laws.loads_what_blocks_hold(*drawn(kind, 200, 4))
+
+    @pytest.mark.parametrize("dtype", ["float64", "float32"])
+    @pytest.mark.parametrize("seed", range(4))
+    def test_any_partition_into_blocks_is_the_same(self, kind: str, seed: int, dtype: str) -> None:
+        story, params, values = gapped(kind, dtype=dtype)
+        rng = np.random.default_rng(seed)
+        rows = Rows.of(values)
+        resp = rng.dirichlet(np.ones(3), len(values)).T.astype(dtype)
+        scaled = resp * rng.gamma(2.0, size=resp.shape).astype(dtype)
+        kernel: Any = story.family.prepare(params.family, np.log(params.weights))
+        whole = kernel.walk(rows)
+        constant = np.repeat(np.log(params.weights)[:, None], len(values), axis=1)
+        for index in whole.blocks():
+            whole.score()
+            constant[:, index] = whole.constant
+            whole.gather(resp[:, index], scaled[:, index])
+        parts = kernel.walk(rows)
+        order = rng.permutation(len(values))
+        for index in np.split(order, np.sort(rng.integers(0, len(values), 6))):
+            parts.load(index)
+            score = parts.score()
+            rtol = 1e-10 if dtype == "float64" else 1e-5
+            np.testing.assert_allclose(
+                score.T, oracles.log_joint(story, params, values[index]), rtol=rtol, atol=100 * rtol
+            )
+            found = np.broadcast_to(parts.constant, score.shape)
+            np.testing.assert_allclose(found, constant[:, index], rtol=1e-12)
+            seen = np.broadcast_to(parts.n_observed, len(index))
+            np.testing.assert_array_equal(seen, rows.is_observed[index].sum(axis=1))
+            parts.gather(resp[:, index], scaled[:, index])
+        tolerance = 1e-12 if dtype == "float64" else 1e-6
+        assert oracles.distance(parts.close(), whole.close()) < tolerance
+
+    @pytest.mark.parametrize("prior", ["weak", None])
+    def test_em_never_falls(self, kind: str, prior: str | None) -> None:
+        story, params, values = gapped(kind, prior=prior)
+        laws.never_falls_however_learned(story, params, values)
+
+    @pytest.mark.parametrize("prior", ["weak", None])
+    def test_the_m_step_is_the_maximum_given_what_is_frozen(
+        self, kind: str, prior: str | None
+    ) -> None:
+        story, params, values = gapped(kind, prior=prior)
+        off = replace(params, family=moved(params.family, np.random.default_rng(1), 0.2))
+        found = story.e_step(params, Rows.of(values))
+        for frozen in ((), ("mean",), ("covariance",), ("mean", "covariance")):
+            laws.maximises(story, off, found, moved, frozen)
+
+    def test_conditions_and_marginals(self, kind: str) -> None:
+        story, params, values = drawn(kind, 12, 4)
+        names = story.schema.names
+        for given in itertools.chain(
+            itertools.combinations(names, 1), itertools.combinations(names, 3)
+        ):
+            laws.factorises(story, params, values, list(given))
+        laws.marginal_is_what_gaps_leave(story, params, values)
+
+    def test_gaps_are_filled(self, kind: str) -> None:
+        story, params, values = drawn(kind, 12, 4)
+        family: Any = params.family
+        for i, missing in enumerate([(0,), (1, 2, 3), (0, 1, 2, 3)]):
+            x = values[i].copy()
+            x[list(missing)] = np.nan
+            resp = oracles.responsibilities(story, params, x[None])[0]
+            means = sum(resp[k] * oracles.conditional_moments(family, k, x)[0] for k in range(3))
+            laws.fills_with_what_it_would_draw(story, params, x, np.asarray(means))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestGapsByHand:
+    def test_draws_have_the_conditional_covariance(self, kind: str) -> None:
+        story, params, _ = drawn(kind, 10, 4, k=1)
+        family: Any = params.family
+        x = family.mean[0] + 1.0
+        x[[0, 2]] = np.nan
+        n = 20000
+        values = story.impute(params, Rows.of(np.tile(x, (n, 1))), np.random.default_rng(2))
+        first, second = oracles.conditional_moments(family, 0, x)
+        spread = second - np.outer(first, first)
+        np.testing.assert_allclose(values.mean(axis=0), first, atol=5 / np.sqrt(n))
+        np.testing.assert_allclose(np.cov(values.T), spread, atol=10 / np.sqrt(n))
+
+    def test_every_row_its_own_pattern_is_filled(self, kind: str) -> None:
+        d = 9
+        story, params, values = drawn(kind, 300, d, k=2)
+        bits = np.random.default_rng(1).permutation(2**d)[:300]
+        values = np.where((bits[:, None] >> np.arange(d)) & 1 == 1, values, np.nan)
+        found = story.impute(params, Rows.of(values))
+        resp = oracles.responsibilities(story, params, values)
+        for x, r, filled in zip(values, resp, found, strict=True):
+            if np.isnan(x).all():
+                r, moments = params.weights, list(params.family.mean)  # type: ignore[union-attr]
+            else:
+                moments = [oracles.conditional_moments(params.family, k, x)[0] for k in range(2)]
+            wanted = r[0] * moments[0] + r[1] * moments[1]
+            np.testing.assert_allclose(filled, np.where(np.isnan(x), wanted, x), atol=1e-8)
+
+    @pytest.mark.parametrize("gaps", GAPS)
+    def test_moments_may_weigh_otherwise_than_spare_covariance(self, kind: str, gaps: str) -> None:
+        story, params, values = drawn(kind, 400, 4)
+        values = patterned(values, GAPS[gaps])
+        rng = np.random.default_rng(4)
+        resp, scaled = rng.random((2, 3, len(values)))
+        kernel: Any = story.family.prepare(params.family, np.log(params.weights))
+        walk = kernel.walk(Rows.of(values))
+        for index in walk.blocks():
+            walk.score()
+            walk.gather(resp[:, index], scaled[:, index])
+        n, s, q = np.zeros(3), np.zeros((3, 4)), np.zeros((3, 4, 4))
+        for i, x in enumerate(values):
+            if np.isnan(x).all():
+                continue
+            for k in range(3):
+                first, second = oracles.conditional_moments(params.family, k, x)
+                square = np.outer(first, first)
+                n[k] += scaled[k, i]
+                s[k] += scaled[k, i] * first
+                q[k] += scaled[k, i] * square + resp[k, i] * (second - square)
+        found = in_data_units(story, walk.close())
+        np.testing.assert_allclose(found[0], n, rtol=1e-10)
+        np.testing.assert_allclose(found[1], s, rtol=1e-9, atol=1e-9)
+        wanted = q.sum(axis=0) if kind == "tied" else q
+        np.testing.assert_allclose(found[2], wanted, rtol=1e-9, atol=1e-8)
+
+
+class TestMode:
+    """The M-step against the mode of the conjugate posterior, by hand."""
+
+    @pytest.mark.parametrize("frozen", [False, True])
+    def test_of_one_component(self, frozen: bool) -> None:
+        rng = np.random.default_rng(16)
+        x = rng.normal(size=(50, 2)) @ np.array([[1.0, 0.5], [0.0, 2.0]]) + [3.0, -1.0]
+        weights = rng.uniform(0, 2, 50)
+        kept = frozenset({"mean"}) if frozen else frozenset()
+        story = replace(mixture(Schema.real(2), 1), frozen=kept).anchored(Rows.of(x))
+        prior: Any = story.family.prior
+        params = story.vague()
+        fitted: Any = story.m_step(story.e_step(params, Rows.of(x, weights)), params).family
+        n, d = weights.sum(), 2
+        mean = (prior.strength * prior.mean + weights @ x) / (prior.strength + n)
+        if frozen:
+            before: Any = params.family
+            mean = before.mean[0]
+        gap, far = x - mean, mean - prior.mean
+        scatter = np.diag(prior.scatter) + (gap.T * weights) @ gap
+        scatter += prior.strength * np.outer(far, far)
+        np.testing.assert_allclose(fitted.mean[0], mean, rtol=1e-12)
+        wanted = scatter / (prior.dof + n + d + 2)
+        np.testing.assert_allclose(fitted.covariance[0], wanted, rtol=1e-10)
 
 
 class TestDigits:

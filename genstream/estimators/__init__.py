@@ -12,13 +12,16 @@ from genstream.estimators.factors import (
     MixtureOfFactorAnalyzers,
     MixtureOfPPCA,
 )
-from genstream.estimators.mixtures import GaussianMixture, Mixture
+from genstream.estimators.kmeans import KMeans
+from genstream.estimators.mixtures import GaussianMixture, Mixture, StudentMixture
 
 __all__ = [
     "PPCA",
     "FactorAnalysis",
     "GaussianMixture",
+    "KMeans",
     "Mixture",
     "MixtureOfFactorAnalyzers",
     "MixtureOfPPCA",
+    "StudentMixture",
 ]

@@ -232,7 +232,7 @@ def table_refilled(
 def as_table(X: Any) -> Any:
     """A table in memory as Arrow's, or None for anything else."""
     try:
-        if type(X).__module__.startswith("pandas.") and hasattr(X, "columns"):
+        if type(X).__module__.partition(".")[0] == "pandas" and hasattr(X, "columns"):
             return pa.Table.from_pandas(X, preserve_index=False)
         if hasattr(X, "__arrow_c_stream__") and hasattr(X, "columns"):
             return pa.table(X)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from genstream import evaluate
@@ -73,7 +73,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
     # Declared by the constructors of the subclasses, which scikit-learn reads parameters from.
     tol: float
     max_iter: int
-    n_init: int
+    n_init: int | str
     start: Any
     frozen: Sequence[str]
     random_state: int | np.random.RandomState | None
@@ -118,11 +118,22 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _describe(self, found: Schema) -> Schema:
         """What the columns of an array are, of which only the names were found."""
-        return found
+        if self._kind is None:
+            return found
+        return Schema(tuple(Column(name, self._kind) for name in found.names))
 
     def _wanted_columns(self) -> Schema | Mapping[str, Kind | Column] | None:
         """What the caller said of the columns; None to find out."""
         return None
+
+    @property
+    def _kind(self) -> Kind | None:
+        """What all columns are, where a face knows it and the caller does not say."""
+        return None
+
+    def _numbers(self, array: Any) -> Any:
+        """What an array (n, d) of numbers, which may be dask's, stands for."""
+        return array
 
     def _params(self) -> Params:
         """The parameters to answer with."""
@@ -181,6 +192,8 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _check_parameters(self) -> None:
         for name, (whole, low) in LEAST.items():
             value = getattr(self, name, low)
+            if name == "n_init" and value == "auto" and hasattr(self, "n_clusters"):
+                continue
             kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
             if not isinstance(value, kinds) or not value >= low:
                 what = "an int" if whole else "a float"
@@ -212,8 +225,10 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             encoded = labelled or named or isinstance(columns, Mapping)
         else:
             assert isinstance(columns, Schema)
+            by_name = table is not None and not hasattr(self, "feature_names_in_")
             mixed = set(columns.kinds) != {"real"}
-            encoded = self._form.encoded or (table is not None and mixed)
+            known = by_name and mixed and set(columns.names) <= set(table.column_names)
+            encoded = self._form.encoded or known
         if encoded:
             return self._open_table(X, table, columns, sample_weight, reset)
         if reset:
@@ -239,6 +254,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             schema = self._story().schema
         if sample_weight is not None and not isinstance(sample_weight, str):
             sample_weight = np.asarray(sample_weight, dtype=np.float64)
+        array = self._numbers(array)
         source = NumpySource(array, schema, sample_weight, self.chunk_rows, name="X")
         if table is None:
             return Data(source, refill=FilledArray(array.dtype))
@@ -251,10 +267,13 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         array whose columns are described.
         """
         package = type(X).__module__.partition(".")[0] if table is not None else "numpy"
+        by_name = isinstance(sample_weight, str)
         if table is None:
             names = columns.names if isinstance(columns, Schema) else tuple(columns)
             table = columns_of(X, names)
-        by_name = isinstance(sample_weight, str)
+        elif columns is None and self._kind is not None:
+            data = [name for name in table.column_names if name != sample_weight]
+            columns = dict.fromkeys(data, self._kind)
         encoder = Encoder(columns, carried=[sample_weight] if by_name else ())
         rows = encoder.encode(table, place="X")
         schema = encoder.schema
@@ -280,7 +299,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             wanted = self._story().schema
         refill = None
         if hasattr(X, "to_dask_array"):
-            found = [str(name) for name in X.columns]
+            whole, found = X, [str(name) for name in X.columns]
             if labels is not None:
                 absent = [name for name in labels if name not in found]
                 if absent:
@@ -294,9 +313,15 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
                         f"X: column {name!r} of the dask DataFrame holds {kind}, not numbers: "
                         "write it to parquet, and give that path to a Mixture"
                     )
-            refill = FilledPartitions(X, found)
+            refill = FilledPartitions(whole, found)
             X = X.astype(np.float64).to_dask_array(lengths=True)
             wanted = wanted or found
+            if reset and self._kind is not None:
+                wanted = self._describe(Schema.real(found))
+        elif reset and wanted is None and self._kind is not None:
+            every = open_source(X).schema.names
+            wanted = self._describe(Schema.real(n for n in every if n != sample_weight))
+        X = self._numbers(X)
         source = open_source(X, wanted, sample_weight)
         data = Data(source, lazy=True, refill=refill or refilled(X, source))
         if type(X).__module__.partition(".")[0] == "xarray":
@@ -385,7 +410,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             self._check_same(story)
         pieces = (source.read(i) for i in range(len(source.chunk_rows)))
         with one_blas_thread():
-            state, info = OnlineEM().learn(story, state, pieces, n_rows=n_rows)
+            state, info = self._online().learn(story, state, pieces, n_rows=n_rows)
         if not np.isfinite(info.mean_objective):
             raise DataError(
                 "the rows have no finite log-likelihood, and were not learned: look for extreme "
@@ -454,6 +479,13 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _learner(self, max_steps: int) -> Learner:
         return BatchEM(max_steps, self.tol)
 
+    def _online(self) -> OnlineEM:
+        return OnlineEM()
+
+    @property
+    def _n_starts(self) -> int:
+        return int(self.n_init)
+
     def _goes_on(self, story: Story) -> bool:
         """Whether a fit begins with the parameters of the last one."""
         return self.warm_start and hasattr(self, "state_") and _alike(self.story_, story)
@@ -501,14 +533,14 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 yield anchored, FitState(params, seed=seed, sample=kept)
                 return
             if small:
-                for _ in range(self.n_init):
+                for _ in range(self._n_starts):
                     begin = self._begin(anchored, sample, random_state)
                     yield anchored, FitState(begin, seed=seed, sample=kept)
                 return
         yield warm_start(
             story,
             passes,
-            n_init=self.n_init,
+            n_init=self._n_starts,
             seed=seed,
             sample_rows=START_ROWS,
             tolerance=self.tol,
@@ -665,7 +697,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _derived(self, story: Story, params: Params) -> Face:
         """A fitted model of another story, which came of this one's."""
-        model = self._blank(story)
+        model = self._blank(story, params)
         names = story.schema.names
         model._form = self._form.of(names)
         model._set_names(names, hasattr(self, "feature_names_in_"))
@@ -673,21 +705,26 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         model._keep(story, FitState(params, seed=seed, outcome=Outcome.CONVERGED))
         return model
 
-    def _blank(self, story: Story) -> Face:
+    def _blank(self, story: Story, params: Params) -> Face:
         """An estimator that is not fitted, for a story with fewer columns."""
         # The general face stands for all others, so that it can only be looked at from here.
         from genstream.estimators.mixtures import Mixture
 
         settings = self.get_params(deep=False)
-        own = type(self)(**settings | self._reset(story))
-        try:
-            if _kind(own._make_story(story.schema)) == _kind(story):
-                return own
-        except ConfigError:
-            # Too few columns are left for a model of this class.
-            pass
+        anew = {name: x for name, x in self._reset(story).items() if name in settings}
+        own = type(self)(**settings | anew)
+        if own._describes(story, params):
+            return own
         manners = {name: settings[name] for name in MANNERS}
         return Mixture(story.n_components, columns=story.schema, prior=None, **manners)
+
+    def _describes(self, story: Story, params: Params) -> bool:  # noqa: ARG002
+        """Whether fits of this estimator could have this story."""
+        try:
+            return _kind(self._make_story(story.schema)) == _kind(story)
+        except ConfigError:
+            # Too few columns are left for a model of this class.
+            return False
 
     def _reset(self, story: Story) -> dict[str, Any]:  # noqa: ARG002
         """Parameters that do not hold for a model that came of this one."""
@@ -762,6 +799,16 @@ def _as_read(_chunk: int, rows: Rows) -> Rows:
     return rows
 
 
+def given_array(name: str, value: Any, shape: tuple[int, ...]) -> Array:
+    """An array that the caller gave to begin with. Raises ConfigError where its shape is wrong."""
+    array: Array = check_array(value, dtype=np.float64, ensure_2d=False, allow_nd=True)
+    if array.shape != shape:
+        raise ConfigError(
+            f"The parameter '{name}' should have the shape of {shape}, but got {array.shape}"
+        )
+    return array
+
+
 def generator_of(random_state: np.random.RandomState) -> np.random.Generator:
     """NumPy's generator, seeded by scikit-learn's kind of random state."""
     return np.random.default_rng(random_state.randint(2**31 - 1))
@@ -776,7 +823,10 @@ def _whole(random_state: int | np.random.RandomState) -> int:
 
 def _kind(story: Story) -> tuple[Any, ...]:
     """What `p(x | z)` is, in a form to compare."""
-    return story.n_components, story.family.name, story.family.options()
+    options = story.family.options()
+    # Blocks of a product say whether they saw a sample.
+    blocks = [block | {"pivot": None} for block in options.get("blocks", ())]
+    return story.n_components, story.family.name, options | {"blocks": blocks}
 
 
 def _settings(story: Story) -> dict[str, Any]:

@@ -18,8 +18,10 @@ from __future__ import annotations
 from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.factors import Factors
+from genstream.families.gamma_poisson import GammaPoisson
 from genstream.families.gaussian import Gaussian
 from genstream.families.logistic_factors import LogisticFactors
+from genstream.families.multinomial import Multinomial
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Product
 from genstream.families.student import Student
@@ -33,8 +35,10 @@ FAMILIES: dict[str, type[Family]] = {
         IndependentColumns,
         NegativeBinomial,
         ZeroInflated,
+        Multinomial,
         Product,
         Factors,
         LogisticFactors,
+        GammaPoisson,
     )
 }

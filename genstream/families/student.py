@@ -601,9 +601,9 @@ class StudentWalk:
 
     def gather(self, resp: Array) -> None:
         o = self.inner.n_observed
-        if not isinstance(o, int):
-            # A row with nothing observed is no evidence of any scale.
-            resp = resp * (o > 0)
+        # A row with nothing observed is no evidence of any scale.
+        if not np.all(o):
+            resp = resp * np.greater(o, 0)
         np.divide(resp, self.v, out=self.scaled)
         self.inner.gather(resp, self.scaled)
         total = resp.sum(axis=1, dtype=np.float64)
