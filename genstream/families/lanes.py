@@ -380,3 +380,35 @@ def bordered(matrices: Array, cells: Array, out: Array, scratch: Array) -> Array
     for start in range(0, size, RUN):
         log_det += np.log(pivots[start : start + RUN].prod(axis=0))
     return log_det
+
+
+def lane_inverse(matrices: Array) -> tuple[Array, Array]:
+    """Inverses (s, s, n) and log-determinants (n,) of n symmetric positive definite matrices.
+
+    `inv(L D L') = W' inv(D) W` with `W = inv(L)`; every step is on all matrices at once.
+    """
+    size = len(matrices)
+    lower = np.zeros_like(matrices)
+    scaled = np.zeros_like(matrices)
+    pivots = np.empty(matrices.shape[1:])
+    least = np.finfo(np.float64).eps
+    for j in range(size):
+        column = matrices[j:, j] - np.einsum("iln,ln->in", lower[j:, :j], scaled[j, :j])
+        # Rounding may leave nothing of a variance that its companions explain.
+        np.maximum(column[0], least * matrices[j, j], out=pivots[j])
+        scaled[j + 1 :, j] = column[1:]
+        np.divide(column[1:], pivots[j], out=lower[j + 1 :, j])
+    # `lower` becomes W row by row.
+    whiten = np.zeros_like(matrices)
+    for i in range(size):
+        whiten[i, i] = 1.0
+        whiten[i, :i] = -np.einsum("ln,ljn->jn", lower[i, :i], whiten[:i, :i])
+    inverse = np.empty_like(matrices)
+    weighted = whiten / pivots[:, None]
+    for i in range(size):
+        inverse[i, : i + 1] = np.einsum("ln,ljn->jn", weighted[i:, i], whiten[i:, : i + 1])
+        inverse[: i + 1, i] = inverse[i, : i + 1]
+    log_det = np.zeros(matrices.shape[2])
+    for start in range(0, size, RUN):
+        log_det += np.log(pivots[start : start + RUN].prod(axis=0))
+    return inverse, log_det
