@@ -40,7 +40,7 @@ NEGLIGIBLE = 1e-16
 SLACK = 64.0
 # Residuals are kept from scoring to gathering for at most so many components a row on average.
 HELD = 4
-# Patterns with fewer rows than this in a chunk are worked on in lanes.
+# Patterns with fewer rows than this in a chunk are worked on a row at a time.
 FREQUENT = 64
 # Numbers held for a block of rows of rare patterns.
 LANE_NUMBERS = 1 << 20
@@ -354,14 +354,14 @@ class FactorsWalk:
             yield from self._dense(self.kernel.complete, None)
         else:
             found = Patterns(rows.observed)
-            frequent = (found.counts >= FREQUENT) & (found.width > 0)
+            frequent = found.frequent(FREQUENT)
             for p in np.flatnonzero(frequent):
                 seen = np.flatnonzero(found.observed[p])
                 whole = len(seen) == self.kernel.n_features
                 marginal = self.kernel.complete if whole else Marginal(self.kernel, seen)
                 yield from self._dense(marginal, found.rows(int(p)))
             rare = ~frequent & (found.width > 0)
-            left = found.order[rare[found.of_row[found.order]]]
+            left = found.order[np.repeat(rare, found.counts)]
             for piece in slices(len(left), self.lane_size):
                 self._load_lanes(left[piece])
                 yield left[piece]

@@ -282,8 +282,7 @@ class GaussianWalk:
     @cached_property
     def frequent(self) -> NDArray[np.bool_]:
         """(p,) which patterns have enough rows for matrix products of their own."""
-        found = self.patterns
-        return np.asarray((found.counts >= FREQUENT) & (found.width > 0))
+        return self.patterns.frequent(FREQUENT)
 
     def _by_pattern(self) -> Iterator[Index]:
         """Blocks of one pattern after another, then those of all rare patterns."""
