@@ -16,6 +16,7 @@ from genstream.families.factors import NOISES, STATISTICS, Factors
 from genstream.families.gamma_poisson import GammaPoisson
 from genstream.families.gaussian import Gaussian
 from genstream.families.logistic_factors import LogisticFactors
+from genstream.families.multinomial import Multinomial
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Part, Product
 from genstream.families.student import Student
@@ -31,6 +32,8 @@ PRIORS = ("weak", None)
 MOMENT_NUMBERS = 1 << 20
 MOMENT_COLUMNS = 256
 TAILS = ("gaussian", "student")
+# Blocks whose columns depend on one another given the component.
+DEPENDENT = ("full", "tied", "student")
 # What a block's columns may be, and the kind of column each takes; None stands for all kinds.
 BLOCKS: dict[str, Kind | None] = {
     "full": "real",
@@ -40,6 +43,7 @@ BLOCKS: dict[str, Kind | None] = {
     "student": "real",
     "negative_binomial": "count",
     "zero_inflated": "count",
+    "multinomial": "count",
     "independent": None,
 }
 COUNTS = ("poisson", "negative_binomial", "zero_inflated")
@@ -55,8 +59,9 @@ class Block:
         Their names, in any order.
     family
         `full`, `tied`, `diag` or `spherical` Gaussians, or `student` (multivariate t with full
-        scale matrices), of real columns; `negative_binomial` counts; or `independent` columns of
-        any kind.
+        scale matrices), of real columns; `negative_binomial` or `zero_inflated` counts, or
+        `multinomial` ones (a bag of words: given their total); or `independent` columns of any
+        kind.
     """
 
     columns: Sequence[str]
@@ -79,9 +84,9 @@ def mixture(
     """The story of a mixture over the columns of `schema`.
 
     Given the component, real columns are jointly Gaussian as `covariance` says, and all others
-    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical. `tails`,
-    `counts` and `blocks` say otherwise. Where that takes more than one family, the story's is their
-    product.
+    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical, real ones that
+    have detection limits censored Gaussian. `tails`, `counts` and `blocks` say otherwise. Where
+    that takes more than one family, the story's is their product.
 
     Parameters
     ----------
@@ -92,7 +97,7 @@ def mixture(
     covariance
         What the real columns have: a `full` covariance a component, one `tied` covariance, `diag`
         for a variance a column, `spherical` for a variance a component. None stands for `full`
-        where all columns are real and for `diag` elsewhere.
+        where all columns are real, without limits, and for `diag` elsewhere.
     tails
         `gaussian`; or `student` for real columns that are multivariate t, which outliers pull less,
         with scale matrices of the form of `covariance`.
@@ -116,9 +121,9 @@ def mixture(
     ConfigError
         Where an argument is not one of those, or does not fit the columns.
     """
-    real = all(kind == "real" for kind in schema.kinds)
+    plain = [c.name for c in schema.columns if c.kind == "real" and not c.limited]
     if covariance is None:
-        covariance = "full" if real else "diag"
+        covariance = "full" if len(plain) == schema.n_features else "diag"
     if covariance not in COVARIANCES:
         raise ConfigError(f"covariance {covariance!r} is not one of {', '.join(COVARIANCES)}")
     if tails not in TAILS:
@@ -134,7 +139,7 @@ def mixture(
     told = [*blocks, *_count_blocks(schema, counts or {})]
     held = _check_blocks(schema, told)
     rest = [c for c in schema.columns if c.name not in held]
-    joint = [c.name for c in rest if c.kind == "real"]
+    joint = [c.name for c in rest if c.name in plain]
     if (covariance != "diag" or tails == "student") and not joint and not blocks:
         asked = f"tails {tails!r}" if covariance == "diag" else f"covariance {covariance!r}"
         raise ConfigError(f"{asked} needs real columns, and there are none: leave it out")
@@ -201,6 +206,11 @@ def _check_blocks(schema: Schema, blocks: Sequence[Block]) -> set[str]:
                     f"block ({', '.join(block.columns)}): {block.family} takes {kind} columns, and "
                     f"{name!r} is {schema[name].kind}"
                 )
+            if schema[name].limited and block.family in DEPENDENT:
+                raise ConfigError(
+                    f"block ({', '.join(block.columns)}): {name!r} has limits, which only "
+                    "independent columns heed"
+                )
     return held
 
 
@@ -214,6 +224,8 @@ def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
         return NegativeBinomial(schema, dtype)
     if kind == "zero_inflated":
         return ZeroInflated(schema, dtype)
+    if kind == "multinomial":
+        return Multinomial(schema, dtype)
     return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
 
 

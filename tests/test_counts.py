@@ -19,9 +19,9 @@ from genstream.families.negative_binomial import (
     SHAPES,
     NegativeBinomial,
     NegativeBinomialParams,
-    inverse_log_minus_psi,
     _log_minus_psi,
     _log_rising,
+    inverse_log_minus_psi,
 )
 from genstream.families.product import Part, Product
 from genstream.families.zero_inflated import ZeroInflated, ZeroInflatedParams

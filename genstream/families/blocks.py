@@ -109,7 +109,7 @@ class LinearBlock(Protocol):
 
 
 @runtime_checkable
-class LinearWalk(Walk, Protocol):
+class Joinable(Walk, Protocol):
     """A walk that has such blocks, which a product of families scores and gathers together."""
 
     @property

@@ -52,7 +52,7 @@ from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes
 
 # A row's bound counts as tight once it is estimated to lie this far below its maximum, in nats.
-TIGHT = {"float64": 1e-10, "float32": 1e-7}
+TIGHT = {"float64": 1e-10, "float32": 1e-6}
 # Steps after which a row's bound is taken as it is.
 MAX_LOCAL = 2000
 # What a row's caution is multiplied by after a step that did not overshoot, in the first steps.
