@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from genstream.families import gaussian_walk, lanes
-from genstream.families.lanes import Lanes, lane_inverse, factor_lanes, invert_lanes
+from genstream.families.lanes import Lanes, factor_lanes, invert_lanes, lane_inverse
 from genstream.families.patterns import Patterns
 from genstream.rows import Rows
 from genstream.story import Params, Story

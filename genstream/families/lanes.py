@@ -21,6 +21,7 @@ Distances are from each component's own mean, so that a mean far out costs no di
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -206,6 +207,22 @@ class LaneBlock:
             part.add_spare(spare, q)
         self.sums.add(n, s, q)
 
+    def filled(self, resp: Array, drawn: Array | None) -> Array:
+        """(d, n) `sum_k r_k E[y | y_O, k]` in pivot coordinates, under weights (K, n), of rows that
+        were scored; or `drawn + sum_k r_k E[y - drawn | y_O - drawn_O, k]`.
+        """
+        filled = self.kernel.mean.T @ resp
+        for part in self.parts:
+            kept = part.y, part.solved
+            if drawn is not None:
+                part.y = part.y - drawn.astype(part.group.dtype)
+                part.solved = np.empty_like(part.solved)
+                deque(part.quadratics(), maxlen=0)
+            for i, k in enumerate(part.group.which):
+                filled += part.distance(i, resp[k].astype(part.group.dtype))
+            part.y, part.solved = kept
+        return np.asarray(filled if drawn is None else filled + drawn)
+
 
 class _Part:
     """The components of one group over a block of lanes.
@@ -235,7 +252,7 @@ class _Part:
         size, n = self.rows.columns.shape
         room = self._buffer("factor", size * (size + 1) // 2, n)
         lower = [room[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(size)]
-        held = -1
+        held: int | np.signedinteger[Any] = -1
         for c in self.group.matrix:
             if c != held:
                 for i, row in enumerate(lower):
