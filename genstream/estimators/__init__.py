@@ -13,7 +13,7 @@ from genstream.estimators.factors import (
     MixtureOfPPCA,
 )
 from genstream.estimators.kmeans import KMeans
-from genstream.estimators.mixtures import GaussianMixture, Mixture
+from genstream.estimators.mixtures import GaussianMixture, Mixture, StudentMixture
 
 __all__ = [
     "PPCA",
@@ -23,4 +23,5 @@ __all__ = [
     "Mixture",
     "MixtureOfFactorAnalyzers",
     "MixtureOfPPCA",
+    "StudentMixture",
 ]
