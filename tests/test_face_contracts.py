@@ -47,8 +47,6 @@ def not_expected(model: Any) -> dict[str, str]:
         return {WEIGHTS: "sample_weight is not equivalent to removing/repeating samples"}
     if isinstance(model, LatentFactors) and model.likelihood == "count":
         return {WEIGHTS: "the check gives fractions, whatever the tags say, and counts have none"}
-    if isinstance(model, LatentFactors):
-        return {WEIGHTS: "a start draws vectors by the number of rows, and EM stops at tol"}
     return {}
 
 

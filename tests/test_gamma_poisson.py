@@ -379,6 +379,7 @@ def bike_days() -> Array:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(not BIKES.exists(), reason="the bike counts are not here: run `make data`")
 def test_bike_counts_are_explained_better_than_by_as_large_a_mixture() -> None:
     """Held-out days, in nats a day."""

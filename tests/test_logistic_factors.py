@@ -240,6 +240,17 @@ class TestLearning:
         heavy = story.e_step(params, Rows.of(values, np.full(60, 2.0)))
         assert oracles.distance(heavy.family, twice.family) < 1e-9
 
+    def test_a_start_takes_a_row_of_weight_two_for_two_rows(self) -> None:
+        story, params, values = drawn(60)
+        one = Rows.of(np.concatenate([values, values]))
+        begun = [
+            story.family.start(
+                params.family, rows, np.ones((rows.n_rows, 1)), np.random.default_rng(1)
+            )
+            for rows in (one, Rows.of(values, np.full(60, 2.0)))
+        ]
+        assert oracles.distance(*begun) < 1e-10
+
     def test_drawn_rows_lead_back_to_their_loadings(self) -> None:
         """The bound shrinks loadings, but not where they point: the spaces spanned agree."""
         rng = np.random.default_rng(8)
@@ -402,6 +413,7 @@ def test_digits_are_explained_better_than_by_as_large_a_mixture() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(not FASHION.exists(), reason="Debian's dataset-fashion-mnist is not installed")
 def test_clothes_are_explained_better_than_by_as_large_a_mixture() -> None:
     """2,000 images to learn from and 500 held out, pixels above 127, in nats a row."""

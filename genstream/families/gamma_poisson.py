@@ -170,7 +170,7 @@ class GammaPoisson(OneKind):
             w = loadings[k] * rng.uniform(0.5, 1.5, loadings[k].shape)
             if len(rows):
                 share = weight[rows] / weight[rows].sum()
-                w, t = _factored(sample[rows], w, share, rng)
+                w, t = _factored(sample[rows], w, share)
                 spread = np.maximum(share @ (t - 1.0) ** 2, 1 / START_SHAPE)
                 shape[k] = np.clip(1 / spread, 1.0, START_SHAPE)
             loadings[k] = w
@@ -342,15 +342,15 @@ def _size(params: Any) -> Array:
     return np.asarray((rate * (1.0 + np.abs(_log(rate)))).sum(axis=1))
 
 
-def _factored(
-    rows: Rows, loadings: Array, weight: Array, rng: np.random.Generator
-) -> tuple[Array, Array]:
-    """(d, q) loadings and (n, q) factors of mean 1, in the divergence of Poisson counts."""
+def _factored(rows: Rows, loadings: Array, weight: Array) -> tuple[Array, Array]:
+    """(d, q) loadings and (n, q) factors of mean 1, in the divergence of Poisson counts, from
+    random loadings and equal factors.
+    """
     seen = rows.is_observed.astype(np.float64)
     x = rows.values * seen
     expected = seen @ loadings.sum(axis=1)
     level = (x.sum(axis=1) + 0.5) / (expected + 0.5)
-    t = level[:, None] * rng.uniform(0.5, 1.5, (len(x), loadings.shape[1]))
+    t = np.repeat(level[:, None], loadings.shape[1], axis=1)
     tiny = 1e-100
     for _ in range(START_STEPS):
         ratio = x / np.maximum(t @ loadings.T, tiny)

@@ -58,7 +58,7 @@ TINY_SQUARE = 1e-12
 LOADING_PRECISION, BIAS_PRECISION = 0.16, 0.01
 # The longest loadings a start gives a column.
 START_NORM = 3.0
-# Dimensions and power iterations beyond what a start's singular vectors need.
+# Dimensions beyond q in the subspace iteration of a start, and its steps.
 OVERSAMPLING, POWER = 8, 4
 # Nodes of the Gauss-Hermite rule for the mean of a sigmoid under a normal distribution.
 NODES = 32
@@ -133,7 +133,7 @@ class LogisticFactors(OneKind):
     def start(
         self, params: Any, sample: Rows, responsibilities: Array, rng: np.random.Generator
     ) -> Record:
-        """Loadings from the leading singular vectors of each component's standardised columns.
+        """Loadings from the leading eigenvectors of each component's standardised columns.
 
         With `p` a column's frequency, `(x - p) / sqrt(p (1 - p))` is to first order
         `sqrt(p (1 - p)) w . t` and noise of variance 1, so that with the eigenvalues `l` and
@@ -149,7 +149,7 @@ class LogisticFactors(OneKind):
             z = (sample.values - p) / (spread * share) * sample.is_observed
             z *= np.sqrt(weight / max(float(weight.sum()), 1e-300))[:, None]
             size, vectors = _leading(z, self.n_factors, rng)
-            w = vectors * np.sqrt(np.maximum(size**2 - 1.0, 0.1)) / spread[:, None]
+            w = vectors * np.sqrt(np.maximum(size - 1.0, 0.1)) / spread[:, None]
             w *= 1 + 0.1 * rng.standard_normal(w.shape)
             w += 0.01 * rng.standard_normal(w.shape)
             norm = np.sqrt((w**2).sum(axis=1, keepdims=True))
@@ -311,17 +311,20 @@ def _solved(matrix: Array, right: Array, known: Array) -> Array:
 
 
 def _leading(z: Array, q: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """(q,) singular values and (d, q) right singular vectors of (n, d), by random projection
-    (Halko, Martinsson & Tropp 2011, algorithm 4.4); zeros where there are fewer than q.
+    """(q,) leading eigenvalues and (d, q) eigenvectors of `z' z`, by subspace iteration from random
+    vectors (Halko, Martinsson & Tropp 2011, section 4.5); zeros where there are fewer than q.
+
+    It sees `z' z` alone, so that a row of weight 2 is two rows.
     """
-    width = min(q + OVERSAMPLING, *z.shape)
-    basis = np.linalg.qr(z @ rng.standard_normal((z.shape[1], width)))[0]
+    d = z.shape[1]
+    basis = rng.standard_normal((d, min(q + OVERSAMPLING, d)))
     for _ in range(POWER):
-        basis = np.linalg.qr(z @ np.linalg.qr(z.T @ basis)[0])[0]
-    _, size, right = np.linalg.svd(basis.T @ z, full_matrices=False)
-    size, right = size[:q], right[:q]
+        basis = np.linalg.qr(z.T @ (z @ basis))[0]
+    image = z @ basis
+    size, turn = np.linalg.eigh(image.T @ image)
+    size, vectors = size[::-1][:q], (basis @ turn)[:, ::-1][:, :q]
     missing = q - len(size)
-    return np.pad(size, (0, missing)), np.pad(right, ((0, missing), (0, 0))).T
+    return np.pad(size, (0, missing)), np.pad(vectors, ((0, 0), (0, missing)))
 
 
 def _mean_sigmoid(mean: Array, variance: Array) -> Array:
