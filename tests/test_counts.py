@@ -125,6 +125,9 @@ class TestBoth:
     def test_stored_and_loaded(self, kind: str, gaps: float) -> None:
         laws.stored_and_read(*told(kind, gaps=gaps))
         laws.loads_what_blocks_hold(*told(kind, gaps=gaps))
+        laws.loads_more_than_a_block_holds(*told(kind, gaps=gaps))
+        laws.mends(*told(kind, gaps=gaps))
+        laws.mends(*told(kind, gaps=gaps, prior=None))
 
     @pytest.mark.parametrize("prior", ["weak", None])
     def test_never_falls(self, kind: str, prior: str | None) -> None:
