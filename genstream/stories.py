@@ -13,7 +13,9 @@ from genstream.errors import ConfigError
 from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.factors import NOISES, STATISTICS, Factors
+from genstream.families.gamma_poisson import GammaPoisson
 from genstream.families.gaussian import Gaussian
+from genstream.families.logistic_factors import LogisticFactors
 from genstream.families.multinomial import Multinomial
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Part, Product
@@ -58,7 +60,8 @@ class Block:
     family
         `full`, `tied`, `diag` or `spherical` Gaussians, or `student` (multivariate t with full
         scale matrices), of real columns; `negative_binomial` or `zero_inflated` counts, or
-        `multinomial` ones given their total; or `independent` columns of any kind.
+        `multinomial` ones (a bag of words: given their total); or `independent` columns of any
+        kind.
     """
 
     columns: Sequence[str]
@@ -295,6 +298,66 @@ def factors(
         few = d <= MOMENT_COLUMNS and n_components * d**2 <= MOMENT_NUMBERS
         statistics = "moments" if few else "latent"
     family = Factors(d, n_factors, noise == "isotropic", shared_noise, statistics, dtype)
+    return Story(schema, family, n_components, prior, frozenset(frozen))
+
+
+def latent_factors(
+    schema: Schema,
+    n_factors: int,
+    n_components: int = 1,
+    *,
+    prior: str | None = "weak",
+    dtype: str = "float64",
+    frozen: Iterable[str] = (),
+) -> Story:
+    """The story of binary or count columns that depend on a few factors.
+
+    Binary columns have Gaussian factors behind a sigmoid (`LogisticFactors`), count columns are
+    sums of gamma factors (`GammaPoisson`). Log-probabilities of either are lower bounds;
+    `evaluate.importance_log_prob` estimates them without bias.
+
+    Parameters
+    ----------
+    schema
+        Binary columns only, or count columns only.
+    n_factors
+        q, at least 1.
+    n_components
+        K, at least 1; each component has factors of its own.
+    prior
+        `weak` for MAP under weak priors, None for maximum likelihood.
+    dtype
+        Arithmetic of the E-step over rows and columns: `float64` or `float32`.
+    frozen
+        Parameters that learning leaves as they are: `weights`, and `bias`, `loadings` of binary
+        columns or `loadings`, `shape` of counts.
+
+    Raises
+    ------
+    ConfigError
+        Where an argument is not one of those, or does not fit the columns.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if prior not in PRIORS:
+        raise ConfigError(f"prior {prior!r} is not one of weak, None")
+    if n_components < 1:
+        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    if n_factors < 1:
+        raise ConfigError(f"n_factors is {n_factors}: there must be at least 1 factor")
+    kinds = set(schema.kinds)
+    if kinds == {"binary"}:
+        family: Family = LogisticFactors(schema, dtype, n_factors=n_factors)
+    elif kinds == {"count"}:
+        family = GammaPoisson(schema, dtype, n_factors=n_factors)
+    else:
+        one = schema.columns[0]
+        other = next((c for c in schema.columns if c.kind not in ("binary", "count")), None)
+        other = other or next(c for c in schema.columns if c.kind != one.kind)
+        raise ConfigError(
+            "latent factors need columns that are all binary or all counts, but "
+            f"{other.name!r} is {other.kind}"
+        )
     return Story(schema, family, n_components, prior, frozenset(frozen))
 
 

@@ -135,7 +135,7 @@ class NegativeBinomial(OneKind):
             if "shape" not in frozen:
                 s = (count[at] + safe[at] * a) / (m + a)
                 c = level[at] - np.log(s) + s / safe[at] - 1.0
-                a = np.where(known[at], _inverse_log_minus_psi(c), a)
+                a = np.where(known[at], inverse_log_minus_psi(c), a)
             # What is left to do is of second order in the objective.
             far = np.maximum(np.abs(m / rate[at] - 1.0), np.abs(a / shape[at] - 1.0)) > 1e-7
             rate[at], shape[at] = m, a
@@ -223,7 +223,7 @@ def _log_minus_psi(a: Array) -> Array:
     return np.asarray(np.where(a > STIRLING, series, np.log(a) - psi(a)))
 
 
-def _inverse_log_minus_psi(c: Array) -> Array:
+def inverse_log_minus_psi(c: Array) -> Array:
     """The shape `a` within its bounds at which `log a - psi(a)` is `c`.
 
     Since `1 / (2 a) < log a - psi(a) < 1 / a`, `1 / a` lies between c and 2 c, and Newton's method
