@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
@@ -86,7 +87,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
     scheduler: str
     workers: int | None
 
-    # Whether columns may hold labels; without it all columns are numbers.
+    # Whether columns may be of other kinds than real, and so hold labels.
     takes_labels: ClassVar[bool] = False
     # Parts of a row's latent that `sample` gives besides the row.
     latents: ClassVar[tuple[str, ...]] = ("component",)
@@ -95,7 +96,19 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.allow_nan = True
+        tags.input_tags.sparse = self._takes_sparse
         return tags
+
+    def known_failures(self) -> dict[str, str]:
+        """Checks of scikit-learn's contract that this estimator does not pass, and why not: the
+        `expected_failed_checks` of its `check_estimator`.
+        """
+        return {}
+
+    @property
+    def _takes_sparse(self) -> bool:
+        """Whether rows may be sparse, where zeros are worth nothing more than to be left out."""
+        return False
 
     @property
     def _k(self) -> int:
@@ -242,6 +255,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         array = validate_data(
             self,
             X,
+            accept_sparse="csr" if self._takes_sparse else False,
             reset=reset,
             dtype=[np.float64, np.float32],
             ensure_all_finite="allow-nan",
@@ -256,6 +270,9 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             sample_weight = np.asarray(sample_weight, dtype=np.float64)
         array = self._numbers(array)
         source = NumpySource(array, schema, sample_weight, self.chunk_rows, name="X")
+        if issparse(X):
+            # What is not stored is a zero, not a gap.
+            return Data(source, refill=lambda *_: X)
         if table is None:
             return Data(source, refill=FilledArray(array.dtype))
         return Data(source, refill=table_refilled(X, table, source, None))
@@ -407,7 +424,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             story, state = next(self._starts(self._passes(source), small=False))
         else:
             story, state = self.story_, self.state_
-            self._check_same(story)
+            self._check_same()
         pieces = (source.read(i) for i in range(len(source.chunk_rows)))
         with one_blas_thread():
             state, info = self._online().learn(story, state, pieces, n_rows=n_rows)
@@ -419,15 +436,26 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self._keep(story, replace(state, outcome=Outcome.RUNNING))
         return self
 
-    def _check_same(self, story: Story) -> None:
+    def _check_same(self) -> None:
         """Raise ConfigError where parameters no longer describe what was learned so far."""
-        now, before = _settings(self._new_story(story.schema)), _settings(story)
+        now, before = self._settings(), self._asked
         for name in before:
             if now.get(name) != before[name]:
                 raise ConfigError(
                     f"{name} is {now.get(name)!r}, and what was learned so far has "
                     f"{before[name]!r}: partial_fit goes on with the same model, fit begins anew"
                 )
+
+    def _settings(self) -> dict[str, Any]:
+        """What a caller chose of a story, by name."""
+        story = self._new_story(self.story_.schema)
+        return {
+            "n_components": story.n_components,
+            "prior": story.prior,
+            "frozen": sorted(story.frozen),
+            "kind": story.family.name,
+            **story.family.options(),
+        }
 
     def _fit(self, X: Any, sample_weight: Any) -> Data:
         self._check_parameters()
@@ -516,6 +544,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         self.lower_bounds_ = [info.mean_objective for info in state.trace]
         self.lower_bound_ = _value(state)
         self.warnings_ = [*state.events, *story.warnings(state.params)]
+        self._asked = self._settings()
         self._set_attributes(state.params)
 
     def _starts(self, passes: Passes, small: bool) -> Iterator[tuple[Story, FitState]]:
@@ -823,21 +852,16 @@ def _whole(random_state: int | np.random.RandomState) -> int:
 
 def _kind(story: Story) -> tuple[Any, ...]:
     """What `p(x | z)` is, in a form to compare."""
-    options = story.family.options()
-    # Blocks of a product say whether they saw a sample.
-    blocks = [block | {"pivot": None} for block in options.get("blocks", ())]
-    return story.n_components, story.family.name, options | {"blocks": blocks}
 
+    def asked(options: Any) -> Any:
+        if isinstance(options, list):
+            return [asked(each) for each in options]
+        if not isinstance(options, dict):
+            return options
+        # These are what a sample of rows made of them.
+        return {key: asked(x) for key, x in options.items() if key not in ("pivot", "total")}
 
-def _settings(story: Story) -> dict[str, Any]:
-    """What a caller chose of a story, by name."""
-    return {
-        "n_components": story.n_components,
-        "prior": story.prior,
-        "frozen": sorted(story.frozen),
-        "kind": story.family.name,
-        **story.family.options(),
-    }
+    return story.n_components, story.family.name, asked(story.family.options())
 
 
 def _alike(one: Story, other: Story) -> bool:

@@ -141,6 +141,11 @@ state_, trace_, outcome_, warnings_
             return int(self.n_init)
         return 10 if isinstance(self.init, str) and self.init == "random" else 1
 
+    def known_failures(self) -> dict[str, str]:
+        # So says scikit-learn of its own KMeans, in its list of exceptions.
+        reason = "sample_weight is not equivalent to removing/repeating samples"
+        return {"check_sample_weight_equivalence_on_dense_data": reason}
+
     def _check_parameters(self) -> None:
         super()._check_parameters()
         if isinstance(self.init, str) and self.init not in INITS:
