@@ -91,6 +91,8 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
     takes_labels: ClassVar[bool] = False
     # Parts of a row's latent that `sample` gives besides the row.
     latents: ClassVar[tuple[str, ...]] = ("component",)
+    # Parameters that may be `auto`.
+    automatic: ClassVar[tuple[str, ...]] = ()
     _form: Form = Form()
 
     def __sklearn_tags__(self) -> Any:
@@ -156,16 +158,16 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _given(self, story: Story) -> dict[str, Array]:
         """Parameters to begin with that the caller gave, by name."""
         start = self.start
-        if isinstance(start, Face):
-            check_is_fitted(start)
-            if not _alike(start._story(), story):
-                return {}
-            start = start._params()
-        return given_leaves(start, story)
+        if self._begins_with_another(story):
+            return {}
+        return given_leaves(start._params() if isinstance(start, Face) else start, story)
 
     def _begins_with_another(self, story: Story) -> bool:
         """Whether a fitted model of another kind says how to begin."""
-        return isinstance(self.start, Face) and not _alike(self.start._story(), story)
+        if not isinstance(self.start, Face):
+            return False
+        check_is_fitted(self.start)
+        return not _alike(self.start._story(), story)
 
     @property
     def _gives(self) -> bool:
@@ -205,7 +207,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def _check_parameters(self) -> None:
         for name, (whole, low) in LEAST.items():
             value = getattr(self, name, low)
-            if name == "n_init" and value == "auto" and hasattr(self, "n_clusters"):
+            if isinstance(value, str) and value == "auto" and name in self.automatic:
                 continue
             kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
             if not isinstance(value, kinds) or not value >= low:
@@ -552,6 +554,8 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         story = self._new_story(passes.source.schema)
         random_state = check_random_state(self.random_state)
         again = self._goes_on(story)
+        # Nothing is drawn where another model says how to begin.
+        n_starts = 1 if self._begins_with_another(story) else self._n_starts
         seed = FitState.seed if small else int(random_state.randint(2**31 - 1))
         if small or again or self._gives:
             sample = draw_sample(passes, None if small else START_ROWS, seed)
@@ -562,14 +566,14 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 yield anchored, FitState(params, seed=seed, sample=kept)
                 return
             if small:
-                for _ in range(self._n_starts):
+                for _ in range(n_starts):
                     begin = self._begin(anchored, sample, random_state)
                     yield anchored, FitState(begin, seed=seed, sample=kept)
                 return
         yield warm_start(
             story,
             passes,
-            n_init=self._n_starts,
+            n_init=n_starts,
             seed=seed,
             sample_rows=START_ROWS,
             tolerance=self.tol,
