@@ -22,12 +22,13 @@ from genstream.estimators.containers import (
     FilledArray,
     FilledColumns,
     FilledPartitions,
+    FilledTable,
     Form,
     as_table,
     columns_of,
     is_numeric,
+    is_table,
     refilled,
-    table_refilled,
 )
 from genstream.estimators.questions import QUESTIONS, Ask, Data, Labelled, is_lazy
 from genstream.estimators.starts import given_leaves, replaced
@@ -230,7 +231,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
                 package = type(X).__module__.partition(".")[0]
                 self._form = Form(isinstance(data.source, TableSource), package)
             return data
-        table = as_table(X)
+        table = as_table(X) if self.takes_labels and is_table(X) else None
         columns = self._wanted_columns() if reset else self._story().schema
         if not self.takes_labels:
             encoded = False
@@ -240,18 +241,18 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             encoded = labelled or named or isinstance(columns, Mapping)
         else:
             assert isinstance(columns, Schema)
-            by_name = table is not None and not hasattr(self, "feature_names_in_")
-            mixed = set(columns.kinds) != {"real"}
-            known = by_name and mixed and set(columns.names) <= set(table.column_names)
-            encoded = self._form.encoded or known
+            encoded = self._form.encoded
+            if table is not None and not hasattr(self, "feature_names_in_"):
+                mixed = set(columns.kinds) != {"real"}
+                encoded |= mixed and set(columns.names) <= set(table.column_names)
         if encoded:
             return self._open_table(X, table, columns, sample_weight, reset)
         if reset:
             self._form = Form()
-        return self._open_array(X, table, sample_weight, reset)
+        return self._open_array(X, sample_weight, reset)
 
-    def _open_array(self, X: Any, table: Any, sample_weight: Any, reset: bool) -> Data:
-        """Rows of numbers in memory, and the table that they are, if any."""
+    def _open_array(self, X: Any, sample_weight: Any, reset: bool) -> Data:
+        """Rows of numbers in memory."""
         if isinstance(X, np.ma.MaskedArray):
             X = np.ma.filled(X.astype(np.float64), np.nan)
         array = validate_data(
@@ -275,9 +276,8 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         if issparse(X):
             # What is not stored is a zero, not a gap.
             return Data(source, refill=lambda *_: X)
-        if table is None:
-            return Data(source, refill=FilledArray(array.dtype))
-        return Data(source, refill=table_refilled(X, table, source, None))
+        refill = FilledTable(X, source) if is_table(X) else FilledArray(array.dtype)
+        return Data(source, refill=refill)
 
     def _open_table(
         self, X: Any, table: Any, columns: Any, sample_weight: Any, reset: bool
@@ -309,7 +309,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         source = NumpySource(rows.filled(), schema, weights, self.chunk_rows, name="X")
         if package == "numpy":
             return Data(source, refill=FilledColumns(self._form))
-        return Data(source, refill=table_refilled(X, table, source, schema.names))
+        return Data(source, refill=FilledTable(X, source, schema.names))
 
     def _open_source(self, X: Any, sample_weight: Any, reset: bool) -> Data:
         labels = None if reset else getattr(self, "feature_names_in_", None)
