@@ -124,7 +124,8 @@ class TestAllPatterns:
         )
         for index in walk.blocks():
             score, constant = walk.score(), walk.constant
-            for x, score_, constant_ in zip(values[index], score.T, constant.T, strict=True):
+            some = list(zip(values[index], score.T, constant.T, strict=True))[::4]
+            for x, score_, constant_ in some:
                 o = ~np.isnan(x)
                 assert walk.n_observed == o.sum()
                 for k in range(K):
