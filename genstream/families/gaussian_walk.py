@@ -16,6 +16,7 @@ distance 0 (`constant`), from which a score gives the distance, the number of en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Protocol
@@ -29,8 +30,9 @@ from genstream.families.patterns import Patterns
 from genstream.rows import Rows
 from genstream.stats import Monoid
 
-# Patterns with fewer rows than this in a chunk are worked on in lanes.
-FREQUENT = 512
+# Patterns with fewer scores (rows times components) than this in a chunk are worked on in lanes:
+# what a pattern costs once is then more than lanes cost beyond matrix products.
+FREQUENT = 4096
 
 
 class GaussianKernel:
@@ -269,7 +271,7 @@ class GaussianWalk:
     @cached_property
     def frequent(self) -> NDArray[np.bool_]:
         """(p,) which patterns have enough rows for matrix products of their own."""
-        return self.patterns.frequent(FREQUENT)
+        return self.patterns.frequent(math.ceil(FREQUENT / self.kernel.n_components))
 
     def _by_pattern(self) -> Iterator[Index]:
         """Blocks of one pattern after another, then those of all rare patterns."""
