@@ -232,6 +232,9 @@ class GaussianWalk:
     """A walk over one chunk, pattern by pattern."""
 
     def __init__(self, kernel: GaussianKernel, rows: Rows) -> None:
+        # A mask that says nothing does not show, not even in the last bit.
+        if rows.observed is not None and rows.observed.all():
+            rows = Rows(rows.values, None, rows.weights)
         self.kernel, self.rows = kernel, rows
         k, d = kernel.n_components, kernel.n_features
         self.width = d * (d + 1) // 2 + d + 1
