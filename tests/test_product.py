@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
 import pickle
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +215,24 @@ def test_components_far_out_keep_their_digits(dtype: str, far: float) -> None:
     ):
         told_alone = alone.e_step(theta, Rows.of(values[:, columns]), resp).family
         assert oracles.distance(own, told_alone) < 1e-5
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("kind", ["two", "student"])
+def test_a_chunk_is_let_go_once_it_was_used(kind: str, gaps: bool) -> None:
+    """No walk and its blocks refer to one another, which would keep a chunk in memory until the
+    garbage collector comes round."""
+    story, params, values = told(kind, gaps=gaps)
+    gc.disable()
+    try:
+        for use in (story.log_prob, story.infer, story.e_step, story.impute):
+            rows = Rows(np.nan_to_num(values), ~np.isnan(values) if gaps else None)
+            held = weakref.ref(rows.values)
+            use(params, rows)
+            del rows
+            assert held() is None, use
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
