@@ -74,6 +74,7 @@ def wide(kind: str, k: int = 3, **options: Any) -> Story:
     return mixture(WIDE, k, covariance="full", blocks=blocks, **options)
 
 
+WEIGHTS = np.random.default_rng(3).uniform(0, 2, 120)
 KINDS = ("gaussian", "two", "student", "all", "bag")
 
 
@@ -154,7 +155,7 @@ def by_hand(story: Story, params: Params, k: int, x: Array) -> float:
 def test_the_density_is_the_product_of_its_parts(
     kind: str, gaps: bool, dtype: str, exact: float
 ) -> None:
-    story, params, values = told(kind, 90, gaps, dtype=dtype)
+    story, params, values = told(kind, 64, gaps, dtype=dtype)
     joint = np.array(
         [
             [np.log(params.weights[k]) + by_hand(story, params, k, x) for k in range(3)]
@@ -308,8 +309,8 @@ class TestLaws:
 
     def test_never_falls(self, kind: str) -> None:
         story, params, values = told(kind, 120)
-        laws.never_falls(story, params, values, np.random.default_rng(3).uniform(0, 2, 120))
-        laws.never_falls(*told(kind, 120, prior=None), steps=10)
+        laws.never_falls(story, params, values, WEIGHTS, steps=12)
+        laws.never_falls(*told(kind, 120, prior=None), steps=5)
 
     def test_conditions_and_marginals(self, kind: str) -> None:
         story, params, values = told(kind, 10, gaps=False)
