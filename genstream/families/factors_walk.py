@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from genstream.families.blocks import LOG_2PI, Array, Index, Pivot, block_rows, slices
 from genstream.families.gaussian_walk import Patterns
-from genstream.families.lanes import lane_inverse
 from genstream.rows import Rows
 from genstream.stats import Monoid
 
@@ -287,7 +286,7 @@ class LaneBlock:
         matrices[row, column] = pairs
         matrices[column, row] = pairs
         matrices[range(q), range(q)] += 1.0
-        spare, log_det = lane_inverse(matrices)
+        spare, log_det = _lane_inverse(matrices)
         return e, spare, log_det, np.einsum("ijn,jn->in", spare, white.T @ e.T)
 
     def score(self) -> Array:
@@ -448,3 +447,29 @@ class FactorsWalk:
 def _wanted(resp: Array) -> NDArray[np.bool_]:
     """(K, n) which responsibilities are more than rounding."""
     return np.asarray(resp > NEGLIGIBLE * resp.sum(axis=0))
+
+
+def _lane_inverse(matrices: Array) -> tuple[Array, Array]:
+    """Inverses (q, q, n) and log-determinants (n,) of n matrices whose eigenvalues are 1 and more.
+
+    `inv(L D L') = W' inv(D) W` with `W = inv(L)`; every step is on all matrices at once.
+    """
+    size = len(matrices)
+    lower, scaled = np.zeros_like(matrices), np.zeros_like(matrices)
+    pivots = np.empty(matrices.shape[1:])
+    for j in range(size):
+        column = matrices[j:, j] - np.einsum("iln,ln->in", lower[j:, :j], scaled[j, :j])
+        # Rounding may leave less of a pivot than there is.
+        np.maximum(column[0], 1.0, out=pivots[j])
+        scaled[j + 1 :, j] = column[1:]
+        np.divide(column[1:], pivots[j], out=lower[j + 1 :, j])
+    whiten = np.zeros_like(matrices)
+    for i in range(size):
+        whiten[i, i] = 1.0
+        whiten[i, :i] = -np.einsum("ln,ljn->jn", lower[i, :i], whiten[:i, :i])
+    inverse = np.empty_like(matrices)
+    weighted = whiten / pivots[:, None]
+    for i in range(size):
+        inverse[i, : i + 1] = np.einsum("ln,ljn->jn", weighted[i:, i], whiten[i:, : i + 1])
+        inverse[: i + 1, i] = inverse[i, : i + 1]
+    return inverse, np.log(pivots).sum(axis=0)
