@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genstream.families.blocks import LOG_2PI, Array, Index, Pivot, block_rows, slices
-from genstream.families.gaussian_walk import Patterns
+from genstream.families.patterns import Patterns
 from genstream.rows import Rows
 from genstream.stats import Monoid
 
@@ -39,6 +39,8 @@ NEGLIGIBLE = 1e-16
 SLACK = 64.0
 # Residuals are kept from scoring to gathering for at most so many components a row on average.
 HELD = 4
+# Patterns with fewer rows than this in a chunk are worked on in lanes.
+FREQUENT = 64
 # Numbers held for a block of rows of rare patterns.
 LANE_NUMBERS = 1 << 20
 
@@ -351,15 +353,14 @@ class FactorsWalk:
             yield from self._dense(self.kernel.complete, None)
         else:
             found = Patterns(rows.observed)
-            order = np.argsort(found.of_row, kind="stable")
-            starts = np.concatenate([[0], np.cumsum(found.counts)])
-            for p in np.flatnonzero(found.frequent):
+            frequent = (found.counts >= FREQUENT) & (found.width > 0)
+            for p in np.flatnonzero(frequent):
                 seen = np.flatnonzero(found.observed[p])
                 whole = len(seen) == self.kernel.n_features
                 marginal = self.kernel.complete if whole else Marginal(self.kernel, seen)
-                yield from self._dense(marginal, order[starts[p] : starts[p + 1]])
-            rare = ~found.frequent & (found.width > 0)
-            left = order[rare[found.of_row[order]]]
+                yield from self._dense(marginal, found.rows(p))
+            rare = ~frequent & (found.width > 0)
+            left = found.order[rare[found.of_row[found.order]]]
             for piece in slices(len(left), self.lane_size):
                 self._load_lanes(left[piece])
                 yield left[piece]
