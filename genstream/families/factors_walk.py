@@ -358,7 +358,7 @@ class FactorsWalk:
                 seen = np.flatnonzero(found.observed[p])
                 whole = len(seen) == self.kernel.n_features
                 marginal = self.kernel.complete if whole else Marginal(self.kernel, seen)
-                yield from self._dense(marginal, found.rows(p))
+                yield from self._dense(marginal, found.rows(int(p)))
             rare = ~frequent & (found.width > 0)
             left = found.order[rare[found.of_row[found.order]]]
             for piece in slices(len(left), self.lane_size):
