@@ -36,6 +36,7 @@ _HOME = {
     "FactorAnalysis": "estimators",
     "GaussianMixture": "estimators",
     "KMeans": "estimators",
+    "LatentFactors": "estimators",
     "Mixture": "estimators",
     "MixtureOfFactorAnalyzers": "estimators",
     "MixtureOfPPCA": "estimators",

@@ -181,7 +181,7 @@ class TestStatistics:
         story, params, values = drawn(400, statistics="latent")
         rows = Rows.of(mixed_patterns(values))
         mixed = story.e_step(params, rows)
-        monkeypatch.setattr(factors_walk, "FREQUENT", 10**9)
+        monkeypatch.setattr("genstream.families.factors_walk.FREQUENT", 10**9)
         monkeypatch.setattr(factors_walk, "LANE_NUMBERS", 1)
         assert oracles.distance(story.e_step(params, rows), mixed) < 1e-11
 

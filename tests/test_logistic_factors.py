@@ -197,7 +197,7 @@ class TestLearning:
         values[:, 1] = values[:, 0]
         values[:, 2] = 1.0
         story = make(4, 2, prior=None).anchored(Rows.of(values))
-        laws.never_falls(story, random_params(story, rng), values, steps=200)
+        laws.never_falls(story, random_params(story, rng), values, steps=100)
 
     @pytest.mark.parametrize("frozen", [(), ("bias",), ("loadings",)])
     @pytest.mark.parametrize("prior", ["weak", None])
@@ -241,12 +241,12 @@ class TestLearning:
         rng = np.random.default_rng(8)
         story = make(20, 2)
         truth = random_params(story, rng, 1.2)
-        values = story.draw(truth, 6000, rng).values
-        story, state = warm_start(story, Passes(NumpySource(values, story.schema)), n_init=2)
+        values = story.draw(truth, 4000, rng).values
+        story, state = warm_start(story, Passes(NumpySource(values, story.schema)), n_init=1)
         found: Any = state.params.family
         w: Any = truth.family
         one, two = (np.linalg.qr(a.loadings[0])[0] for a in (found, w))
-        assert np.linalg.svd(one.T @ two)[1].min() > 0.985
+        assert np.linalg.svd(one.T @ two)[1].min() > 0.98
         rates = special.expit(w.bias[0] / np.sqrt(1 + np.pi / 8 * (w.loadings[0] ** 2).sum(axis=1)))
         held = story.draw(state.params, 20000, rng).values.mean(axis=0)
         np.testing.assert_allclose(held, values.mean(axis=0), atol=0.02)
@@ -385,15 +385,15 @@ def test_digits_are_explained_better_than_by_as_large_a_mixture() -> None:
     x = x[:, x.std(axis=0) > 0]
     order = np.random.default_rng(42).permutation(len(x))
     test, train = x[order[:597]], x[order[597:]]
-    story, params = fitted(make(x.shape[1], 10), train)
+    story, params = fitted(make(x.shape[1], 5), train)
     rng = np.random.default_rng(0)
     found = importance_log_prob(story, params, Rows.of(test), 500, rng)
     bound = story.log_prob(params, Rows.of(test))
     other, theirs = peer_of_as_many_parameters(story, train)
     peer = other.log_prob(theirs, Rows.of(test)).mean()
     print(f"bound {bound.mean():.2f}, importance {found.log_prob.mean():.2f}, mixture {peer:.2f}")
-    assert found.log_prob.mean() > peer + 0.5
-    assert found.log_prob.mean() > bound.mean()
+    assert found.log_prob.mean() > peer + 0.4
+    assert found.log_prob.mean() > bound.mean() + 0.5
     assert np.median(found.n_effective) > 50
 
 

@@ -13,6 +13,7 @@ from genstream.estimators.factors import (
     MixtureOfPPCA,
 )
 from genstream.estimators.kmeans import KMeans
+from genstream.estimators.latent import LatentFactors
 from genstream.estimators.mixtures import GaussianMixture, Mixture, StudentMixture
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "FactorAnalysis",
     "GaussianMixture",
     "KMeans",
+    "LatentFactors",
     "Mixture",
     "MixtureOfFactorAnalyzers",
     "MixtureOfPPCA",

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genstream.families.blocks import LOG_2PI, Array, Index, Pivot, block_rows, slices
+from genstream.families.lanes import lane_inverse
 from genstream.families.patterns import Patterns
 from genstream.rows import Rows
 from genstream.stats import Monoid
@@ -39,7 +40,7 @@ NEGLIGIBLE = 1e-16
 SLACK = 64.0
 # Residuals are kept from scoring to gathering for at most so many components a row on average.
 HELD = 4
-# Patterns with fewer rows than this in a chunk are worked on in lanes.
+# Patterns with fewer rows than this in a chunk are worked on a row at a time.
 FREQUENT = 64
 # Numbers held for a block of rows of rare patterns.
 LANE_NUMBERS = 1 << 20
@@ -288,7 +289,7 @@ class LaneBlock:
         matrices[row, column] = pairs
         matrices[column, row] = pairs
         matrices[range(q), range(q)] += 1.0
-        spare, log_det = _lane_inverse(matrices)
+        spare, log_det = lane_inverse(matrices)
         return e, spare, log_det, np.einsum("ijn,jn->in", spare, white.T @ e.T)
 
     def score(self) -> Array:
@@ -353,14 +354,14 @@ class FactorsWalk:
             yield from self._dense(self.kernel.complete, None)
         else:
             found = Patterns(rows.observed)
-            frequent = (found.counts >= FREQUENT) & (found.width > 0)
+            frequent = found.frequent(FREQUENT)
             for p in np.flatnonzero(frequent):
                 seen = np.flatnonzero(found.observed[p])
                 whole = len(seen) == self.kernel.n_features
                 marginal = self.kernel.complete if whole else Marginal(self.kernel, seen)
                 yield from self._dense(marginal, found.rows(int(p)))
             rare = ~frequent & (found.width > 0)
-            left = found.order[rare[found.of_row[found.order]]]
+            left = found.order[np.repeat(rare, found.counts)]
             for piece in slices(len(left), self.lane_size):
                 self._load_lanes(left[piece])
                 yield left[piece]
@@ -448,29 +449,3 @@ class FactorsWalk:
 def _wanted(resp: Array) -> NDArray[np.bool_]:
     """(K, n) which responsibilities are more than rounding."""
     return np.asarray(resp > NEGLIGIBLE * resp.sum(axis=0))
-
-
-def _lane_inverse(matrices: Array) -> tuple[Array, Array]:
-    """Inverses (q, q, n) and log-determinants (n,) of n matrices whose eigenvalues are 1 and more.
-
-    `inv(L D L') = W' inv(D) W` with `W = inv(L)`; every step is on all matrices at once.
-    """
-    size = len(matrices)
-    lower, scaled = np.zeros_like(matrices), np.zeros_like(matrices)
-    pivots = np.empty(matrices.shape[1:])
-    for j in range(size):
-        column = matrices[j:, j] - np.einsum("iln,ln->in", lower[j:, :j], scaled[j, :j])
-        # Rounding may leave less of a pivot than there is.
-        np.maximum(column[0], 1.0, out=pivots[j])
-        scaled[j + 1 :, j] = column[1:]
-        np.divide(column[1:], pivots[j], out=lower[j + 1 :, j])
-    whiten = np.zeros_like(matrices)
-    for i in range(size):
-        whiten[i, i] = 1.0
-        whiten[i, :i] = -np.einsum("ln,ljn->jn", lower[i, :i], whiten[:i, :i])
-    inverse = np.empty_like(matrices)
-    weighted = whiten / pivots[:, None]
-    for i in range(size):
-        inverse[i, : i + 1] = np.einsum("ln,ljn->jn", weighted[i:, i], whiten[i:, : i + 1])
-        inverse[: i + 1, i] = inverse[i, : i + 1]
-    return inverse, np.log(pivots).sum(axis=0)

@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.special import digamma, gammaln, zeta
+from scipy.special import digamma, gammaln
 
 from genstream.families.blocks import (
     MAX_ROUNDING,
@@ -66,6 +66,8 @@ LEAST_SHAPE, MOST_SHAPE = 0.5, 1e6
 LEAST_LOADING = {"float64": 1e-200, "float32": 1e-30}
 # A smaller rate is this: finite, so that its logarithm is.
 LEAST_RATE = {"float64": 1e-280, "float32": 1e-36}
+# Steps of the recurrence of the trigamma function before its series.
+TRIGAMMA_SHIFT = 4
 # Blocks with no larger a share of counts that are not 0 are kept as sparse matrices.
 SPARSE = 0.05
 # A start looks at no more rows of a component than this, and takes so many multiplicative steps.
@@ -316,6 +318,18 @@ def _log(loadings: Array) -> Array:
     return np.log(np.maximum(loadings, LEAST_RATE["float64"]))
 
 
+def _trigamma(x: Array) -> Array:
+    """`psi'(x)` of `x >= 1/2` to seven digits, many times as fast as SciPy's."""
+    y = x + TRIGAMMA_SHIFT
+    inverse = 1.0 / y
+    square = inverse * inverse
+    series = (1.0 / 6 - (1.0 / 30 - square / 42) * square) * inverse
+    total = inverse * (1.0 + inverse * (0.5 + series))
+    for i in range(TRIGAMMA_SHIFT):
+        total += 1.0 / (x + i) ** 2
+    return np.asarray(total)
+
+
 def _log_mean(sum_w: Array, sum_t: Array) -> Array:
     """(K, q) weight times the log of the factors' mean."""
     weight = sum_w[:, None]
@@ -409,7 +423,8 @@ class SparseCounts:
 
     def sums(self, weights: Array) -> Array:
         """(n,) sums of each row's weights."""
-        return np.bincount(self.row, weights, minlength=self.matrix.shape[0])
+        n = self.matrix.shape[0]
+        return np.bincount(self.row, weights, minlength=n).astype(np.float64)
 
 
 class GammaPoissonKernel:
@@ -489,16 +504,18 @@ class Component:
         for step in range(MAX_LOCAL):
             s, curvature = self._split(counts, digamma(alpha) - log_beta)
             gradient = self.shape + s - alpha
-            width = 1.0 / zeta(2, alpha)
+            width = 1.0 / _trigamma(alpha)
             curvature[:, every, every] += width - np.minimum(s, alpha - self.shape)
-            gain = gradient * np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0]
-            gap = 0.5 * gain.sum(axis=1)
+            move = np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0]
+            gap = 0.5 * (gradient * move).sum(axis=1)
             relaxed = caution * (RELAXING if step < MAX_RELAXING else 1.0)
             caution = np.where(gap > before, 0.5 * (1.0 + caution), relaxed)
             before = gap
-            curvature *= 1.0 - caution[:, None, None]
-            curvature[:, every, every] += caution[:, None] * width
-            move = np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0] * width / alpha
+            if caution.any():
+                curvature *= 1.0 - caution[:, None, None]
+                curvature[:, every, every] += caution[:, None] * width
+                move = np.linalg.solve(curvature, gradient[:, :, None])[:, :, 0]
+            move *= width / alpha
             alpha = alpha * np.exp(np.clip(move, -MAX_MOVE, MAX_MOVE))
             done = gap < self.tight
             if done.any() or step + 1 == MAX_LOCAL:
@@ -596,8 +613,10 @@ class GammaPoissonWalk:
         return -np.asarray(self.counts.sums(gammaln(self.counts.values.astype(np.float64) + 1.0)))
 
     def gather(self, resp: Array) -> None:
+        # Rows with nothing observed would count towards the shapes.
+        seen = True if self.mask is None else self.mask.any(axis=1)
         for k, component in enumerate(self.kernel.components):
-            rows = np.flatnonzero(resp[k] > UNSEEN)
+            rows = np.flatnonzero((resp[k] > UNSEEN) & seen)
             if not len(rows):
                 continue
             whole = len(rows) == self.block.n_rows

@@ -93,21 +93,16 @@ class Marginal:
         self.precision, self.log_det = kernel.precision, kernel.log_det
         if not len(missing):
             return
-        # Only the smaller side is factored: the missing block of the precision, or the observed
-        # block of the covariance.
-        if len(missing) <= len(seen):
-            hidden = kernel.precision[:, missing[:, None], missing]
-            cross = kernel.precision[:, missing[:, None], seen]
-            spread, log_det = _inverse(hidden)
-            gain = -spread @ cross
-            self.precision = kernel.precision[:, seen[:, None], seen] + cross.swapaxes(1, 2) @ gain
-            self.log_det = kernel.log_det + log_det
-        else:
-            cross = kernel.covariance[:, missing[:, None], seen]
-            self.precision, self.log_det = _inverse(kernel.covariance[:, seen[:, None], seen])
-            gain = cross @ self.precision
-            hidden = kernel.covariance[:, missing[:, None], missing]
-            spread = hidden - gain @ cross.swapaxes(1, 2)
+        # The precision's own missing block may be all but singular where columns nearly determine
+        # one another, and its inverse would cost the digits of what is observed.
+        factor = np.linalg.cholesky(kernel.covariance[:, seen[:, None], seen])
+        whiten = np.linalg.inv(factor)
+        self.precision = whiten.swapaxes(1, 2) @ whiten
+        self.log_det = 2 * np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(axis=1)
+        explained = kernel.covariance[:, missing[:, None], seen] @ whiten.swapaxes(1, 2)
+        gain = explained @ whiten
+        hidden = kernel.covariance[:, missing[:, None], missing]
+        spread = hidden - explained @ explained.swapaxes(1, 2)
         n_covariances, d = len(kernel.covariance), kernel.n_features
         self.lift = np.zeros((n_covariances, d, len(seen)))
         self.lift[:, seen, np.arange(len(seen))] = 1.0
@@ -178,14 +173,6 @@ def quadratic_rounding(mean: Array, covariance: Array, precision: Array) -> Arra
     size = _spread(mean, covariance)
     pairs = (np.abs(precision) @ size[..., None])[..., 0] * size
     return np.asarray((pairs + (precision @ mean[..., None])[..., 0] * mean).sum(axis=1))
-
-
-def _inverse(matrices: Array) -> tuple[Array, Array]:
-    """Inverse and log-determinant of stacked symmetric positive definite matrices."""
-    factor = np.linalg.cholesky(matrices)
-    whiten = np.linalg.inv(factor)
-    log_det = 2 * np.log(np.diagonal(factor, axis1=-2, axis2=-1)).sum(axis=-1)
-    return whiten.swapaxes(-1, -2) @ whiten, log_det
 
 
 def fill_features(y: Array, out: Array) -> Array:
@@ -282,8 +269,7 @@ class GaussianWalk:
     @cached_property
     def frequent(self) -> NDArray[np.bool_]:
         """(p,) which patterns have enough rows for matrix products of their own."""
-        found = self.patterns
-        return np.asarray((found.counts >= FREQUENT) & (found.width > 0))
+        return self.patterns.frequent(FREQUENT)
 
     def _by_pattern(self) -> Iterator[Index]:
         """Blocks of one pattern after another, then those of all rare patterns."""

@@ -10,11 +10,10 @@ or, read off the observed side,
 
     g' x,            S_MO x,   x = inv(S_OO) g,   g = e_O.
 
-Of the two the one is taken that inverts the smaller matrix. Its inverse is the same for all rows
-of a pattern, so a block computes it once a pattern, all patterns at a time, by one operation for
-each row of the inverse. What differs from row to row is computed for all rows at a time, component
-by component, in buffers that stay in a core's cache; `P e` and the sum of `r e e'` are matrix
-products.
+Of the two the one is taken that solves with the smaller matrix. Its factor `L D L'` is the same
+for all rows of a pattern, so a block computes it once a pattern, all patterns at a time, by a few
+operations a column. What differs from row to row is computed for all rows at a time, component by
+component; `P e` and the sum of `r e e'` are matrix products.
 
 Distances are from each component's own mean, so that a mean far out costs no digits.
 """
@@ -228,8 +227,9 @@ class LaneBlock:
 class _Part:
     """The components of one group over a block of lanes.
 
-    `inner` (c, s, s, p) is the inverse of the smaller side of each pattern, `log_det` (c, p) the
-    log-determinant of the covariance of what it observes, and `solved` (k, s, n) is `x`.
+    `factor` (c, s, s, p) is that of the smaller side of each pattern, as `factor_lanes` leaves it,
+    `log_det` (c, p) the log-determinant of the covariance of what a pattern observes, and `solved`
+    (k, s, n) is `x`.
     """
 
     y: Array
@@ -238,49 +238,56 @@ class _Part:
         self.lanes, self.group, self.rows = lanes, group, rows
         self.solved = lanes.keep(group.dtype, (len(group.which), *rows.columns.shape))
 
-    def _invert(self, matrices: Array) -> None:
-        small = self.rows.small
-        cells = small[:, None] * self.group.mean.shape[1] + small
-        # Where each entry on and above the diagonal belongs in (d, d).
-        self.upper = np.triu_indices(len(small))
-        self.cells = cells[self.upper].ravel()
-        self.inner = self.lanes.keep(matrices.dtype, (len(matrices), *cells.shape))
-        self.log_det = np.empty((len(matrices), len(small.T)), matrices.dtype)
-        for some in slices(len(matrices), max(1, SCRATCH_NUMBERS // max(1, cells.size))):
-            out = self.inner[some]
-            scratch = self._buffer("scratch", *out.shape)
-            flat = matrices[some].reshape(len(out), -1)
-            self.log_det[some] = bordered(flat, cells, out, scratch)
+    def _factor(self, matrices: Array) -> None:
+        d, small = self.group.mean.shape[1], self.rows.small
+        cells = small[:, None] * d + small
+        self.factor = self.lanes.keep(matrices.dtype, (len(matrices), *cells.shape))
+        self.log_det = factor_lanes(matrices.reshape(len(matrices), d * d), cells, self.factor)
 
     def _buffer(self, name: str, *shape: int) -> Array:
         return self.lanes.buffer(name, self.group.dtype, shape)
 
-    def _spread(self) -> Iterator[Array]:
-        """(s, s, n) the inverse of each row's smaller side, component by component."""
+    def _factors(self) -> Iterator[list[Array]]:
+        """Of each component the factor of every row: row i of it is (i + 1, n)."""
         size, n = self.rows.columns.shape
-        inner = self._buffer("inner", size, size, n)
+        room = self._buffer("factor", size * (size + 1) // 2, n)
+        lower = [room[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(size)]
         held: int | np.signedinteger[Any] = -1
         for c in self.group.matrix:
             if c != held:
-                self.inner[c].take(self.rows.pattern, axis=2, out=inner, mode="clip")
+                for i, row in enumerate(lower):
+                    part = self.factor[c, i, : i + 1]
+                    part.take(self.rows.pattern, axis=1, out=row, mode="clip")
                 held = c
-            yield inner
+            yield lower
 
-    def _spare(self, c: int, weight: Array) -> Array:
-        """(d, d) sum of the inverses of matrix `c` under weights (p,), each in its own place."""
-        row, column = self.upper
-        terms = (self.inner[c][row, column] * weight).ravel()
-        d = self.group.mean.shape[1]
-        half = np.bincount(self.cells, terms, d * d).reshape(d, d)
-        return np.asarray(half + half.T - np.diag(half.diagonal()))
+    def _spares(self, weight: Array) -> Iterator[tuple[int, Array, Array]]:
+        """Of each component, or of all if they are tied, its position, its weights (p,) of those
+        in `weight` (K, p), and the (d, d) sum of the inverses of the smaller sides under them.
+        """
+        group, small = self.group, self.rows.small
+        d, (size, n_patterns) = group.mean.shape[1], small.shape
+        row, column = np.triu_indices(size)
+        cells = (small[row] * d + small[column]).ravel()
+        weight = weight[group.which]
+        if len(self.factor) < len(weight):
+            weight = weight.sum(axis=0, keepdims=True)
+        step = max(1, SCRATCH_NUMBERS // max(1, size * size * n_patterns))
+        for some in slices(len(self.factor), step):
+            factor = self.factor[some]
+            inverses = invert_lanes(factor, self._buffer("inverse", *factor.shape))
+            for k, r, inverse in zip(group.which[some], weight[some], inverses, strict=False):
+                terms = (inverse[row, column] * r).ravel()
+                half = np.bincount(cells, terms, d * d).reshape(d, d)
+                yield int(k), r, half + half.T - np.diag(half.diagonal())
 
 
 class _ByGaps(_Part):
-    """Inverting what is missing."""
+    """Solving for what is missing."""
 
     def __init__(self, lanes: Lanes, group: _Group, rows: _Rows) -> None:
         super().__init__(lanes, group, rows)
-        self._invert(group.precision)
+        self._factor(group.precision)
         self.log_det += group.log_det[:, None]
 
     def quadratics(self) -> Iterator[Array]:
@@ -288,13 +295,12 @@ class _ByGaps(_Part):
         rows, group, y = self.rows, self.group, self.y
         seen = rows.seen.T.astype(group.dtype).take(rows.pattern, axis=1)
         e, slope = self._buffer("e", *y.shape), self._buffer("slope", *y.shape)
-        for i, inner in enumerate(self._spread()):
+        for i, lower in enumerate(self._factors()):
             np.subtract(y, group.mean[i][:, None], out=e)
             e *= seen
             np.matmul(group.precision[group.matrix[i]], e, out=slope)
-            g = slope.ravel().take(rows.places)
-            x = np.einsum("ijn,jn->in", inner, g, out=self.solved[i])
-            yield np.einsum("dn,dn->n", e, slope) - np.einsum("in,in->n", g, x)
+            explained = _solve(lower, slope.ravel().take(rows.places), self.solved[i])
+            yield np.einsum("dn,dn->n", e, slope) - explained
 
     def distance(self, i: int, root: Array) -> Array:
         """(d, n) the completed distance from a component's mean, times `root` (n,)."""
@@ -306,23 +312,21 @@ class _ByGaps(_Part):
 
     def add_spare(self, weight: Array, q: Array) -> None:
         """Add to (K, d, d) the conditional covariance of missing entries under weights (K, p)."""
-        for i, k in enumerate(self.group.which):
-            q[k] += self._spare(self.group.matrix[i], weight[k])
+        for k, _, spare in self._spares(weight):
+            q[k] += spare
 
 
 class _ByObserved(_Part):
-    """Inverting what is observed."""
+    """Solving for what is observed."""
 
     def __init__(self, lanes: Lanes, group: _Group, rows: _Rows) -> None:
         super().__init__(lanes, group, rows)
-        self._invert(group.covariance)
+        self._factor(group.covariance)
 
     def quadratics(self) -> Iterator[Array]:
         """(n,) the quadratic form of each component."""
-        for i, inner in enumerate(self._spread()):
-            g = self._observed(i)
-            x = np.einsum("ijn,jn->in", inner, g, out=self.solved[i])
-            yield np.einsum("in,in->n", g, x)
+        for i, lower in enumerate(self._factors()):
+            yield _solve(lower, self._observed(i), self.solved[i])
 
     def _observed(self, i: int) -> Array:
         """(s, n) the distance of what is observed."""
@@ -342,41 +346,71 @@ class _ByObserved(_Part):
 
     def add_spare(self, weight: Array, q: Array) -> None:
         """Add to (K, d, d) the conditional covariance of missing entries under weights (K, p)."""
-        for i, k in enumerate(self.group.which):
-            c = self.group.matrix[i]
-            covariance = self.lanes.kernel.covariance[0 if self.lanes.kernel.tied else k]
-            inner = self._spare(c, weight[k])
-            q[k] += weight[k].sum() * covariance - covariance @ inner @ covariance
+        kernel = self.lanes.kernel
+        for k, r, inverse in self._spares(weight):
+            covariance = kernel.covariance[0 if kernel.tied else k]
+            q[k] += r.sum() * covariance - covariance @ inverse @ covariance
 
 
-def bordered(matrices: Array, cells: Array, out: Array, scratch: Array) -> Array:
-    """Invert submatrices of symmetric positive definite matrices, all of them at a time.
+def _solve(lower: list[Array], g: Array, out: Array) -> Array:
+    """`x` (s, n) in `out`, of `L D L' x = g`, and returns `g'x` (n,).
+
+    By substitution: where columns nearly determine one another, products with an inverse would
+    lose what is left after terms cancel. `g` is overwritten.
+    """
+    for i in range(1, len(g)):
+        g[i] -= np.einsum("jn,jn->n", lower[i][:i], g[:i])
+    for i, row in enumerate(lower):
+        np.multiply(g[i], row[i], out=out[i])
+    square: Array = np.einsum("in,in->n", g, out)
+    for i in range(len(g) - 1, 0, -1):
+        out[:i] -= lower[i][:i] * out[i]
+    return square
+
+
+def factor_lanes(matrices: Array, cells: Array, out: Array) -> Array:
+    """Factor submatrices of symmetric positive definite matrices as `L D L'`, all at a time.
 
     `matrices` is (c, d * d) and `cells` (s, s, p) says which of its entries make up each
-    submatrix. Column by column, with `B` the inverse so far, `b` the new column above its diagonal
-    entry `a`, and `u = B b`,
-
-        inv([inv(B), b; b', a]) = [B, 0; 0, 0] + [u; -1] [u; -1]' / (a - b'u),
-
-    a sum of positive terms. Fills `out` (c, s, s, p) and returns the log-determinants (c, p) of
-    the submatrices; `scratch` is as large as `out`.
+    submatrix. `out` (c, s, s, p) takes `L` below the diagonal, `1 / D` on it, and nothing above.
+    Returns the log-determinants (c, p).
     """
     size, _, n_patterns = cells.shape
-    pivots = np.empty((size, len(matrices), n_patterns), matrices.dtype)
+    pivots = np.empty((len(matrices), size, n_patterns), matrices.dtype)
     least = np.finfo(matrices.dtype).eps
-    for j, pivot in enumerate(pivots):
-        column = matrices.take(cells[: j + 1, j], axis=1)
-        b, a, inverse = column[:, :j], column[:, j], out[:, :j, :j]
-        u = np.einsum("cijp,cjp->cip", inverse, b)
-        np.subtract(a, np.einsum("cip,cip->cp", b, u), out=pivot)
+    for j in range(size):
+        column = matrices.take(cells[j:, j], axis=1)
+        variance = least * column[:, 0]
+        weighted = out[:, j, :j] * pivots[:, :j]
+        column -= np.einsum("cijp,cjp->cip", out[:, j:, :j], weighted)
         # Rounding may leave nothing of a variance that its companions explain.
-        np.maximum(pivot, least * a, out=pivot)
-        w = u / pivot[:, None]
-        inverse += np.multiply(u[:, :, None], w[:, None], out=scratch[:, :j, :j])
-        np.negative(w, out=out[:, :j, j])
-        out[:, j, :j] = out[:, :j, j]
+        pivot = np.maximum(column[:, 0], variance, out=pivots[:, j])
         np.divide(1.0, pivot, out=out[:, j, j])
-    log_det = np.zeros(pivots.shape[1:])
+        np.divide(column[:, 1:], pivot[:, None], out=out[:, j + 1 :, j])
+    log_det = np.zeros((len(matrices), n_patterns))
     for start in range(0, size, RUN):
-        log_det += np.log(pivots[start : start + RUN].prod(axis=0))
+        log_det += np.log(pivots[:, start : start + RUN].prod(axis=1))
     return log_det
+
+
+def invert_lanes(factor: Array, out: Array) -> Array:
+    """Inverses (c, s, s, p), in `out`, of what `factor_lanes` factored.
+
+    From the last column up, with `C` the inverse of what is below and right of entry j and `l` the
+    factor's column j below it, the inverse's column is `-C l`, under `1 / D_j + l'C l`.
+    """
+    for j in range(factor.shape[1] - 1, -1, -1):
+        below = factor[:, j + 1 :, j]
+        column = np.einsum("cikp,ckp->cip", out[:, j + 1 :, j + 1 :], below)
+        np.negative(column, out=out[:, j + 1 :, j])
+        out[:, j, j + 1 :] = out[:, j + 1 :, j]
+        np.add(factor[:, j, j], np.einsum("cip,cip->cp", below, column), out=out[:, j, j])
+    return out
+
+
+def lane_inverse(matrices: Array) -> tuple[Array, Array]:
+    """Inverses (s, s, n) and log-determinants (n,) of n symmetric positive definite matrices."""
+    factor, out = np.empty((2, 1, *matrices.shape))
+    cells = np.arange(matrices.size).reshape(matrices.shape)
+    log_det = factor_lanes(matrices.reshape(1, -1), cells, factor)
+    return invert_lanes(factor, out)[0], log_det[0]

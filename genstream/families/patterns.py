@@ -29,6 +29,10 @@ class Patterns:
         self.of_row = np.empty(len(words), dtype=np.intp)
         self.of_row[self.order] = np.repeat(np.arange(len(first)), self.counts)
 
+    def frequent(self, n_rows: int) -> NDArray[np.bool_]:
+        """(p,) which patterns observe anything, and have at least so many rows."""
+        return np.asarray((self.counts >= n_rows) & (self.width > 0))
+
     def rows(self, pattern: int) -> Array:
         """The rows of one pattern."""
         return self.order[self.starts[pattern] : self.starts[pattern + 1]]
