@@ -10,7 +10,7 @@ import laws
 import numpy as np
 import oracles
 import pytest
-from latent_laws import Model, product_grid
+from latent_laws import Model, learns_every_way, product_grid
 from scipy import sparse, special, stats
 
 from genstream.evaluate import importance_log_prob
@@ -191,7 +191,7 @@ class TestLearning:
     @pytest.mark.parametrize("prior", ["weak", None])
     @pytest.mark.parametrize("k", [1, 2])
     def test_never_falls(self, k: int, prior: str | None) -> None:
-        story, params, values = drawn(150, d=5, k=k, gaps=0.25, prior=prior)
+        story, params, values = drawn(80, d=5, k=k, gaps=0.25, prior=prior)
         values[4] = np.nan
         weights = np.random.default_rng(5).uniform(0, 2, len(values))
         laws.never_falls(story, params, values, weights, steps=80)
@@ -210,6 +210,10 @@ class TestLearning:
         story, params, values = drawn(120, d=4, k=2, gaps=0.2, prior=prior)
         found = laws.maximises(story, params, story.e_step(params, Rows.of(values)), move, frozen)
         assert (found.family.shape >= LEAST_SHAPE).all()
+
+    def test_every_learner(self) -> None:
+        story, _, values = drawn(120, k=2, gaps=0.25)
+        learns_every_way(story, values, np.random.default_rng(9).uniform(0, 2, 120))
 
     def test_chunks_add_up(self) -> None:
         story, params, values = drawn(700, k=2, gaps=0.2)

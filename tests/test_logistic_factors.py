@@ -11,7 +11,7 @@ import laws
 import numpy as np
 import oracles
 import pytest
-from latent_laws import Model, product_grid
+from latent_laws import Model, learns_every_way, product_grid
 from scipy import optimize, special
 from sklearn.datasets import load_digits
 
@@ -185,7 +185,7 @@ class TestLearning:
     @pytest.mark.parametrize("prior", ["weak", None])
     @pytest.mark.parametrize("k", [1, 2])
     def test_never_falls(self, k: int, prior: str | None) -> None:
-        story, params, values = drawn(150, d=5, k=k, gaps=0.25, prior=prior)
+        story, params, values = drawn(80, d=5, k=k, gaps=0.25, prior=prior)
         values[4] = np.nan
         weights = np.random.default_rng(5).uniform(0, 2, len(values))
         laws.never_falls(story, params, values, weights, steps=80)
@@ -212,6 +212,10 @@ class TestLearning:
         assert oracles.identical(
             story.m_step(story.e_step(params, Rows.of(values)), params), params
         )
+
+    def test_every_learner(self) -> None:
+        story, _, values = drawn(120, k=2, gaps=0.25)
+        learns_every_way(story, values, np.random.default_rng(9).uniform(0, 2, 120))
 
     def test_chunks_add_up(self) -> None:
         story, params, values = drawn(700, k=2, gaps=0.2)
@@ -385,7 +389,7 @@ def test_digits_are_explained_better_than_by_as_large_a_mixture() -> None:
     x = x[:, x.std(axis=0) > 0]
     order = np.random.default_rng(42).permutation(len(x))
     test, train = x[order[:597]], x[order[597:]]
-    story, params = fitted(make(x.shape[1], 5), train)
+    story, params = fitted(make(x.shape[1], 5, dtype="float32"), train)
     rng = np.random.default_rng(0)
     found = importance_log_prob(story, params, Rows.of(test), 500, rng)
     bound = story.log_prob(params, Rows.of(test))
