@@ -26,7 +26,7 @@ POWER := .data/power/about.json
 
 # What `make bench` runs; each says at its top what it measures.
 BENCHMARKS ?= speed passes schedulers memory kills bad_inputs "stream flights" "stream power" \
-	update_kills races schedule
+	update_kills races schedule gaps
 
 # Test processes. Tests that need the Prefect server share one of them.
 JOBS ?= 2

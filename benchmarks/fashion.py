@@ -213,8 +213,8 @@ def main() -> None:
     if not FOLDER.is_dir():
         print(f"skipped: {FOLDER} is missing; apt install dataset-fashion-mnist")
         return
-    pixels, held_out = images("train")[: chosen.rows], images("t10k")
-    train, test = dequantised(pixels, 1), dequantised(held_out, 2)
+    pixels, held_out = images("train"), images("t10k")
+    train, test = dequantised(pixels[: chosen.rows], 1), dequantised(held_out, 2)
     found = densities(train, test, chosen)
     story, params = found["mixture of factor analysers"]
     draw_figure(story, params, test, chosen.figure)

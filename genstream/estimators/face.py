@@ -39,7 +39,7 @@ from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS, NumpySource, Source
-from genstream.start import draw_sample, rescue_rows, seed_params, warm_start
+from genstream.start import REFINE_PASSES, draw_sample, rescue_rows, seed_params, warm_start
 from genstream.story import Params, Story
 from genstream.tables import Encoder, TableSource, open_source
 from genstream.threads import one_blas_thread
@@ -578,6 +578,8 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             n_init=n_starts,
             seed=seed,
             sample_rows=START_ROWS,
+            # Components that the caller put somewhere are not moved away.
+            refine_passes=0.0 if self._gives else REFINE_PASSES,
             tolerance=self.tol,
             seeding=lambda story, rows, rng: self._begin(
                 story, rows, np.random.RandomState(rng.integers(2**31 - 1))

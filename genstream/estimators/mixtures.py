@@ -585,6 +585,9 @@ state_, trace_, outcome_, warnings_
         if isinstance(self.columns, Mapping) and not self.columns:
             raise ConfigError("The 'columns' parameter of Mixture names no column")
 
+    def _learner(self, max_steps: int) -> Learner:
+        return BatchEM(max_steps, self.tol, accelerate=True)
+
     def _wanted_columns(self) -> Schema | Mapping[str, Kind | Column] | None:
         return self.columns
 
