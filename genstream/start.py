@@ -13,6 +13,7 @@ from genstream.families.blocks import Array
 from genstream.learn import BatchEM, FitState, Learner, Outcome, Relay, Resident, fit
 from genstream.online import OnlineEM
 from genstream.passes import Passes
+from genstream.refine import Seeding, refine
 from genstream.responsibility import Responsibility, soft
 from genstream.rows import Rows
 from genstream.story import Params, Story
@@ -23,13 +24,15 @@ SAMPLE_BYTES = 64 << 20
 RESCUE_ROWS = 2048
 # Rows on which distances are computed for seeding.
 SEED_ROWS = 20_000
+# Among the rows of one component, a spread below this share of all rows' own is no structure.
+NARROW = 0.03
+# Passes over the sample that moving components may take.
+REFINE_PASSES = 50.0
 # From this many mini-batches on, an online pass gains more than the batch pass it replaces.
 ONLINE_BATCHES = 256
 # Mini-batches that an online pass of the default learner takes at most: further M-steps cost time
 # and teach little, so that very large data are taken in larger mini-batches.
 MOST_BATCHES = 2048
-
-Seeding = Callable[[Story, Rows, np.random.Generator], Params]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +145,25 @@ def cluster(
 def seed_params(story: Story, sample: Rows, rng: np.random.Generator) -> Params:
     """Parameters from clusters of the sample: seeding, a few Lloyd steps, and one M-step."""
     x, observed = story.family.embed(story.readable(sample))
+    return _from_clusters(story, sample, x, observed, rng)
+
+
+def seed_within(story: Story, sample: Rows, rng: np.random.Generator) -> Params:
+    """As `seed_params`, but distances are measured by the deviations of these rows alone: those of
+    one component, among which a column may count that hardly varies over all.
+    """
+    x, observed = story.family.embed(story.readable(sample))
+    weight = observed * sample.row_weights[:, None]
+    total = np.maximum(weight.sum(axis=0), 1e-300)
+    mean = (weight * x).sum(axis=0) / total
+    spread = np.sqrt((weight * (x - mean) ** 2).sum(axis=0) / total)
+    x = np.where(observed, (x - mean) / np.maximum(spread, NARROW), 0.0)
+    return _from_clusters(story, sample, x, observed, rng)
+
+
+def _from_clusters(
+    story: Story, sample: Rows, x: Array, observed: NDArray[np.bool_], rng: np.random.Generator
+) -> Params:
     weight = sample.row_weights
     small = np.arange(len(x))
     if len(x) > SEED_ROWS:
@@ -175,6 +197,7 @@ def warm_start(
     sample_rows: int = 50_000,
     short_steps: int = 10,
     long_steps: int = 100,
+    refine_passes: float = REFINE_PASSES,
     tolerance: float = 1e-4,
     seeding: Seeding = seed_params,
     given: Params | None = None,
@@ -185,7 +208,10 @@ def warm_start(
 
     A sample over all chunks fixes pivot and prior. Of `n_init` seeded fits of `short_steps` EM
     steps on the sample the one with the best objective goes on, for at most `long_steps`, to
-    `tolerance` (nats a row). The state holds the sample's statistics, from which online EM begins.
+    `tolerance` (nats a row). Then components that are hardly needed are moved to where they
+    explain more, for about `refine_passes` passes over the sample at most (`genstream.refine`);
+    where `long_steps` are no more than the short ones, there is no more than the short fits. The
+    state holds the sample's statistics, from which online EM begins.
     `seeding` makes the parameters each short fit begins with. `given` parameters take the place of
     starts, and `responsibility` is the rule by which the sample is fitted.
     `on_start(i, mean objective)` is called after each of them.
@@ -213,9 +239,25 @@ def warm_start(
             "no start gave a finite log-likelihood on the row sample: "
             "look for extreme values, or keep the weak prior"
         )
-    if best.outcome is Outcome.MAX_STEPS and long_steps > short_steps:
-        best = replace(best, outcome=Outcome.RUNNING)
-        best = fit(story, BatchEM(long_steps, tolerance, responsibility), Resident(sample), best)
+    if long_steps > short_steps:
+        quick = responsibility is soft
+        learner = BatchEM(long_steps, tolerance, responsibility, accelerate=quick)
+
+        def go_on(state: FitState) -> FitState:
+            if state.outcome is not Outcome.MAX_STEPS:
+                return state
+            return fit(story, learner, Resident(sample), replace(state, outcome=Outcome.RUNNING))
+
+        best, _ = refine(
+            story,
+            sample,
+            go_on(best),
+            seed_within,
+            passes=refine_passes,
+            tolerance=tolerance,
+            responsibility=responsibility,
+        )
+        best = go_on(best)
     return story, FitState(best.params, seed=seed, stats=best.stats, sample=kept)
 
 

@@ -68,6 +68,23 @@ class Record:
 
         return _map(self, taken)
 
+    def put(self, other: Self, index: Sequence[int], axis: str = "component") -> Self:
+        """This record with the entries of another one at `index` along an axis, where they have it.
+
+        What has no such axis stays.
+        """
+        chosen = np.asarray(index, dtype=np.intp)
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            old, new = getattr(self, field.name), getattr(other, field.name)
+            names = field.metadata.get("axes", ())
+            if isinstance(old, Record):
+                values[field.name] = old.put(new, index, axis)
+            elif axis in names:
+                values[field.name] = out = old.copy()
+                out[(slice(None),) * names.index(axis) + (chosen,)] = new
+        return dataclasses.replace(self, **values)
+
     def graft(self, other: Self, names: Collection[str], prefix: str = "") -> Self:
         """This record with some leaves of another, by their dotted names or the ends of these."""
         values: dict[str, Any] = {}

@@ -15,7 +15,9 @@ import oracles
 from numpy.typing import NDArray
 
 from genstream.passes import Passes
+from genstream.schema import Schema
 from genstream.sources import NumpySource
+from genstream.stories import mixture
 from genstream.story import Params, Story
 
 Array = NDArray[Any]
@@ -30,7 +32,18 @@ def of_oracles(kind: str, rng: np.random.Generator) -> tuple[Story, Params]:
     return story, oracles.random_params(story, rng, apart=2.5)
 
 
+def of_tails(rng: np.random.Generator) -> tuple[Story, Params]:
+    """Three t distributions, from nearly Cauchy to nearly Gaussian."""
+    story = mixture(Schema.real(3), K, tails="student")
+    normal = oracles.random_params(oracles.make_story("full", K), rng, apart=2.5)
+    family: Any = normal.family
+    kind: Any = story.family.params_type
+    dof = np.array([2.0, 8.0, 50.0])
+    return story, Params(normal.weights, kind(family.mean, family.covariance, dof))
+
+
 ZOO: dict[str, Maker] = {kind: partial(of_oracles, kind) for kind in oracles.STORIES}
+ZOO["student"] = of_tails
 
 
 def drawn(

@@ -1,0 +1,216 @@
+"""Better optima: a component that is hardly needed is put where the fit is worst.
+
+EM ends at an optimum near its start, often with two components on one heap of rows and one
+component on two others. No small step leads away from there, but a large one does: one component is
+taken out and another one split in two, as in split and merge EM (Ueda, Nakano, Ghahramani & Hinton
+2000, section 3) with a deletion for the merge. What the deletion costs follows from the
+responsibilities; what the split brings is found by EM of two halves among the rows of one
+component. All candidates together cost about as much as two passes, so that EM on all rows is spent
+on the best of them only, and a move is kept if the objective rises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from genstream.families.blocks import Array, slices
+from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
+from genstream.responsibility import Responsibility, Sampled, soft
+from genstream.rows import Rows
+from genstream.story import Params, Story
+
+# A row that is a component's own with less than this probability says nothing of its halves.
+NEGLIGIBLE = 0.01
+# Rows each of two halves must explain; as many more as twice the columns where no prior helps.
+MIN_ROWS = 10
+# EM steps of two halves among their rows.
+LOCAL_STEPS = 10
+# EM steps on all rows after which a move must promise to pay, and after which it must have paid.
+TRIAL_STEPS, FULL_STEPS = 5, 20
+# A move that is still behind may count on so many more steps like its last one.
+HOPE = 10
+# Moves that may fail one after another.
+MAX_FAILURES = 5
+# Rows whose responsibilities are held at a time.
+SLICE_ROWS = 4096
+
+Seeding = Callable[[Story, Rows, np.random.Generator], Params]
+
+# Number of the random stream that splits follow from.
+_SPLIT = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Portrait:
+    """What every component is to the rows.
+
+    `cost` (K,) are the nats by which the log-likelihood falls where it is deleted and the weights
+    of the others are scaled up; `rows` the rows it explains, and `shares` their responsibilities.
+    """
+
+    cost: Array
+    rows: tuple[NDArray[np.intp], ...]
+    shares: tuple[Array, ...]
+
+
+def portrait(story: Story, params: Params, sample: Rows) -> Portrait:
+    """What every component is to some rows, in one pass.
+
+    Without component k a row has `p(x) (1 - r_k) / (1 - weight_k)`.
+    """
+    n_components = story.n_components
+    weight = sample.row_weights
+    cost = weight.sum() * np.log(np.maximum(1.0 - params.weights, 1e-16))
+    rows: list[list[Array]] = [[] for _ in range(n_components)]
+    shares: list[list[Array]] = [[] for _ in range(n_components)]
+    for piece in slices(sample.n_rows, SLICE_ROWS):
+        resp = story.infer(params, sample[piece]).responsibilities
+        cost -= weight[piece] @ np.log(np.maximum(1.0 - resp, 1e-16))
+        for k in range(n_components):
+            mine = np.flatnonzero(resp[:, k] > NEGLIGIBLE)
+            rows[k].append(mine + piece.start)
+            shares[k].append(resp[mine, k])
+    return Portrait(
+        cost,
+        tuple(np.concatenate(each) for each in rows),
+        tuple(np.concatenate(each) for each in shares),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """Two components in the place of one, and by how many nats they explain its rows better."""
+
+    params: Params
+    gain: float
+
+
+def split(
+    story: Story,
+    params: Params,
+    component: int,
+    rows: Rows,
+    shares: Array,
+    seeding: Seeding,
+    rng: np.random.Generator,
+    responsibility: Responsibility = soft,
+) -> Halves | None:
+    """One component split in two by EM among its rows, of which it has the `shares` (n,).
+
+    None where there are too few of them, or a half is empty, singular or not finite.
+    """
+    least = MIN_ROWS + (0 if story.prior else 2 * story.schema.n_features)
+    n_rows = float(shares.sum())
+    if n_rows < 2 * least:
+        return None
+    rows = Rows(rows.values, rows.observed, rows.row_weights * shares)
+    one, two = replace(story, n_components=1), replace(story, n_components=2)
+    whole = replace(params.take([component]), weights=np.ones(1))
+    before = one.e_step(whole, rows, responsibility).objective + one.log_prior(whole)
+    state = FitState(seeding(two, rows, rng))
+    state = fit(two, BatchEM(LOCAL_STEPS, 1e-3, responsibility), Resident(rows), state)
+    gain = state.trace[-1].loglik + state.trace[-1].log_prior - before
+    if not np.isfinite(gain) or state.stats is None or state.params.weights.min() * n_rows < least:
+        return None
+    if two.maximise(state.stats, state.params)[1].any():
+        return None
+    return Halves(state.params, gain)
+
+
+def moved(params: Params, halves: Params, component: int, deleted: int) -> Params:
+    """The parameters with halves of a component in its own place and in that of a deleted one."""
+    weights = params.weights.copy()
+    share = weights[component]
+    weights[[component, deleted]] = share * halves.weights
+    pair = replace(halves, weights=weights[[component, deleted]])
+    new = params.put(pair, [component, deleted])
+    return replace(new, weights=new.weights / new.weights.sum())
+
+
+def refine(
+    story: Story,
+    sample: Rows,
+    state: FitState,
+    seeding: Seeding,
+    *,
+    passes: float,
+    tolerance: float = 1e-4,
+    responsibility: Responsibility = soft,
+) -> tuple[FitState, float]:
+    """A state that no move of a component betters any more, and the passes over the sample spent.
+
+    Moves are tried from the most promising one on. One that is kept begins a new round; after
+    `MAX_FAILURES` in a row, or where about `passes` were spent, it ends. The mean objective never
+    falls. With fewer than three components, with frozen parameters or where responsibilities are
+    drawn, the state is returned as it is. Everything follows from the state's seed.
+
+    Parameters
+    ----------
+    state
+        Fitted to the sample, with a trace.
+    seeding
+        Makes two components from the rows of one.
+    tolerance
+        Nats a row that a move must gain, and that end the EM of a trial.
+    responsibility
+        The rule by which the state was fitted, and by which moves are.
+    """
+    spent = 0.0
+    number = 0
+    better: FitState | None = state
+    if story.n_components < 3 or story.frozen or isinstance(responsibility, Sampled):
+        return state, spent
+    while better is not None and spent < passes:
+        state = better
+        seen = portrait(story, state.params, sample)
+        spent += 1
+        halves: dict[int, Halves] = {}
+        for k in range(story.n_components):
+            mine = seen.rows[k]
+            rng = np.random.default_rng([state.seed, _SPLIT, number, k])
+            found = split(
+                story, state.params, k, sample[mine], seen.shares[k], seeding, rng, responsibility
+            )
+            spent += (2 * LOCAL_STEPS + 3) * len(mine) / (story.n_components * sample.n_rows)
+            if found is not None:
+                halves[k] = found
+        number += 1
+        moves = sorted(
+            (seen.cost[i] - halves[k].gain, k, i)
+            for k in halves
+            for i in range(story.n_components)
+            if i != k
+        )
+        better = None
+        for _, k, i in moves[:MAX_FAILURES]:
+            if better is not None or spent >= passes:
+                break
+            params = moved(state.params, halves[k].params, k, i)
+            begun = replace(state, params=params)
+            tried = _trial(story, sample, begun, tolerance, responsibility)
+            spent += tried.step
+            if tried.trace[-1].mean_objective > state.trace[-1].mean_objective + tolerance:
+                better = tried
+    return state if better is None else better, spent
+
+
+def _trial(
+    story: Story, sample: Rows, state: FitState, tolerance: float, responsibility: Responsibility
+) -> FitState:
+    """EM from moved parameters, for as long as it may still reach the value in the trace."""
+    value = state.trace[-1].mean_objective
+    trial = FitState(state.params, seed=state.seed, sample=state.sample)
+    trial = fit(story, BatchEM(TRIAL_STEPS, tolerance, responsibility), Resident(sample), trial)
+    if trial.outcome is not Outcome.MAX_STEPS:
+        return trial
+    last, one = (info.mean_objective for info in trial.trace[-2:])
+    if not one + HOPE * (one - last) > value:
+        return trial
+    going = replace(trial, outcome=Outcome.RUNNING)
+    quick = responsibility is soft
+    learner = BatchEM(FULL_STEPS, tolerance, responsibility, accelerate=quick)
+    return fit(story, learner, Resident(sample), going)
