@@ -134,6 +134,9 @@ def test_factors_have_names_and_take_the_form_asked_for() -> None:
     shown = clone(model).set_output(transform="pandas").fit(frame).transform(frame)
     assert list(shown.columns) == ["ppca0", "ppca1"]
     np.testing.assert_array_equal(shown.to_numpy(), model.transform(frame))
+    loadings = model.params_["family.loadings"]
+    assert loadings["factor"].values.tolist() == ["ppca0", "ppca1"]
+    np.testing.assert_array_equal(loadings.sel(factor="ppca1", component=0), model.components_[1])
     rows = xarray.DataArray(
         X, dims=("bottle", "trait"), coords={"trait": list(frame.columns), "bottle": range(178)}
     )

@@ -771,8 +771,13 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
     def params_(self) -> xarray.Dataset:
         """The parameters in data units as a labelled dataset."""
         check_is_fitted(self)
-        params: Params = self.state_.params
-        return params.to_dataset(self.story_.labels())
+        story = self._story()
+        labels: dict[str, Sequence[Any]] = {**story.labels()}
+        for dim in ("component", "factor"):
+            found = self._labels(dim)
+            if found is not None:
+                labels[dim] = found
+        return self._params().to_dataset(labels)
 
 
 class Mixed(Face):
