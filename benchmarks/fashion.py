@@ -62,8 +62,8 @@ def dequantised(pixels: Array, seed: int) -> NDArray[np.float32]:
     return pixels + rng.random(pixels.shape, dtype=np.float32)
 
 
-def learned(story: Story, passes: Passes, steps: int) -> tuple[Story, FitState, list[float]]:
-    """The story and its fit from a short start on a sample, and the seconds of each full step."""
+def learned(story: Story, passes: Passes, steps: int) -> tuple[Story, FitState, float]:
+    """The story and its fit from a short start on a sample, and processor seconds a step."""
     story, state = warm_start(
         story, passes, n_init=1, seed=0, sample_rows=10_000, short_steps=5, long_steps=15
     )
