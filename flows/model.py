@@ -8,6 +8,7 @@ from genstream.errors import ConfigError
 
 if TYPE_CHECKING:
     from flows.config import Config
+    from genstream.online import OnlineEM
     from genstream.responsibility import Responsibility
     from genstream.schema import Schema
     from genstream.story import Params, Story
@@ -66,6 +67,21 @@ def responsibility_of(config: Config) -> Responsibility:
 
     rule = "hard" if config.model.kind == "kmeans" else config.fit.responsibility
     return named(rule, n=config.fit.top)
+
+
+def online_of(config: Config) -> OnlineEM:
+    """Online EM at the pace that a configuration says."""
+    from genstream.online import OnlineEM
+
+    fit = config.fit
+    return OnlineEM(
+        fit.batch_rows,
+        fit.kappa,
+        fit.t0,
+        fit.forgetting,
+        fit.passes,
+        responsibility=responsibility_of(config),
+    )
 
 
 def given_start(config: Config, story: Story) -> Params | None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.config import Compute, Config, Drawn, load
 from flows.data import Data, files_of, ingest_data, open_data
-from flows.model import given_start, make_story, responsibility_of
+from flows.model import given_start, make_story, online_of, responsibility_of
 from flows.plan import memo_nbytes
 from flows.run import Run
 from flows.terminal import FitProgress, RowProgress, bars, bytes_text
@@ -140,20 +140,11 @@ def learner_of(config: Config, rows: int) -> Learner:
     """The learner that a configuration means for so many rows."""
     from genstream.incremental import IncrementalEM
     from genstream.learn import BatchEM
-    from genstream.online import OnlineEM
     from genstream.responsibility import soft
     from genstream.start import default_learner
 
     options = config.fit
-    rule = responsibility_of(config)
-    online = OnlineEM(
-        options.batch_rows,
-        options.kappa,
-        options.t0,
-        options.forgetting,
-        options.passes,
-        responsibility=rule,
-    )
+    rule, online = responsibility_of(config), online_of(config)
     match options.method:
         case "online":
             return online

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.config import Config, Drawn, load
 from flows.data import columns_of, expand, open_data
+from flows.model import online_of
 from flows.run import Run
 from genstream.errors import ConfigError, CorruptError, DataError, RefusedError
 from genstream.landing import Copy, discard
@@ -240,16 +241,14 @@ def _shown(run: Run) -> UpdateInput:
 
 def options_of(config: Config) -> Options:
     """How the configuration says to learn."""
-    from genstream.online import OnlineEM
     from genstream.updates import Options
 
-    fit, guard = config.fit, config.guard
+    guard = config.guard
     return Options(
-        learner=OnlineEM(
-            batch_rows=fit.batch_rows, kappa=fit.kappa, t0=fit.t0, forgetting=fit.forgetting
-        ),
+        # A batch is gone through once, however often a fit goes through its rows.
+        learner=dataclasses.replace(online_of(config), max_passes=1),
         holdout=config.data.holdout,
-        seed=fit.seed,
+        seed=config.fit.seed,
         window=guard.window,
         max_drop=guard.max_drop,
         duplicates=config.data.duplicates,

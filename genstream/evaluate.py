@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import logsumexp
 
-from genstream.errors import DataError
+from genstream.errors import ConfigError, DataError
+from genstream.families.blocks import BoundWalk
 from genstream.learn import Passes
 from genstream.rows import Rows
 from genstream.schema import Column
@@ -213,6 +215,50 @@ def agreement(labels: ArrayLike, others: ArrayLike) -> float:
             "labels of the same rows"
         )
     return float(adjusted_rand_score(a, b))
+
+
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """Log-probabilities estimated by importance sampling.
+
+    `log_prob` (n,) are logs of unbiased estimates of `p(x)`, in nats, and so a little too low on
+    average. `n_effective` (n,) is what the draws of a row are worth in independent draws from its
+    posterior, `(sum w)^2 / sum w^2`: where it is a few only, the estimate is not to be trusted.
+    """
+
+    log_prob: Array
+    n_effective: Array
+
+
+def importance_log_prob(
+    story: Story,
+    params: Params,
+    rows: Rows,
+    n_samples: int = 1000,
+    rng: np.random.Generator | None = None,
+) -> Importance:
+    """`log p(x)` of each row without the bound, for stories that only have one.
+
+    `n_samples` factors a row and component are drawn about their posterior. Exact stories are
+    scored exactly, and their draws count in full; a row with nothing observed has log-probability
+    0. Raises ConfigError where there are fewer than 2 samples.
+    """
+    if n_samples < 2:
+        raise ConfigError(f"n_samples is {n_samples}: importance sampling needs at least 2")
+    effective = np.full(rows.n_rows, float(n_samples))
+    if not story.bound:
+        return Importance(story.log_prob(params, rows), effective)
+    rng = rng or np.random.default_rng()
+    log_prob = np.zeros(rows.n_rows)
+    log_weights = np.log(np.maximum(params.weights, 1e-300))
+    kernel = story.family.prepare(params.family, log_weights)
+    walk = cast(BoundWalk, kernel.walk(story.readable(rows)))
+    for index in walk.blocks():
+        walk.score()
+        first, second = walk.importance(n_samples, rng)
+        log_prob[index] = logsumexp(first, axis=0)
+        effective[index] = n_samples * np.exp(2 * log_prob[index] - logsumexp(second, axis=0))
+    return Importance(log_prob, effective)
 
 
 # --- drawn rows against real rows ----------------------------------------------------------------

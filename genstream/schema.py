@@ -30,12 +30,17 @@ class Column:
         labels of 0 and 1, or nothing where the data are 0 and 1 themselves.
     unit
         Free text shown beside figures (`min`, `mile`).
+    lower, upper
+        Detection limits of a real column: a value at or beyond one is censored, that is known to be
+        there and no more. Independent columns heed them; elsewhere values are taken as they are.
     """
 
     name: str
     kind: Kind = "real"
     levels: tuple[str, ...] = ()
     unit: str = ""
+    lower: float | None = None
+    upper: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -54,11 +59,24 @@ class Column:
             raise ConfigError(
                 f"column {self.name!r}: a binary column has two levels, not {len(self.levels)}"
             )
+        limits = [limit for limit in (self.lower, self.upper) if limit is not None]
+        if limits and self.kind != "real":
+            raise ConfigError(f"column {self.name!r}: a {self.kind} column has no limits")
+        if not all(map(math.isfinite, limits)) or limits != sorted(set(limits)):
+            raise ConfigError(
+                f"column {self.name!r}: limits {self.lower} and {self.upper} must be finite, the "
+                "lower one below the upper one"
+            )
 
     @property
     def n_levels(self) -> int:
         """Number of values a categorical column can take; 0 for other kinds."""
         return len(self.levels) if self.kind == "categorical" else 0
+
+    @property
+    def limited(self) -> bool:
+        """Whether the column has a detection limit."""
+        return self.lower is not None or self.upper is not None
 
     def code(self, value: float | str) -> float:
         """The number that stands for a value in `Rows`: a level's position, or the number itself.
@@ -149,6 +167,11 @@ class Schema:
         """A list of plain dictionaries, one a column; `from_json` undoes it."""
         return [
             {"name": c.name, "kind": c.kind, "levels": list(c.levels), "unit": c.unit}
+            | {
+                side: getattr(c, side)
+                for side in ("lower", "upper")
+                if getattr(c, side) is not None
+            }
             for c in self.columns
         ]
 
@@ -157,7 +180,14 @@ class Schema:
         """Inverse of `to_json`. Raises ConfigError where a column is not valid."""
         return cls(
             tuple(
-                Column(c["name"], c["kind"], tuple(c.get("levels", ())), c.get("unit", ""))
+                Column(
+                    c["name"],
+                    c["kind"],
+                    tuple(c.get("levels", ())),
+                    c.get("unit", ""),
+                    c.get("lower"),
+                    c.get("upper"),
+                )
                 for c in columns
             )
         )

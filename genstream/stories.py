@@ -13,7 +13,10 @@ from genstream.errors import ConfigError
 from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.factors import NOISES, STATISTICS, Factors
+from genstream.families.gamma_poisson import GammaPoisson
 from genstream.families.gaussian import Gaussian
+from genstream.families.logistic_factors import LogisticFactors
+from genstream.families.multinomial import Multinomial
 from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Part, Product
 from genstream.families.student import Student
@@ -29,6 +32,8 @@ PRIORS = ("weak", None)
 MOMENT_NUMBERS = 1 << 20
 MOMENT_COLUMNS = 256
 TAILS = ("gaussian", "student")
+# Blocks whose columns depend on one another given the component.
+DEPENDENT = ("full", "tied", "student")
 # What a block's columns may be, and the kind of column each takes; None stands for all kinds.
 BLOCKS: dict[str, Kind | None] = {
     "full": "real",
@@ -38,6 +43,7 @@ BLOCKS: dict[str, Kind | None] = {
     "student": "real",
     "negative_binomial": "count",
     "zero_inflated": "count",
+    "multinomial": "count",
     "independent": None,
 }
 COUNTS = ("poisson", "negative_binomial", "zero_inflated")
@@ -53,8 +59,9 @@ class Block:
         Their names, in any order.
     family
         `full`, `tied`, `diag` or `spherical` Gaussians, or `student` (multivariate t with full
-        scale matrices), of real columns; `negative_binomial` counts; or `independent` columns of
-        any kind.
+        scale matrices), of real columns; `negative_binomial` or `zero_inflated` counts, or
+        `multinomial` ones (a bag of words: given their total); or `independent` columns of any
+        kind.
     """
 
     columns: Sequence[str]
@@ -77,9 +84,9 @@ def mixture(
     """The story of a mixture over the columns of `schema`.
 
     Given the component, real columns are jointly Gaussian as `covariance` says, and all others
-    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical. `tails`,
-    `counts` and `blocks` say otherwise. Where that takes more than one family, the story's is their
-    product.
+    independent: binary ones Bernoulli, counts Poisson, categorical ones categorical, real ones that
+    have detection limits censored Gaussian. `tails`, `counts` and `blocks` say otherwise. Where
+    that takes more than one family, the story's is their product.
 
     Parameters
     ----------
@@ -90,7 +97,7 @@ def mixture(
     covariance
         What the real columns have: a `full` covariance a component, one `tied` covariance, `diag`
         for a variance a column, `spherical` for a variance a component. None stands for `full`
-        where all columns are real and for `diag` elsewhere.
+        where all columns are real, without limits, and for `diag` elsewhere.
     tails
         `gaussian`; or `student` for real columns that are multivariate t, which outliers pull less,
         with scale matrices of the form of `covariance`.
@@ -114,9 +121,9 @@ def mixture(
     ConfigError
         Where an argument is not one of those, or does not fit the columns.
     """
-    real = all(kind == "real" for kind in schema.kinds)
+    plain = [c.name for c in schema.columns if c.kind == "real" and not c.limited]
     if covariance is None:
-        covariance = "full" if real else "diag"
+        covariance = "full" if len(plain) == schema.n_features else "diag"
     if covariance not in COVARIANCES:
         raise ConfigError(f"covariance {covariance!r} is not one of {', '.join(COVARIANCES)}")
     if tails not in TAILS:
@@ -132,7 +139,7 @@ def mixture(
     told = [*blocks, *_count_blocks(schema, counts or {})]
     held = _check_blocks(schema, told)
     rest = [c for c in schema.columns if c.name not in held]
-    joint = [c.name for c in rest if c.kind == "real"]
+    joint = [c.name for c in rest if c.name in plain]
     if (covariance != "diag" or tails == "student") and not joint and not blocks:
         asked = f"tails {tails!r}" if covariance == "diag" else f"covariance {covariance!r}"
         raise ConfigError(f"{asked} needs real columns, and there are none: leave it out")
@@ -199,6 +206,11 @@ def _check_blocks(schema: Schema, blocks: Sequence[Block]) -> set[str]:
                     f"block ({', '.join(block.columns)}): {block.family} takes {kind} columns, and "
                     f"{name!r} is {schema[name].kind}"
                 )
+            if schema[name].limited and block.family in DEPENDENT:
+                raise ConfigError(
+                    f"block ({', '.join(block.columns)}): {name!r} has limits, which only "
+                    "independent columns heed"
+                )
     return held
 
 
@@ -212,6 +224,8 @@ def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
         return NegativeBinomial(schema, dtype)
     if kind == "zero_inflated":
         return ZeroInflated(schema, dtype)
+    if kind == "multinomial":
+        return Multinomial(schema, dtype)
     return IndependentColumns(schema, kind == "spherical", reg_covar, dtype)
 
 
@@ -284,6 +298,66 @@ def factors(
         few = d <= MOMENT_COLUMNS and n_components * d**2 <= MOMENT_NUMBERS
         statistics = "moments" if few else "latent"
     family = Factors(d, n_factors, noise == "isotropic", shared_noise, statistics, dtype)
+    return Story(schema, family, n_components, prior, frozenset(frozen))
+
+
+def latent_factors(
+    schema: Schema,
+    n_factors: int,
+    n_components: int = 1,
+    *,
+    prior: str | None = "weak",
+    dtype: str = "float64",
+    frozen: Iterable[str] = (),
+) -> Story:
+    """The story of binary or count columns that depend on a few factors.
+
+    Binary columns have Gaussian factors behind a sigmoid (`LogisticFactors`), count columns are
+    sums of gamma factors (`GammaPoisson`). Log-probabilities of either are lower bounds;
+    `evaluate.importance_log_prob` estimates them without bias.
+
+    Parameters
+    ----------
+    schema
+        Binary columns only, or count columns only.
+    n_factors
+        q, at least 1.
+    n_components
+        K, at least 1; each component has factors of its own.
+    prior
+        `weak` for MAP under weak priors, None for maximum likelihood.
+    dtype
+        Arithmetic of the E-step over rows and columns: `float64` or `float32`.
+    frozen
+        Parameters that learning leaves as they are: `weights`, and `bias`, `loadings` of binary
+        columns or `loadings`, `shape` of counts.
+
+    Raises
+    ------
+    ConfigError
+        Where an argument is not one of those, or does not fit the columns.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if prior not in PRIORS:
+        raise ConfigError(f"prior {prior!r} is not one of weak, None")
+    if n_components < 1:
+        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    if n_factors < 1:
+        raise ConfigError(f"n_factors is {n_factors}: there must be at least 1 factor")
+    kinds = set(schema.kinds)
+    if kinds == {"binary"}:
+        family: Family = LogisticFactors(schema, dtype, n_factors=n_factors)
+    elif kinds == {"count"}:
+        family = GammaPoisson(schema, dtype, n_factors=n_factors)
+    else:
+        one = schema.columns[0]
+        other = next((c for c in schema.columns if c.kind not in ("binary", "count")), None)
+        other = other or next(c for c in schema.columns if c.kind != one.kind)
+        raise ConfigError(
+            "latent factors need columns that are all binary or all counts, but "
+            f"{other.name!r} is {other.kind}"
+        )
     return Story(schema, family, n_components, prior, frozenset(frozen))
 
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import oracles
 import pytest
+from scipy import optimize, stats
+from sklearn.datasets import load_digits
+from sklearn.decomposition import FactorAnalysis
 
+from genstream.errors import ConfigError
 from genstream.families import factors_walk
+from genstream.families.factors import FLOOR, Factors
 from genstream.families.gaussian import FullParams
-from genstream.learn import BatchEM, FitState, Resident, fit
+from genstream.families.low_rank import NoisePrior, best_loadings, diagonal_noise, spherical_noise
+from genstream.families.rotation import varimax
+from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
+from genstream.passes import Passes
 from genstream.rows import Rows
-from genstream.schema import Schema
+from genstream.schema import Column, Schema
+from genstream.sources import NumpySource
+from genstream.start import warm_start
 from genstream.stories import factors, mixture
 from genstream.story import Params, Story
 
@@ -170,7 +181,7 @@ class TestStatistics:
         story, params, values = drawn(400, statistics="latent")
         rows = Rows.of(mixed_patterns(values))
         mixed = story.e_step(params, rows)
-        monkeypatch.setattr("genstream.families.gaussian_walk.FREQUENT", 10**9)
+        monkeypatch.setattr("genstream.families.factors_walk.FREQUENT", 10**9)
         monkeypatch.setattr(factors_walk, "LANE_NUMBERS", 1)
         assert oracles.distance(story.e_step(params, rows), mixed) < 1e-11
 

@@ -61,7 +61,7 @@ KINDS: dict[str, dict[str, str]] = {
 
 CONFIG = """\
 name: kind
-data: {{source: rows.csv, dataset: data/kind, columns: {columns}}}
+data: {{source: rows*.csv, dataset: data/kind, columns: {columns}}}
 model: {model}
 fit: {{n_init: 2, max_steps: 15, tolerance: 1e-3}}
 publish: {{model: models/kind}}
@@ -70,9 +70,9 @@ orchestrate: none
 """
 
 
-def write_rows(path: str, n: int = 300) -> None:
+def write_rows(path: str, n: int = 300, seed: int = 0) -> None:
     """Two kinds of rows, one entry in ten missing."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     names = ["a", "b", "c", "n", "m", "o", "town", "p", "q", "r", "s"]
     lines = [",".join(names)]
     for _ in range(n):
@@ -153,6 +153,10 @@ def test_all_verbs(call: Callable[..., str], name: str) -> None:
     page = next(Path("runs").glob("*/report.html")).read_text()
     assert ("bound on the log-likelihood" in page) is bound
     assert ("<h2>Factors</h2>" in page) is ("n_factors" in kind["model"])
+
+    write_rows("rows2.csv", seed=1)
+    updated = json.loads(call("update", "c.yaml", "--json"))
+    assert [batch["status"] for batch in updated["batches"]] == ["learned"]
 
 
 def test_a_fit_goes_on_from_a_model_and_leaves_what_is_frozen(call: Callable[..., str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import laws
 import numpy as np
 import oracles
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from genstream.families.product import Part, Product
 from genstream.growth import birth, retire, with_levels
 from genstream.incremental import IncrementalEM
 from genstream.learn import BatchEM, FitState, Resident, fit, story_of
+from genstream.models import ModelStore
 from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.rows import Rows
@@ -35,6 +37,7 @@ from genstream.sources import NumpySource
 from genstream.start import warm_start
 from genstream.stories import Block, factors, mixture
 from genstream.story import Params, Story
+from genstream.updates import Options, TableDelivery, caller_id, learn_batch
 
 Array = NDArray[Any]
 
@@ -59,12 +62,17 @@ def wide(kind: str, k: int = 3, **options: Any) -> Story:
         "gaussian": [],
         "two": [Block(("f", "e"), "tied")],
         "student": [Block(("e", "f"), "student")],
-        "all": [Block(("e", "f"), "student"), Block(("m",), "negative_binomial")],
+        "all": [
+            Block(("e", "f"), "student"),
+            Block(("m",), "negative_binomial"),
+            Block(("n",), "zero_inflated"),
+        ],
+        "bag": [Block(("n", "m"), "multinomial")],
     }[kind]
     return mixture(WIDE, k, covariance="full", blocks=blocks, **options)
 
 
-KINDS = ("gaussian", "two", "student", "all")
+KINDS = ("gaussian", "two", "student", "all", "bag")
 
 
 def gapped(values: Array, rng: np.random.Generator, share: float = 0.25) -> Array:
@@ -126,6 +134,13 @@ def by_hand(story: Story, params: Params, k: int, x: Array) -> float:
         elif name == "negative_binomial":
             shape, rate = family.shape[k], family.rate[k]
             total += stats.nbinom.logpmf(own, shape, shape / (shape + rate))[seen].sum()
+        elif name == "multinomial":
+            p = family.probability[k][seen] / family.probability[k][seen].sum()
+            total += stats.multinomial.logpmf(own[seen], own[seen].sum(), p)
+        elif name == "zero_inflated":
+            inflation = family.inflation[k]
+            p = inflation * (own == 0) + (1 - inflation) * stats.poisson.pmf(own, family.rate[k])
+            total += np.log(p[seen]).sum()
         else:
             total += float(oracles.component_log_prob(alone, theta, k, own[None])[0])
     return total
@@ -137,7 +152,7 @@ def by_hand(story: Story, params: Params, k: int, x: Array) -> float:
 def test_the_density_is_the_product_of_its_parts(
     kind: str, gaps: bool, dtype: str, exact: float
 ) -> None:
-    story, params, values = told(kind, 150, gaps, dtype=dtype)
+    story, params, values = told(kind, 90, gaps, dtype=dtype)
     joint = np.array(
         [
             [np.log(params.weights[k]) + by_hand(story, params, k, x) for k in range(3)]
@@ -200,6 +215,31 @@ def test_components_far_out_keep_their_digits(dtype: str, far: float) -> None:
         assert oracles.distance(own, told_alone) < 1e-5
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_blocks_longer_than_buffers_make_room(share: float) -> None:
+    """Any number of rows can be loaded, of thousands of patterns, and in any order."""
+    n, k = 5000, 2
+    columns = [Column(f"x{j}") for j in range(9)]
+    columns.insert(3, Column("c", "categorical", ("u", "v", "w")))
+    schema = Schema((*columns, Column("y"), Column("z")))
+    story = mixture(schema, k, covariance="full", blocks=[Block(("y", "z"), "full")])
+    rng = np.random.default_rng(7)
+    params = oracles.random_params(story, rng, apart=1.0)
+    values = oracles.with_gaps(story.draw(params, n, rng).values, share, rng)
+    rows = Rows.of(values)
+    story = story.anchored(rows)
+    resp = rng.dirichlet(np.ones(k), n)
+    expected = story.e_step(params, rows, resp).family
+    walk = story.family.prepare(params.family, np.log(params.weights)).walk(rows)
+    order = rng.permutation(n)
+    assert n > walk.size
+    walk.load(order)
+    joint = oracles.log_joint(story, params, values[order[:50]])
+    np.testing.assert_allclose(walk.score()[:, :50].T, joint, rtol=1e-10)
+    walk.gather(np.ascontiguousarray(resp[order].T))
+    assert oracles.distance(walk.close(), expected) < 1e-11
+
+
 @pytest.mark.parametrize("prior", ["weak", None])
 @pytest.mark.parametrize("gaps", [False, True])
 def test_independent_blocks_are_independent_columns(prior: str | None, gaps: bool) -> None:
@@ -240,7 +280,7 @@ def test_independent_blocks_are_independent_columns(prior: str | None, gaps: boo
 class TestLaws:
     def test_stored(self, kind: str) -> None:
         for gaps in (False, True):
-            laws.stored_and_read(*told(kind, 80, gaps))
+            laws.stored_and_read(*told(kind, 70, gaps))
 
     @pytest.mark.parametrize("gaps", [False, True])
     def test_loads_what_blocks_hold(self, kind: str, gaps: bool) -> None:
@@ -249,14 +289,16 @@ class TestLaws:
     def test_never_falls(self, kind: str) -> None:
         story, params, values = told(kind, 120)
         laws.never_falls(story, params, values, np.random.default_rng(3).uniform(0, 2, 120))
-        if kind != "all":
-            laws.never_falls(*told(kind, 120, prior=None), steps=10)
+        laws.never_falls(*told(kind, 120, prior=None), steps=10)
 
     def test_conditions_and_marginals(self, kind: str) -> None:
         story, params, values = told(kind, 10, gaps=False)
+        laws.marginal_is_what_gaps_leave(story, params, values)
+        if kind == "bag":
+            # Part of a bag says something of its total, which is given beside it.
+            return
         for names in (["a"], ["c", "e"], ["a", "b", "n"], ["b", "n", "e", "f", "w", "c", "m"]):
             laws.factorises(story, params, values[:4], names)
-        laws.marginal_is_what_gaps_leave(story, params, values)
 
 
 def test_a_condition_is_the_conditional_mixture() -> None:
@@ -332,7 +374,7 @@ def test_a_frozen_name_that_no_part_knows_is_refused() -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_statistics_add_over_any_chunking(data: st.DataObject) -> None:
     story, params, values = STUDENT_ROWS
     cuts = data.draw(st.lists(st.integers(0, len(values)), max_size=6))
@@ -369,35 +411,36 @@ def test_what_is_drawn_is_found_again() -> None:
     np.testing.assert_allclose(
         found.block1.level_probability, true.block1.level_probability, atol=0.06
     )
-    np.testing.assert_allclose(found.block1.rate, true.block1.rate, rtol=0.1)
+    np.testing.assert_allclose(found.block2.rate, true.block2.rate, rtol=0.1)
 
 
-@pytest.mark.parametrize("kind", ["two", "all"])
-def test_every_learner_climbs(kind: str) -> None:
-    story, params, values = told(kind, 300)
+@pytest.mark.parametrize(("kind", "n_rows", "steps"), [("two", 240, 40), ("all", 90, 8)])
+def test_every_learner_climbs(kind: str, n_rows: int, steps: int) -> None:
+    story, params, values = told(kind, n_rows)
     passes = Passes(NumpySource(values, WIDE, chunk_rows=60), workers=1)
     start = FitState(params, sample=Rows.of(values[:60]))
     ended = {}
     for name, learner in {
-        "batch": BatchEM(60, 1e-6),
-        "accelerated": BatchEM(40, 1e-6, accelerate=True),
-        "incremental": IncrementalEM(20, 1e-6),
+        "batch": BatchEM(steps, 1e-6),
+        "accelerated": BatchEM(steps, 1e-6, accelerate=True),
+        "incremental": IncrementalEM(steps // 2, 1e-6),
         "online": OnlineEM(batch_rows=60),
     }.items():
         state = fit(story, learner, passes, start)
-        ended[name] = story.log_prob(state.params, Rows.of(values)).sum() + story.log_prior(
-            state.params
-        )
+        log_prob = story.log_prob(state.params, Rows.of(values)).sum()
+        ended[name] = log_prob + story.log_prior(state.params)
         again = FitState.from_dataset(state.to_dataset(story))
         assert again.params.digest() == state.params.digest()
         assert again.stats is not None
         assert state.stats is not None
         assert again.stats.digest() == state.stats.digest()
-        if name in ("batch", "accelerated", "incremental"):
+        if name != "online":
             trace = np.array([info.mean_objective for info in state.trace])
             assert np.diff(trace).min() > -1e-9
-    assert ended["accelerated"] == pytest.approx(ended["batch"], abs=0.3)
-    assert ended["incremental"] > ended["batch"] - 0.5
+    before = story.log_prob(params, Rows.of(values)).sum() + story.log_prior(params)
+    assert min(ended["batch"], ended["accelerated"], ended["incremental"]) > before
+    if steps >= 40:
+        assert ended["accelerated"] == pytest.approx(ended["batch"], abs=0.3)
 
 
 def test_a_state_is_stored_and_told_apart() -> None:
@@ -408,11 +451,11 @@ def test_a_state_is_stored_and_told_apart() -> None:
     labels = json.loads(dataset.attrs["labels"])
     assert labels["block0.feature"] == ["a", "b"]
     assert labels["block1.level"] == ["c=x", "c=y", "c=z"]
-    assert labels["block3.count"] == ["m"]
-    assert dataset["params.family.block2.scale"].dims == (
+    assert labels["block4.count"] == ["m"]
+    assert dataset["params.family.block3.scale"].dims == (
         "component",
-        "block2.feature",
-        "block2.feature_other",
+        "block3.feature",
+        "block3.feature_other",
     )
     again = story_of(dataset)
     assert again.to_json() == story.to_json()
@@ -427,12 +470,12 @@ def test_a_state_is_stored_and_told_apart() -> None:
 
 def test_a_product_is_judged_like_any_family() -> None:
     story, params, values = told("all", gaps=False)
-    per_component = (2 + 3) + (2 + 1 + 1) + (2 + 3 + 1) + 2
+    per_component = (2 + 3) + (2 + 1) + 2 + (2 + 3 + 1) + 2
     assert story.n_parameters == 2 + 3 * per_component
     portrait: Any = story.family.describe(params.family)
     family: Any = params.family
     np.testing.assert_array_equal(portrait.mean[:, [0, 2]], family.block0.mean)
-    np.testing.assert_array_equal(portrait.mean[:, 3], family.block1.rate[:, 0])
+    assert np.isnan(portrait.mean[:, [1, 5]]).all()
     np.testing.assert_array_equal(portrait.levels[1], family.block1.level_probability)
     covariance = portrait.covariance(1)
     np.testing.assert_array_equal(covariance[np.ix_([0, 2], [0, 2])], family.block0.covariance[1])
@@ -631,8 +674,50 @@ def test_delays_depend_on_one_another(example_data: Callable[[str], Path]) -> No
             mixture(schema, 6, covariance=covariance),
             passes,
             n_init=2,
-            long_steps=20,
+            long_steps=10,
         )
-        state = fit(story, BatchEM(30, 1e-4, accelerate=True), passes, state)
+        state = fit(story, BatchEM(12, 1e-4, accelerate=True), passes, state)
         found[covariance] = story.log_prob(state.params, Rows.of(data[held_out])).mean()
     assert found["full"] > found["diag"] + 1.0
+
+
+def test_a_product_lives_on_in_a_store(tmp_path: Path) -> None:
+    """A published product learns a batch that brings a new level, and keeps its blocks."""
+    schema = WIDE.select(["a", "c", "b", "n"])
+    rng = np.random.default_rng(2)
+
+    def arrays(n: int) -> dict[str, Any]:
+        z = rng.integers(0, 2, n)
+        x = rng.standard_normal(n)
+        return {
+            "a": 5.0 * z + x,
+            "c": np.array(["x", "y", "z"])[(z + (rng.random(n) < 0.2)) % 3],
+            "b": -4.0 * z + 0.8 * x + 0.5 * rng.standard_normal(n),
+            "n": rng.poisson(2 + 6 * z),
+        }
+
+    first = arrays(800)
+    codes = np.searchsorted(["x", "y", "z"], first["c"])
+    values = np.column_stack([first["a"], codes, first["b"], first["n"]]).astype(float)
+    passes = Passes(NumpySource(values, schema, chunk_rows=200), workers=1)
+    story, state = warm_start(
+        mixture(schema, 2, covariance="full"), passes, n_init=1, sample_rows=800
+    )
+    store = ModelStore(tmp_path)
+    store.publish(story, state, {"run": "first"})
+    data = arrays(400)
+    data["c"][:40] = "w"
+    table = pa.table(data)
+    options = Options(
+        learner=OnlineEM(batch_rows=64, t0=8), max_drop=None, new_levels="add", birth=True
+    )
+    delivery = TableDelivery(table, caller_id("one"), "one", columns=tuple(table.column_names))
+    done = learn_batch(store, delivery, options)
+    assert done.event.status == "learned"
+    grown, after = store.load(done.event.version)
+    assert grown.schema["c"].levels == ("x", "y", "z", "w")
+    assert [part.family.name for part in grown.family.parts] == ["gaussian", "columns"]
+    family: Any = after.params.family
+    learned = after.params.weights @ family.block1.level_probability
+    assert 0.01 < learned[3] < 0.2
+    assert oracles.is_possible(grown, after.params)

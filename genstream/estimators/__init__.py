@@ -13,14 +13,17 @@ from genstream.estimators.factors import (
     MixtureOfPPCA,
 )
 from genstream.estimators.kmeans import KMeans
-from genstream.estimators.mixtures import GaussianMixture, Mixture
+from genstream.estimators.latent import LatentFactors
+from genstream.estimators.mixtures import GaussianMixture, Mixture, StudentMixture
 
 __all__ = [
     "PPCA",
     "FactorAnalysis",
     "GaussianMixture",
     "KMeans",
+    "LatentFactors",
     "Mixture",
     "MixtureOfFactorAnalyzers",
     "MixtureOfPPCA",
+    "StudentMixture",
 ]

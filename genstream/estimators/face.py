@@ -118,11 +118,22 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
 
     def _describe(self, found: Schema) -> Schema:
         """What the columns of an array are, of which only the names were found."""
-        return found
+        if self._kind is None:
+            return found
+        return Schema(tuple(Column(name, self._kind) for name in found.names))
 
     def _wanted_columns(self) -> Schema | Mapping[str, Kind | Column] | None:
         """What the caller said of the columns; None to find out."""
         return None
+
+    @property
+    def _kind(self) -> Kind | None:
+        """What all columns are, where a face knows it and the caller does not say."""
+        return None
+
+    def _numbers(self, array: Any) -> Any:
+        """What an array (n, d) of numbers, which may be dask's, stands for."""
+        return array
 
     def _params(self) -> Params:
         """The parameters to answer with."""
@@ -214,8 +225,10 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             encoded = labelled or named or isinstance(columns, Mapping)
         else:
             assert isinstance(columns, Schema)
+            by_name = table is not None and not hasattr(self, "feature_names_in_")
             mixed = set(columns.kinds) != {"real"}
-            encoded = self._form.encoded or (table is not None and mixed)
+            known = by_name and mixed and set(columns.names) <= set(table.column_names)
+            encoded = self._form.encoded or known
         if encoded:
             return self._open_table(X, table, columns, sample_weight, reset)
         if reset:
@@ -241,6 +254,7 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             schema = self._story().schema
         if sample_weight is not None and not isinstance(sample_weight, str):
             sample_weight = np.asarray(sample_weight, dtype=np.float64)
+        array = self._numbers(array)
         source = NumpySource(array, schema, sample_weight, self.chunk_rows, name="X")
         if table is None:
             return Data(source, refill=FilledArray(array.dtype))
@@ -253,10 +267,13 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
         array whose columns are described.
         """
         package = type(X).__module__.partition(".")[0] if table is not None else "numpy"
+        by_name = isinstance(sample_weight, str)
         if table is None:
             names = columns.names if isinstance(columns, Schema) else tuple(columns)
             table = columns_of(X, names)
-        by_name = isinstance(sample_weight, str)
+        elif columns is None and self._kind is not None:
+            data = [name for name in table.column_names if name != sample_weight]
+            columns = dict.fromkeys(data, self._kind)
         encoder = Encoder(columns, carried=[sample_weight] if by_name else ())
         rows = encoder.encode(table, place="X")
         schema = encoder.schema
@@ -299,6 +316,12 @@ class Face(DensityMixin, BaseEstimator):  # type: ignore[misc]
             refill = FilledPartitions(whole, found)
             X = X.astype(np.float64).to_dask_array(lengths=True)
             wanted = wanted or found
+            if reset and self._kind is not None:
+                wanted = self._describe(Schema.real(found))
+        elif reset and wanted is None and self._kind is not None:
+            every = open_source(X).schema.names
+            wanted = self._describe(Schema.real(n for n in every if n != sample_weight))
+        X = self._numbers(X)
         source = open_source(X, wanted, sample_weight)
         data = Data(source, lazy=True, refill=refill or refilled(X, source))
         if type(X).__module__.partition(".")[0] == "xarray":
@@ -802,7 +825,10 @@ def _whole(random_state: int | np.random.RandomState) -> int:
 
 def _kind(story: Story) -> tuple[Any, ...]:
     """What `p(x | z)` is, in a form to compare."""
-    return story.n_components, story.family.name, story.family.options()
+    options = story.family.options()
+    # Blocks of a product say whether they saw a sample.
+    blocks = [block | {"pivot": None} for block in options.get("blocks", ())]
+    return story.n_components, story.family.name, options | {"blocks": blocks}
 
 
 def _settings(story: Story) -> dict[str, Any]:

@@ -126,9 +126,7 @@ class LinearFactors(Factored):
         share of what they explain, each with its largest loading positive.
         """
         right = np.linalg.svd(loadings / np.sqrt(noise)[:, None], full_matrices=False)[2]
-        turned = loadings @ right.T
-        largest = turned[np.abs(turned).argmax(axis=0), np.arange(turned.shape[1])]
-        return np.asarray(turned * np.where(largest < 0, -1.0, 1.0))
+        return upright(loadings @ right.T)
 
     def _covariances(self) -> Array:
         """(K, d, d)."""
@@ -147,6 +145,12 @@ class LinearFactors(Factored):
         inner = np.eye(q) + family.loadings.swapaxes(1, 2) @ scaled
         taken = scaled @ np.linalg.solve(inner, scaled.swapaxes(1, 2))
         return np.asarray(np.eye(d) / wide[:, :, None] - taken)
+
+
+def upright(loadings: Array) -> Array:
+    """Loadings (d, q) with the signs that make the largest of each factor positive."""
+    largest = loadings[np.abs(loadings).argmax(axis=0), np.arange(loadings.shape[1])]
+    return np.asarray(loadings * np.where(largest < 0, -1.0, 1.0))
 
 
 def _wide(family: Any) -> Array:

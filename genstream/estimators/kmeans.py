@@ -153,7 +153,9 @@ state_, trace_, outcome_, warnings_
         return kmeans(schema, self.n_clusters, dtype=self.dtype)
 
     def _learner(self, max_steps: int) -> Learner:
-        return BatchEM(max_steps, self.tol, responsibility=hard)
+        # Where nothing moves any more, the gain is 0 to the bit.
+        tolerance = max(self.tol, float(np.finfo(np.float64).tiny))
+        return BatchEM(max_steps, tolerance, responsibility=hard)
 
     def _online(self) -> OnlineEM:
         return OnlineEM(responsibility=hard)

@@ -1,4 +1,4 @@
-"""Mixtures: `GaussianMixture`, as in scikit-learn, and `Mixture` over columns of any kind."""
+"""Mixtures: of Gaussians, as in scikit-learn, of t distributions, and over columns of any kind."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from genstream.errors import ConfigError, DataError
 from genstream.estimators.face import Mixed, generator_of, given_array
 from genstream.estimators.starts import replaced
 from genstream.families.blocks import Array
+from genstream.learn import BatchEM, Learner
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS
 from genstream.start import cluster, seed_centres
-from genstream.stories import COVARIANCES, mixture
+from genstream.stories import COVARIANCES, Block, mixture
 from genstream.story import Params, Story
 
 INIT_PARAMS = ("kmeans", "k-means++", "random", "random_from_data")
@@ -305,13 +306,156 @@ class GaussianMixture(Mixed):
         return np.asarray(chosen)
 
 
+class StudentMixture(Mixed):
+    """A mixture of multivariate t distributions: Gaussians with tails, which outliers pull less.
+
+        k ~ Categorical(weights_),    x | k ~ t(means_[k], scales_[k], dof_[k])
+
+    that is, `x | k, u ~ N(means_[k], scales_[k] / u)` with `u ~ Gamma(dof / 2, dof / 2)`; a row far
+    from all components has a small `u`, and counts for as little.
+
+    Parameters
+    ----------
+    n_components
+        K.
+    covariance_type
+        Form of the scale matrices: `full`, `tied`, `diag` or `spherical`.
+    dof
+        Degrees of freedom of all components; None learns those of each, from 1 to 1000.
+    prior
+        `weak` for MAP under weak conjugate priors, None for maximum likelihood.
+    reg_covar
+        Added to the diagonal of every scale matrix after each step, in squared data units.
+    tol, max_iter, n_init
+        EM, accelerated, stops when a step changes the mean objective (log-likelihood plus
+        log-prior) by less than `tol` nats a row, or after `max_iter` steps. `n_init` starts
+        compete.
+    start, frozen
+        As for `GaussianMixture`; parameters are `weights`, `mean`, `scale` and `dof`.
+    random_state, warm_start, verbose, verbose_interval, dtype, chunk_rows, scheduler, workers
+        As for `GaussianMixture`.
+
+    Attributes
+    ----------
+    weights_, dof_ : (K,)
+    means_ : (K, d)
+        Locations, which are the means where `dof_` is above 1.
+    scales_ : (K, d, d) full, (d, d) tied, (K, d) diag, (K,) spherical
+    covariances_ : as `scales_`, but one a component where they are tied
+        `scales_ dof_ / (dof_ - 2)`, infinite where `dof_` is at most 2.
+    converged_, is_bound_, n_iter_, lower_bound_, lower_bounds_, n_features_in_, \
+feature_names_in_, story_, state_, trace_, outcome_, warnings_
+        As for `GaussianMixture`.
+
+    References
+    ----------
+    Peel & McLachlan (2000); Liu & Rubin (1995) for gaps and degrees of freedom.
+    """
+
+    def __init__(
+        self,
+        n_components: int = 1,
+        *,
+        covariance_type: str = "full",
+        dof: float | None = None,
+        prior: str | None = "weak",
+        reg_covar: float = 0.0,
+        tol: float = 1e-4,
+        max_iter: int = 200,
+        n_init: int = 5,
+        start: Any = None,
+        frozen: Sequence[str] = (),
+        random_state: int | np.random.RandomState | None = None,
+        warm_start: bool = False,
+        verbose: int = 0,
+        verbose_interval: int = 10,
+        dtype: str = "float64",
+        chunk_rows: int = CHUNK_ROWS,
+        scheduler: str = "threads",
+        workers: int | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.covariance_type = covariance_type
+        self.dof = dof
+        self.prior = prior
+        self.reg_covar = reg_covar
+        self.tol = tol
+        self.max_iter = max_iter
+        self.n_init = n_init
+        self.start = start
+        self.frozen = frozen
+        self.random_state = random_state
+        self.warm_start = warm_start
+        self.verbose = verbose
+        self.verbose_interval = verbose_interval
+        self.dtype = dtype
+        self.chunk_rows = chunk_rows
+        self.scheduler = scheduler
+        self.workers = workers
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        if self.covariance_type not in COVARIANCES:
+            raise ConfigError(
+                "The 'covariance_type' parameter of StudentMixture must be one of "
+                f"{', '.join(COVARIANCES)}. Got {self.covariance_type!r} instead."
+            )
+        if self.dof is not None and not 1 <= self.dof <= 1000:
+            raise ConfigError(
+                "The 'dof' parameter of StudentMixture must be None or a number from 1 to 1000. "
+                f"Got {self.dof!r} instead."
+            )
+
+    def _make_story(self, schema: Schema) -> Story:
+        return mixture(
+            schema,
+            self.n_components,
+            covariance=self.covariance_type,
+            tails="student",
+            prior=self.prior,
+            reg_covar=self.reg_covar,
+            dtype=self.dtype,
+            frozen=() if self.dof is None else ("dof",),
+        )
+
+    def _given(self, story: Story) -> dict[str, Array]:
+        found = super()._given(story)
+        if self.dof is not None:
+            found["family.dof"] = np.full(story.n_components, float(self.dof))
+        return found
+
+    @property
+    def _gives(self) -> bool:
+        return self.start is not None or self.dof is not None
+
+    def _reset(self, story: Story) -> dict[str, Any]:
+        # A conditional has other degrees of freedom, and scale matrices of each component's own.
+        form = story.family.options().get("covariance", self.covariance_type)
+        return super()._reset(story) | {"dof": None, "covariance_type": form}
+
+    def _learner(self, max_steps: int) -> Learner:
+        return BatchEM(max_steps, self.tol, accelerate=True)
+
+    def _set_attributes(self, params: Params) -> None:
+        family: Any = params.family
+        self.weights_ = params.weights
+        self.means_, self.scales_, self.dof_ = family.mean, family.scale, family.dof
+        heavy = self.dof_ <= 2
+        ratio = np.where(heavy, np.inf, self.dof_ / np.where(heavy, 1.0, self.dof_ - 2))
+        scales = self.scales_[None] if self.covariance_type == "tied" else self.scales_
+        with np.errstate(invalid="ignore"):
+            wide = scales * ratio.reshape(-1, *[1] * (scales.ndim - 1))
+        self.covariances_ = np.where(scales == 0, 0.0, wide)
+
+
 class Mixture(Mixed):
     """A mixture over columns of any kind: real, binary, count and categorical.
 
-        k ~ Categorical(weights_),    x | k ~ prod_j p_j(x_j | k)
+        k ~ Categorical(weights_),    x | k ~ prod_b p_b(x_b | k)
 
-    with a Gaussian, Bernoulli, Poisson or categorical distribution a column. Where all columns are
-    real, a Gaussian with full covariance takes the place of the product by default.
+    where blocks `b` of columns are independent given the component: by default all real columns
+    make one Gaussian (where there are no others), and every other column is a block of its own,
+    with a Gaussian, Bernoulli, Poisson or categorical distribution.
 
     Parameters
     ----------
@@ -323,8 +467,15 @@ class Mixture(Mixed):
         those named are used. None takes all columns of a table by their types (numbers are real,
         truth values binary, labels categorical) and all columns of an array as real.
     covariance
-        `full`, `tied`, `diag` or `spherical`; None for `full` where all columns are real and
-        `diag` elsewhere, the only one for mixed columns.
+        What the real columns have: `full`, `tied`, `diag` or `spherical`; None for `full` where all
+        columns are real and `diag` elsewhere.
+    tails
+        `gaussian`, or `student` for real columns that are multivariate t, which outliers pull less.
+    counts
+        What count columns are, by name: `poisson` (where nothing is said), `negative_binomial` or
+        `zero_inflated`.
+    blocks
+        Further columns that depend on one another given the component: `genstream.stories.Block`s.
     prior
         `weak` for MAP under weak conjugate priors, None for maximum likelihood.
     reg_covar
@@ -352,6 +503,9 @@ state_, trace_, outcome_, warnings_
         *,
         columns: Schema | Mapping[str, Kind | Column] | None = None,
         covariance: str | None = None,
+        tails: str = "gaussian",
+        counts: Mapping[str, str] | None = None,
+        blocks: Sequence[Block] = (),
         prior: str | None = "weak",
         reg_covar: float = 0.0,
         tol: float = 1e-4,
@@ -371,6 +525,9 @@ state_, trace_, outcome_, warnings_
         self.n_components = n_components
         self.columns = columns
         self.covariance = covariance
+        self.tails = tails
+        self.counts = counts
+        self.blocks = blocks
         self.prior = prior
         self.reg_covar = reg_covar
         self.tol = tol
@@ -394,13 +551,24 @@ state_, trace_, outcome_, warnings_
             schema,
             self.n_components,
             covariance=self.covariance,
+            tails=self.tails,
+            counts=self.counts,
+            blocks=self.blocks,
             prior=self.prior,
             reg_covar=self.reg_covar,
             dtype=self.dtype,
         )
 
     def _reset(self, story: Story) -> dict[str, Any]:
-        return super()._reset(story) | {"columns": story.schema}
+        left = story.schema.names
+        counts = {name: kind for name, kind in (self.counts or {}).items() if name in left}
+        shrunk = [Block([n for n in b.columns if n in left], b.family) for b in self.blocks]
+        blocks = [block for block in shrunk if block.columns]
+        return super()._reset(story) | {
+            "columns": story.schema,
+            "counts": counts or None,
+            "blocks": blocks,
+        }
 
     def _check_parameters(self) -> None:
         super()._check_parameters()

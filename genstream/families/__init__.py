@@ -18,6 +18,7 @@ from __future__ import annotations
 from genstream.families.blocks import Family
 from genstream.families.columns import IndependentColumns
 from genstream.families.factors import Factors
+from genstream.families.gamma_poisson import GammaPoisson
 from genstream.families.gaussian import Gaussian
 from genstream.families.logistic_factors import LogisticFactors
 from genstream.families.multinomial import Multinomial
@@ -38,5 +39,6 @@ FAMILIES: dict[str, type[Family]] = {
         Product,
         Factors,
         LogisticFactors,
+        GammaPoisson,
     )
 }

@@ -78,6 +78,18 @@ class FactorWalk(Walk, Protocol):
         """(n, q) mean and (n, q, q) covariance of `p(t | x, k)` with the components (n,) given."""
 
 
+class BoundWalk(FactorWalk, Protocol):
+    """A walk of a family whose score is a bound."""
+
+    def importance(self, n_samples: int, rng: np.random.Generator) -> tuple[Array, Array]:
+        """(K, n) logs of the mean importance weight and of the mean squared one, of `n_samples`
+        draws of the factors a row and component, for the block at hand once it is scored.
+
+        The mean weight is an unbiased estimate of `p(x | k) weight_k`, with all that `base` leaves
+        out of a score.
+        """
+
+
 class LinearBlock(Protocol):
     """A block of rows, scored by `linear` from its features and gathered as sums of them."""
 
@@ -97,7 +109,7 @@ class LinearBlock(Protocol):
 
 
 @runtime_checkable
-class LinearWalk(Walk, Protocol):
+class Joinable(Walk, Protocol):
     """A walk that has such blocks, which a product of families scores and gathers together."""
 
     @property

@@ -6,13 +6,14 @@ Given the component, columns are independent,
 
 so a missing entry is simply left out of the product, exactly. The features of a row are
 
-    T(x) = [1, y, y^2, binary x, count x, one-hot levels]
+    T(x) = [1, y, y^2, binary x, count x, one-hot levels, beyond limits]
 
 with `y` the real columns in pivot coordinates; a block with gaps adds one row of ones where a
 column is observed, which carries that column's normaliser. A diagonal Gaussian is the case of real
 columns only; `spherical` shares one variance among a component's real columns, `shared` one among
 those of all components. With equal weights kept and responsibilities of 0 or 1 the latter is
-K-means.
+K-means. Entries beyond a real column's detection limits have no `y`; their moments given the
+component are in the sums (`genstream.families.censored`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from genstream.families.blocks import (
     Pivot,
     moments,
 )
+from genstream.families.censored import Limits, Tails
 from genstream.families.columns_walk import LinearWalk, log_prob_given
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -180,6 +182,11 @@ class IndependentColumns:
     def real(self) -> Array:
         """Positions of the real columns."""
         return np.array(self.schema.of_kind("real"), dtype=np.intp)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Detection limits of the real columns."""
+        return Limits(self.schema, self.real)
 
     @cached_property
     def binary(self) -> Array:
@@ -422,7 +429,9 @@ class IndependentColumns:
         sums = np.concatenate(
             [stats.sum_real, square, stats.sum_binary, stats.sum_count, stats.sum_level], axis=1
         )
-        return float((kernel.slopes * sums).sum() + (kernel.normaliser * stats.sum_w).sum())
+        # Sums of censored entries are among the others here.
+        slopes = kernel.slopes[:, : sums.shape[1]]
+        return float((slopes * sums).sum() + (kernel.normaliser * stats.sum_w).sum())
 
     def log_prior(self, params: Any) -> float:
         prior = self.prior
@@ -481,7 +490,8 @@ class IndependentColumns:
         if len(self.real):
             deviation = np.sqrt(self.variances(params))
             noise = rng.standard_normal((n, len(self.real)))
-            out[:, self.real] = params.mean[component] + noise * deviation[component]
+            values = params.mean[component] + noise * deviation[component]
+            out[:, self.real] = self.limits.recorded(values)
         if len(self.binary):
             uniform = rng.random((n, len(self.binary)))
             out[:, self.binary] = uniform < params.probability[component]
@@ -499,7 +509,7 @@ class IndependentColumns:
         if rng is not None:
             return self.draw(params, resp.argmax(axis=0), rng)[0]
         out = np.empty((resp.shape[1], self.schema.n_features))
-        out[:, self.real] = resp.T @ params.mean
+        out[:, self.real] = resp.T @ self.limits.mean(params.mean, self.variances(params))
         out[:, self.binary] = resp.T @ params.probability > 0.5
         out[:, self.count] = resp.T @ params.rate
         levels = resp.T @ params.level_probability
@@ -675,6 +685,11 @@ class ColumnsKernel:
         if family.spherical:
             curvature = curvature[:, :1]
         log_rate = bounded_log(params.rate)
+        limits = family.limits
+        self.tails = Tails(limits, shift, scale, self.mean, self.variance)
+        # A censored entry adds the log of a tail in place of its column's normaliser.
+        self.limited = np.concatenate([limits.low, limits.high])
+        beyond = self.tails.log_p - self.normaliser[:, family.real[self.limited]]
         self.slopes = np.concatenate(
             [
                 slope,
@@ -682,6 +697,7 @@ class ColumnsKernel:
                 bounded_log(params.probability) - failure,
                 log_rate,
                 bounded_log(params.level_probability),
+                beyond,
             ],
             axis=1,
         )
@@ -705,20 +721,29 @@ class ColumnsKernel:
     def walk(self, rows: Rows) -> LinearWalk:
         return LinearWalk(self, rows)
 
-    def _centred(self, values: Array, observed: Array | None) -> Array:
-        """(real, n) real columns in pivot coordinates, zero where missing."""
-        real = self.family.real
-        y = self.real_pivot.block(values[:, real], np.empty((len(real), len(values))))
-        if observed is not None:
-            y *= observed[:, real].T
-        return y
+    def _centred(self, values: Array, observed: Array | None) -> tuple[Array, Array]:
+        """(real, n) real columns in pivot coordinates, zero where missing or censored, and which
+        entries are censored: (limits, n), by lower limits first.
+        """
+        real, limits = self.family.real, self.family.limits
+        chosen = values[:, real]
+        y = self.real_pivot.block(chosen, np.empty((len(real), len(values))))
+        seen = None if observed is None else observed[:, real]
+        if seen is not None:
+            y *= seen.T
+        if limits.none:
+            return y, np.empty((0, len(values)), dtype=bool)
+        below, above = limits.beyond(chosen, seen)
+        y[limits.low] *= ~below
+        y[limits.high] *= ~above
+        return y, np.concatenate([below, above])
 
     def features(self, values: Array, observed: Array | None, out: Array) -> Array:
         family = self.family
         n = len(values)
         features = out[:, :n]
         real, columns = len(family.real), values.T
-        y = self._centred(values, observed)
+        y, beyond = self._centred(values, observed)
         features[0] = 1.0
         at = 1
         features[at : at + real] = y
@@ -736,6 +761,8 @@ class ColumnsKernel:
             if observed is not None and code == 0.0:
                 features[at] *= observed[:, j]
             at += 1
+        features[at : at + len(beyond)] = beyond
+        at += len(beyond)
         if observed is not None:
             features[at:] = observed.T
         return features
@@ -745,15 +772,19 @@ class ColumnsKernel:
         real = len(self.mean[k])
         eta = np.concatenate([self.log_weights[k : k + 1], self.slopes[k]])
         eta[1 : 1 + real + self.n_square] = 0.0
+        eta[len(eta) - len(self.limited) :] = self.tails.log_p[k]
         log_p = eta @ features[: len(eta)]
         constant = self.normaliser[k].copy()
-        constant[self.family.real] = self.about_mean[k]
-        y = self._centred(values, observed)
+        constant[self.family.real] = 0.0
+        y, beyond = self._centred(values, observed)
+        known = np.ones(y.shape)
+        if observed is not None:
+            known *= observed[:, self.family.real].T
+        np.subtract.at(known, self.limited, beyond)
         gap = (y - self.mean[k][:, None]) ** 2 / self.variance[k][:, None]
-        if observed is None:
-            return np.asarray(log_p + constant.sum() - 0.5 * gap.sum(axis=0))
-        gap *= observed[:, self.family.real].T
-        return np.asarray(log_p + constant @ observed.T - 0.5 * gap.sum(axis=0))
+        inside = known * (self.about_mean[k][:, None] - 0.5 * gap)
+        others = constant.sum() if observed is None else constant @ observed.T
+        return np.asarray(log_p + others + inside.sum(axis=0))
 
     def base(self, values: Array, observed: Array | None) -> Array | None:
         """`-sum log x!` over the observed counts of each row."""
@@ -769,8 +800,17 @@ class ColumnsKernel:
         family = self.family
         sizes = [1, len(family.real), self.n_square, len(family.binary), len(family.count)]
         sizes.append(len(family.level_column))
-        edges = np.cumsum(sizes)
-        n, first, second, binary, count, level = np.split(sums[:, : edges[-1]], edges[:-1], axis=1)
+        edges = np.cumsum([*sizes, len(self.limited)])
+        n, first, second, binary, count, level, beyond = np.split(
+            sums[:, : edges[-1]], edges[:-1], axis=1
+        )
+        if len(self.limited):
+            first, second = first.copy(), second.copy()
+            np.add.at(first.T, self.limited, (beyond * self.tails.first).T)
+            square = (beyond * self.tails.second).T
+            np.add.at(
+                second.T, np.zeros_like(self.limited) if family.spherical else self.limited, square
+            )
         observed = sums[:, edges[-1] :] if gaps else np.repeat(n, family.schema.n_features, axis=1)
         return family.stats_type(
             observed, first, second[:, 0] if family.spherical else second, binary, count, level

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genstream.families.blocks import LOG_2PI, Array, Index, Pivot, block_rows, slices
-from genstream.families.gaussian_walk import Patterns
+from genstream.families.lanes import lane_inverse
+from genstream.families.patterns import Patterns
 from genstream.rows import Rows
 from genstream.stats import Monoid
 
@@ -39,6 +40,8 @@ NEGLIGIBLE = 1e-16
 SLACK = 64.0
 # Residuals are kept from scoring to gathering for at most so many components a row on average.
 HELD = 4
+# Patterns with fewer rows than this in a chunk are worked on a row at a time.
+FREQUENT = 64
 # Numbers held for a block of rows of rare patterns.
 LANE_NUMBERS = 1 << 20
 
@@ -273,8 +276,8 @@ class LaneBlock:
         self.y = (values - pivot.shift) / pivot.scale
 
     def _solve(self, k: int, index: Index) -> tuple[Array, Array, Array, Array]:
-        """Of some rows under component k: `e` (n, d), zero where missing, the factor (q, q, n) of
-        `I + B'B`, and `B'e` before and after it is solved by that factor, both (q, n).
+        """Of some rows under component k: `e` (n, d), zero where missing, `V` (q, q, n), the
+        log-determinant of its inverse (n,), and `m` (q, n).
         """
         kernel, seen = self.kernel, self.observed[index]
         white = kernel.white[k]
@@ -286,26 +289,23 @@ class LaneBlock:
         matrices[row, column] = pairs
         matrices[column, row] = pairs
         matrices[range(q), range(q)] += 1.0
-        factor = _lane_factor(matrices)
-        h = white.T @ e.T
-        return e, factor, h, _lane_forward(factor, h)
+        spare, log_det = lane_inverse(matrices)
+        return e, spare, log_det, np.einsum("ijn,jn->in", spare, white.T @ e.T)
 
     def score(self) -> Array:
         kernel = self.kernel
         log_p = self.observed @ kernel.normaliser.T + kernel.log_weights
         log_p = np.ascontiguousarray(log_p.T)
-        diagonal = range(kernel.n_factors)
         for k in range(kernel.n_components):
-            e, factor, _, u = self._solve(k, slice(None))
-            square = np.einsum("ij,ij->i", e, e) - np.einsum("qn,qn->n", u, u)
-            log_p[k] -= 0.5 * square + np.log(factor[diagonal, diagonal]).sum(axis=0)
+            e, _, log_det, m = self._solve(k, slice(None))
+            explained = np.einsum("qn,qn->n", m, kernel.white[k].T @ e.T)
+            log_p[k] -= 0.5 * (np.einsum("ij,ij->i", e, e) - explained + log_det)
         return log_p
 
     def posterior(self, k: int, index: Array) -> tuple[Array, Array]:
         """(n, q) means and (n, q, q) covariances of some rows' factors under component k."""
-        _, factor, h, _ = self._solve(k, index)
-        spare = _lane_inverse(factor)
-        return np.einsum("ijn,jn->ni", spare, h), np.moveaxis(spare, 2, 0)
+        _, spare, _, m = self._solve(k, index)
+        return m.T, np.moveaxis(spare, 2, 0)
 
     def gather(self, resp: Array) -> None:
         kernel, total = self.kernel, self.walk.sums
@@ -316,10 +316,8 @@ class LaneBlock:
         for k in np.flatnonzero(wanted.any(axis=1)):
             index = np.flatnonzero(wanted[k])
             seen, r = self.observed[index], resp[k, index].astype(np.float64)
-            e, factor, h, _ = self._solve(int(k), index)
-            spare = _lane_inverse(factor)
-            m = np.einsum("ijn,jn->ni", spare, h)
-            white = kernel.white[k]
+            e, spare, _, lanes = self._solve(int(k), index)
+            m, white = lanes.T, kernel.white[k]
             residual = e - (m @ white.T) * seen
             total.add(int(k), r, m, residual)
             total.tt[k] += spare @ r
@@ -356,15 +354,14 @@ class FactorsWalk:
             yield from self._dense(self.kernel.complete, None)
         else:
             found = Patterns(rows.observed)
-            order = np.argsort(found.of_row, kind="stable")
-            starts = np.concatenate([[0], np.cumsum(found.counts)])
-            for p in np.flatnonzero(found.frequent):
+            frequent = found.frequent(FREQUENT)
+            for p in np.flatnonzero(frequent):
                 seen = np.flatnonzero(found.observed[p])
                 whole = len(seen) == self.kernel.n_features
                 marginal = self.kernel.complete if whole else Marginal(self.kernel, seen)
-                yield from self._dense(marginal, order[starts[p] : starts[p + 1]])
-            rare = ~found.frequent & (found.width > 0)
-            left = order[rare[found.of_row[order]]]
+                yield from self._dense(marginal, found.rows(int(p)))
+            rare = ~frequent & (found.width > 0)
+            left = found.order[np.repeat(rare, found.counts)]
             for piece in slices(len(left), self.lane_size):
                 self._load_lanes(left[piece])
                 yield left[piece]
@@ -452,37 +449,3 @@ class FactorsWalk:
 def _wanted(resp: Array) -> NDArray[np.bool_]:
     """(K, n) which responsibilities are more than rounding."""
     return np.asarray(resp > NEGLIGIBLE * resp.sum(axis=0))
-
-
-def _lane_factor(matrices: Array) -> Array:
-    """Cholesky factors (q, q, n) of n matrices with eigenvalues of 1 and more."""
-    size = len(matrices)
-    factor = np.zeros_like(matrices)
-    for j in range(size):
-        pivot = matrices[j, j] - np.einsum("in,in->n", factor[j, :j], factor[j, :j])
-        # Rounding may leave less of a pivot than there is.
-        factor[j, j] = np.sqrt(np.maximum(pivot, 1.0))
-        for i in range(j + 1, size):
-            left = matrices[i, j] - np.einsum("in,in->n", factor[i, :j], factor[j, :j])
-            factor[i, j] = left / factor[j, j]
-    return factor
-
-
-def _lane_forward(factor: Array, h: Array) -> Array:
-    """`inv(L) h` (q, n) for n factors and right-hand sides."""
-    out = np.empty_like(h)
-    for j in range(len(h)):
-        out[j] = (h[j] - np.einsum("in,in->n", factor[j, :j], out[:j])) / factor[j, j]
-    return out
-
-
-def _lane_inverse(factor: Array) -> Array:
-    """`inv(L L')` (q, q, n) of n factors."""
-    size = len(factor)
-    whiten = np.zeros_like(factor)
-    for j in range(size):
-        whiten[j, j] = 1.0 / factor[j, j]
-        for i in range(j + 1, size):
-            inner = np.einsum("in,in->n", factor[i, j:i], whiten[j:i, j])
-            whiten[i, j] = -inner / factor[i, i]
-    return np.asarray(np.einsum("lin,ljn->ijn", whiten, whiten))

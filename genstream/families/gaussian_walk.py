@@ -24,12 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genstream.families.blocks import LOG_2PI, Array, Index, Linear, Pivot, block_rows, slices
-from genstream.families.lanes import LANE_NUMBERS, LaneBlock, Lanes, lane_rows
+from genstream.families.lanes import LaneBlock, Lanes, lane_rows
+from genstream.families.patterns import Patterns
 from genstream.rows import Rows
 from genstream.stats import Monoid
 
 # Patterns with fewer rows than this in a chunk are worked on in lanes.
-FREQUENT = 64
+FREQUENT = 512
 
 
 class GaussianKernel:
@@ -53,7 +54,7 @@ class GaussianKernel:
         self.mean, self.covariance = mean, covariance
         self.log_weights, self.pivot, self.tied, self.dtype = log_weights, pivot, tied, dtype
         self.stats_type = stats_type
-        factor = np.linalg.cholesky(covariance)
+        self.factor = factor = np.linalg.cholesky(covariance)
         self.whiten = np.linalg.inv(factor)
         self.precision = self.whiten.swapaxes(1, 2) @ self.whiten
         self.log_det = 2 * np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(axis=1)
@@ -92,21 +93,16 @@ class Marginal:
         self.precision, self.log_det = kernel.precision, kernel.log_det
         if not len(missing):
             return
-        # Only the smaller side is factored: the missing block of the precision, or the observed
-        # block of the covariance.
-        if len(missing) <= len(seen):
-            hidden = kernel.precision[:, missing[:, None], missing]
-            cross = kernel.precision[:, missing[:, None], seen]
-            spread, log_det = _inverse(hidden)
-            gain = -spread @ cross
-            self.precision = kernel.precision[:, seen[:, None], seen] + cross.swapaxes(1, 2) @ gain
-            self.log_det = kernel.log_det + log_det
-        else:
-            cross = kernel.covariance[:, missing[:, None], seen]
-            self.precision, self.log_det = _inverse(kernel.covariance[:, seen[:, None], seen])
-            gain = cross @ self.precision
-            hidden = kernel.covariance[:, missing[:, None], missing]
-            spread = hidden - gain @ cross.swapaxes(1, 2)
+        # The precision's own missing block may be all but singular where columns nearly determine
+        # one another, and its inverse would cost the digits of what is observed.
+        factor = np.linalg.cholesky(kernel.covariance[:, seen[:, None], seen])
+        whiten = np.linalg.inv(factor)
+        self.precision = whiten.swapaxes(1, 2) @ whiten
+        self.log_det = 2 * np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(axis=1)
+        explained = kernel.covariance[:, missing[:, None], seen] @ whiten.swapaxes(1, 2)
+        gain = explained @ whiten
+        hidden = kernel.covariance[:, missing[:, None], missing]
+        spread = hidden - explained @ explained.swapaxes(1, 2)
         n_covariances, d = len(kernel.covariance), kernel.n_features
         self.lift = np.zeros((n_covariances, d, len(seen)))
         self.lift[:, seen, np.arange(len(seen))] = 1.0
@@ -179,14 +175,6 @@ def quadratic_rounding(mean: Array, covariance: Array, precision: Array) -> Arra
     return np.asarray((pairs + (precision @ mean[..., None])[..., 0] * mean).sum(axis=1))
 
 
-def _inverse(matrices: Array) -> tuple[Array, Array]:
-    """Inverse and log-determinant of stacked symmetric positive definite matrices."""
-    factor = np.linalg.cholesky(matrices)
-    whiten = np.linalg.inv(factor)
-    log_det = 2 * np.log(np.diagonal(factor, axis1=-2, axis2=-1)).sum(axis=-1)
-    return whiten.swapaxes(-1, -2) @ whiten, log_det
-
-
 def fill_features(y: Array, out: Array) -> Array:
     """`[y_i y_j (i <= j), y, 1]` of a block (o, n), as (p, n) in `out`."""
     o, n = y.shape
@@ -198,25 +186,6 @@ def fill_features(y: Array, out: Array) -> Array:
     features[start : start + o] = y
     features[start + o] = 1.0
     return features
-
-
-class Patterns:
-    """The patterns of gaps in (n, d) masks.
-
-    `observed` (p, d) are the patterns, `width` (p,) how many columns each observes, `counts` (p,)
-    how many rows it has, `frequent` (p,) whether these are worth a matrix product, and `of_row`
-    (n,) the pattern of each row.
-    """
-
-    def __init__(self, observed: NDArray[np.bool_]) -> None:
-        packed = np.packbits(observed, axis=1)
-        keys = np.ascontiguousarray(packed).view(f"V{packed.shape[1]}").ravel()
-        _, first, self.of_row, self.counts = np.unique(
-            keys, return_index=True, return_inverse=True, return_counts=True
-        )
-        self.observed = observed[first]
-        self.width = self.observed.sum(axis=1)
-        self.frequent = (self.counts >= FREQUENT) & (self.width > 0)
 
 
 class Block(Protocol):
@@ -231,6 +200,11 @@ class Block(Protocol):
     def gather(self, resp: Array, scaled: Array | None = None) -> None:
         """Add the moments under weights `scaled` (K, n), or `resp`, and the conditional covariance
         of missing entries under `resp`.
+        """
+
+    def filled(self, resp: Array, drawn: Array | None) -> Array:
+        """(d, n) `sum_k r_k E[y | y_O, k]` in pivot coordinates, under weights (K, n), of rows that
+        were scored; or `drawn + sum_k r_k E[y - drawn | y_O - drawn_O, k]`.
         """
 
 
@@ -292,15 +266,19 @@ class GaussianWalk:
         """The patterns of the chunk's rows."""
         return Patterns(self.rows.is_observed)
 
+    @cached_property
+    def frequent(self) -> NDArray[np.bool_]:
+        """(p,) which patterns have enough rows for matrix products of their own."""
+        return self.patterns.frequent(FREQUENT)
+
     def _by_pattern(self) -> Iterator[Index]:
         """Blocks of one pattern after another, then those of all rare patterns."""
         found = self.patterns
-        order = np.argsort(found.of_row, kind="stable")
-        starts = np.concatenate([[0], np.cumsum(found.counts)])
-        for p in np.flatnonzero(found.frequent):
-            yield from self._dense(self._marginal(int(p)), order[starts[p] : starts[p + 1]])
-        width = np.where(found.frequent, 0, found.width)[found.of_row[order]]
-        for chosen in self._lanes(order, width):
+        for p in np.flatnonzero(self.frequent):
+            yield from self._dense(self._marginal(int(p)), found.rows(int(p)))
+        width = np.repeat(np.where(self.frequent, 0, found.width), found.counts)
+        for chosen in self._lanes(found.order, width):
+            self.lanes.clear()
             block = self._lane_block(found.of_row[chosen])
             block.load(self.rows.values[chosen])
             self.block, self.index = block, chosen
@@ -332,10 +310,10 @@ class GaussianWalk:
         """Rows of each block of rare patterns; `width` counts what each of `order` observed, 0 for
         rows that are done or have nothing observed.
         """
-        d = self.kernel.n_features
+        k, d = self.kernel.mean.shape
         for o in range(1, d + 1):
             index = order[width == o]
-            for piece in slices(len(index), lane_rows(d, o)):
+            for piece in slices(len(index), lane_rows(k, d, o)):
                 yield index[piece]
 
     def _lane_block(self, of_row: Array) -> LaneBlock:
@@ -363,13 +341,14 @@ class GaussianWalk:
         self._room.clear()
         found = self.patterns
         of_row = found.of_row[index]
-        frequent = found.frequent[of_row]
+        frequent = self.frequent[of_row]
         for p in np.unique(of_row[frequent]):
             chosen = np.flatnonzero(of_row == p)
             known = self._works.get(int(p))
             marginal = self._marginal(int(p)) if known is None else known.marginal
             self._load_frequent(int(p), marginal, chosen, values[chosen])
         width = np.where(frequent, 0, found.width[of_row])
+        self.lanes.clear()
         for chosen in self._lanes(np.arange(n), width):
             block = self._lane_block(of_row[chosen])
             block.load(values[chosen])
@@ -426,20 +405,37 @@ class GaussianWalk:
     def complete(
         self, resp: Array, rng: np.random.Generator | None = None, spread: Array | None = None
     ) -> Array:
-        """The block's rows (n, d) in data units with their gaps filled.
+        """The block's rows (n, d) in data units with their gaps filled, once it is scored.
 
-        `spread` (n,) multiplies the deviation of what is drawn.
+        A draw `y` of whole rows from the components, less what its own observed entries explain
+        of its missing ones, deviates as the missing ones do from their conditional mean: so that
+        `y + E[x_M - y_M | x_O - y_O, k]` is a draw from `p(x_M | x_O, k)` (Matheron's rule; Doucet
+        2010), and nothing but conditional means is needed. `spread` (n,) multiplies deviations.
         """
         values = self.rows.values[self.index].astype(np.float64)
         if self.rows.observed is None:
             return values
-        observed = self.rows.observed[self.index]
-        noise = None
+        drawn = None
         if rng is not None:
-            noise = rng.standard_normal(values.shape)
+            noise = rng.standard_normal(values.shape).T
             if spread is not None:
-                noise *= spread[:, None]
-        return _completed(self.kernel, values, observed, resp, noise)
+                noise *= spread
+            drawn = self._deviation(resp, noise)
+        pivot = self.kernel.pivot
+        filled = pivot.shift + self.block.filled(resp, drawn).T * pivot.scale
+        return np.where(self.rows.observed[self.index], values, filled)
+
+    def _deviation(self, resp: Array, noise: Array) -> Array:
+        """(d, n) standard normal noise with the covariance of the component that one-hot weights
+        (K, n) say.
+        """
+        if self.kernel.tied:
+            return np.asarray(self.kernel.factor[0] @ noise)
+        drawn = np.empty_like(noise)
+        for factor, r in zip(self.kernel.factor, resp, strict=True):
+            hit = np.flatnonzero(r)
+            drawn[:, hit] = factor @ noise[:, hit]
+        return drawn
 
     def add(self, n: Array, s: Array, q: Array) -> None:
         """Add sums of `r`, `r y` and `r y y'` over some rows: (K,), (K, d) and (K, d, d)."""
@@ -515,6 +511,17 @@ class _PatternBlock:
         weights = resp if scaled is None else scaled
         self.add(self.linear.gather(self.features, self.exact, weights))
 
+    def filled(self, resp: Array, drawn: Array | None) -> Array:
+        if self.whole:
+            return self.y
+        marginal = self.marginal
+        y = self.y if drawn is None else self.y - drawn[self.seen]
+        filled = marginal.offset.T @ resp
+        for k, r in enumerate(resp):
+            lift = marginal.lift[0 if self.walk.kernel.tied else k]
+            filled += (lift @ y) * r
+        return np.asarray(filled if drawn is None else filled + drawn)
+
     def finish(self) -> None:
         self.walk.add(*self.marginal.completed(self.sums, self.spared))
 
@@ -574,6 +581,10 @@ class _TiedBlock:
         weight = resp.sum(axis=0, dtype=np.float64)
         self.second += (self.y * weight) @ self.y.T
 
+    def filled(self, resp: Array, drawn: Array | None) -> Array:  # noqa: ARG002
+        """Nothing is missing."""
+        return self.y
+
     def finish(self) -> None:
         self.walk.sum_w += self.sums[:, -1]
         self.walk.sum_wx += self.sums[:, :-1]
@@ -586,6 +597,7 @@ class _NoBlock:
     n_observed = 0
 
     def __init__(self, kernel: GaussianKernel, n: int) -> None:
+        self.mean = kernel.mean
         self.constant = kernel.log_weights[:, None]
         self.log_p = np.repeat(self.constant, n, axis=1)
 
@@ -594,6 +606,10 @@ class _NoBlock:
 
     def gather(self, resp: Array, scaled: Array | None = None) -> None:
         """Nothing was observed, so there is nothing to sum."""
+
+    def filled(self, resp: Array, drawn: Array | None) -> Array:
+        filled = self.mean.T @ resp
+        return np.asarray(filled if drawn is None else filled + drawn)
 
 
 class _MixedBlock:
@@ -604,6 +620,7 @@ class _MixedBlock:
 
     def __init__(self, walk: GaussianWalk, n: int) -> None:
         self.shape = (walk.kernel.n_components, n)
+        self.y_shape = (walk.kernel.n_features, n)
         self.dtype = walk.kernel.dtype
         self.parts: list[tuple[Index, Block]] = []
 
@@ -640,43 +657,9 @@ class _MixedBlock:
         for chosen, block in self.parts:
             block.gather(resp[:, chosen], None if scaled is None else scaled[:, chosen])
 
-
-def _completed(
-    kernel: GaussianKernel,
-    values: Array,
-    observed: NDArray[np.bool_],
-    resp: Array,
-    noise: Array | None,
-) -> Array:
-    """Fill the gaps of rows (n, d), in place: `sum_k r_k E[x_M | x_O, k]`.
-
-    With precision `P` and distance `e` from the mean, zero where missing, `x_M` given `x_O` has
-    mean `mean_M - inv(P_MM) (P e)_M` and covariance `inv(P_MM)`; standard normal `noise` (n, d)
-    adds a deviation of it. Rows that miss equally many columns are worked on at a time.
-    """
-    shift, scale = kernel.pivot.shift, kernel.pivot.scale
-    gaps = (~observed).sum(axis=1)
-    for m in np.unique(gaps[gaps > 0]):
-        alike = np.flatnonzero(gaps == m)
-        for piece in slices(len(alike), max(16, LANE_NUMBERS // int(m) ** 2)):
-            at = alike[piece]
-            seen = observed[at]
-            y = np.where(seen, (values[at] - shift) / scale, 0.0)
-            missing = np.argsort(seen, axis=1, kind="stable")[:, :m]
-            filled = np.zeros(missing.shape)
-            for k in np.flatnonzero(resp[:, at].any(axis=1)):
-                hit = np.flatnonzero(resp[k, at])
-                columns = missing[hit]
-                precision = kernel.precision[0 if kernel.tied else k]
-                # One pattern needs one inverse.
-                own = columns[:1] if (columns == columns[0]).all() else columns
-                inner = np.linalg.inv(precision[own[:, :, None], own[:, None, :]])
-                e = np.where(seen[hit], y[hit] - kernel.mean[k], 0.0)
-                slope = np.take_along_axis(e @ precision, columns, axis=1)
-                value = kernel.mean[k][columns] - np.einsum("nij,nj->ni", inner, slope)
-                if noise is not None:
-                    z = np.take_along_axis(noise[at[hit]], columns, axis=1)
-                    value += np.einsum("nij,nj->ni", np.linalg.cholesky(inner), z)
-                filled[hit] += resp[k, at[hit], None] * value
-            values[at[:, None], missing] = shift[missing] + filled * scale[missing]
-    return values
+    def filled(self, resp: Array, drawn: Array | None) -> Array:
+        filled = np.empty(self.y_shape)
+        for chosen, block in self.parts:
+            part = None if drawn is None else drawn[:, chosen]
+            filled[:, chosen] = block.filled(resp[:, chosen], part)
+        return filled

@@ -2,46 +2,53 @@
 
 With `e` the distance of a row from a component's mean, zero where missing, `P` the component's
 precision, `S` its covariance, `O` the observed and `M` the missing columns, the quadratic form of
-the observed entries and the conditional mean of the missing ones are
+the observed entries and the conditional mean of the missing ones' distance are
 
-    e' P e - g' inv(P_MM) g,   e_M = -inv(P_MM) g,   g = (P e)_M
+    e' P e - g' x,   -x,       x = inv(P_MM) g,   g = (P e)_M
 
 or, read off the observed side,
 
-    e_O' x,   e_M = S_MO x,   x = inv(S_OO) e_O.
+    g' x,            S_MO x,   x = inv(S_OO) g,   g = e_O.
 
-Of the two the one is taken that inverts the smaller matrix. Its inverse is the same for all rows
-of a pattern, so a block computes it once a pattern, for all its patterns at a time: each entry of
-a small `L D L'` factor is one operation on all of them. What differs from row to row is computed
-for all rows at once, component by component, in buffers that stay in a core's cache; `P e` and
-the sum of `r e e'` are matrix products.
+Of the two the one is taken that solves with the smaller matrix. Its factor `L D L'` is the same
+for all rows of a pattern, so a block computes it once a pattern, all patterns at a time, by a few
+operations a column. What differs from row to row is computed for all rows at a time, component by
+component; `P e` and the sum of `r e e'` are matrix products.
 
 Distances are from each component's own mean, so that a mean far out costs no digits.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.families.blocks import LOG_2PI, Array
+from genstream.families.blocks import LOG_2PI, Array, slices
 
 if TYPE_CHECKING:
     from genstream.families.gaussian_walk import GaussianKernel
 
-# At most so many rows are a block, and so many numbers of a component are held for them.
-LANE_ROWS = 1024
-LANE_NUMBERS = 1 << 17
-# Pivots of a factor whose product is sure to stay within the range of numbers.
+# At most so many rows are a block, and so many numbers are held for them.
+LANE_ROWS = 8192
+LANE_NUMBERS = 1 << 21
+# Numbers of a temporary beyond which it pays to work on fewer components at a time.
+SCRATCH_NUMBERS = 1 << 18
+# Bytes to a multiple of which arrays begin.
+ALIGNED = 64
+# Pivots whose product stays within the range of numbers.
 RUN = 8
 
 
-def lane_rows(n_features: int, n_observed: int) -> int:
+def lane_rows(n_components: int, n_features: int, n_observed: int) -> int:
     """Rows in a block of lanes that observe `n_observed` columns."""
     size = min(n_observed, n_features - n_observed)
-    return int(np.clip(LANE_NUMBERS // (2 * n_features + size * (size + 2)), 16, LANE_ROWS))
+    held = n_components * (size**2 + size + 1) + 4 * n_features + size**2
+    return int(np.clip(LANE_NUMBERS // held, 16, LANE_ROWS))
 
 
 class Sums(Protocol):
@@ -52,24 +59,27 @@ class Sums(Protocol):
 
 
 class _Group:
-    """The components `which`, worked on in one arithmetic."""
+    """Components worked on in one arithmetic: their positions `which` and parameters.
+
+    The matrices are (c, d, d) with c = 1 if they are tied; `matrix` says which of them each
+    component has.
+    """
 
     def __init__(self, kernel: GaussianKernel, which: Array, dtype: np.dtype[Any]) -> None:
         self.which, self.dtype = which, dtype
-        covariances = np.arange(1) if kernel.tied else which
+        own = np.zeros(1, dtype=np.intp) if kernel.tied else which
+        self.matrix = np.zeros_like(which) if kernel.tied else np.arange(len(which))
         self.mean = kernel.mean[which].astype(dtype)
-        self.precision = kernel.precision[covariances].astype(dtype)
-        self.covariance = kernel.covariance[covariances].astype(dtype)
-        # Which of these, and of the kernel's, each component has.
-        self.own = np.zeros_like(which) if kernel.tied else np.arange(len(which))
-        self.shared = np.zeros_like(which) if kernel.tied else which
+        self.precision = kernel.precision[own].astype(dtype)
+        self.covariance = kernel.covariance[own].astype(dtype)
+        self.log_det = kernel.log_det[own]
 
 
 class Lanes:
-    """What lanes need of a kernel for one walk, and their buffers.
+    """What lanes need of a kernel for one walk, and the buffers they share.
 
-    In float32, components whose quadratic form would be off by more than `MAX_ROUNDING` nats are
-    worked on in float64, as those of complete rows are.
+    In float32, components whose quadratic form could be off by more than `MAX_ROUNDING` nats are
+    worked on in float64, as they are over complete rows.
     """
 
     def __init__(self, kernel: GaussianKernel) -> None:
@@ -79,18 +89,60 @@ class Lanes:
         parts = ((every[~fine], kernel.dtype), (every[fine], np.dtype(np.float64)))
         self.groups = [_Group(kernel, which, dtype) for which, dtype in parts if which.size]
         self._buffers: dict[tuple[str, np.dtype[Any]], Array] = {}
+        self._memory = np.empty(0, dtype=np.uint8)
+        self._at = 0
 
-    def buffer(self, name: str, dtype: np.dtype[Any], *shape: int) -> Array:
+    def buffer(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         """An array whose memory the next one of this name and type will take."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         held = self._buffers.get((name, dtype))
         if held is None or len(held) < size:
             held = self._buffers[name, dtype] = np.empty(size, dtype)
         return held[:size].reshape(shape)
 
+    def keep(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        """An array whose memory is taken again after `clear`."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._at + size > len(self._memory):
+            # Arrays that have the old memory keep it alive. One array, so that blocks after the
+            # first find their pages in place.
+            self._memory = np.empty(max(2 * len(self._memory), size, LANE_NUMBERS * 8), np.uint8)
+            self._at = 0
+        taken = self._memory[self._at : self._at + size]
+        self._at += -(-size // ALIGNED) * ALIGNED
+        return taken.view(dtype).reshape(shape)
+
+    def clear(self) -> None:
+        """All blocks so far are done."""
+        self._at = 0
+
+
+class _Rows:
+    """Where the columns of the smaller side are, in rows whose patterns observe equally many.
+
+    Of the patterns, `seen` (p, d) is what they observe, `small` (s, p) the columns of the smaller
+    side. Of the rows, `pattern` (n,) is the pattern, `columns` (s, n) the columns of the smaller
+    side and `places` (s, n) their positions in a (d, n) array.
+    """
+
+    def __init__(self, lanes: Lanes, seen: NDArray[np.bool_], pattern: NDArray[np.intp]) -> None:
+        self.seen, self.pattern = seen, pattern
+        n, d = len(pattern), seen.shape[1]
+        self.n_observed = int(seen[0].sum())
+        self.by_gaps = 2 * self.n_observed >= d
+        side = ~seen if self.by_gaps else seen
+        size = d - self.n_observed if self.by_gaps else self.n_observed
+        self.small = np.ascontiguousarray(np.nonzero(side)[1].reshape(len(seen), size).T)
+        index = np.dtype(np.intp)
+        self.columns = lanes.keep(index, (size, n))
+        # Indices are in range: `clip` only spares a copy.
+        self.small.take(pattern, axis=1, out=self.columns, mode="clip")
+        self.places = np.multiply(self.columns, n, out=lanes.keep(index, (size, n)))
+        self.places += np.arange(n)
+
 
 class LaneBlock:
-    """Rows whose patterns miss equally many columns.
+    """Rows whose patterns observe equally many columns.
 
     Parameters
     ----------
@@ -107,164 +159,258 @@ class LaneBlock:
     def __init__(
         self, lanes: Lanes, sums: Sums, patterns: NDArray[np.bool_], of_row: NDArray[np.intp]
     ) -> None:
-        self.lanes, self.sums, self.kernel = lanes, sums, lanes.kernel
-        self.patterns, self.of_row = patterns, of_row
-        n, d = len(of_row), patterns.shape[1]
-        self.n_observed = int(patterns[0].sum())
-        self.by_gaps = 2 * self.n_observed >= d
-        side = ~patterns if self.by_gaps else patterns
-        # (s, p) the columns of the smaller side of each pattern, and (s, n) where these entries of
-        # each row are in a (d, n) array.
-        self.small = np.ascontiguousarray(
-            np.nonzero(side)[1].reshape(len(patterns), side[0].sum()).T
-        )
-        self.columns = self.small.take(of_row, axis=1)
-        self.places = self.columns * n + np.arange(n)
-        self._invert()
-
-    def _invert(self) -> None:
-        """The inverse of the smaller side, once a pattern, and the log-density at distance 0."""
-        kernel, (size, n_patterns) = self.kernel, self.small.shape
-        matrices = kernel.precision if self.by_gaps else kernel.covariance
-        cells = (self.small[:, None] * kernel.n_features + self.small).reshape(-1)
-        blocks = np.empty((size * size, len(matrices), n_patterns))
-        for c, matrix in enumerate(matrices):
-            blocks[:, c] = matrix.take(cells).reshape(-1, n_patterns)
-        n_lanes = len(matrices) * n_patterns
-        inner, log_det = lane_inverse(blocks.reshape(size, size, n_lanes))
-        # (C, s, s, p)
-        self.inner = np.ascontiguousarray(
-            inner.reshape(size * size, len(matrices), n_patterns).swapaxes(0, 1)
-        ).reshape(len(matrices), size, size, n_patterns)
-        self.cells = cells
-        log_det = log_det.reshape(len(matrices), n_patterns)
-        if self.by_gaps:
-            log_det = log_det + kernel.log_det[:, None]
-        level = -0.5 * (log_det + self.n_observed * LOG_2PI) - self.patterns @ kernel.log_scale
-        self.constant = (level + kernel.log_weights[:, None]).take(self.of_row, axis=1)
+        self.sums, self.lanes, self.kernel = sums, lanes, lanes.kernel
+        self.rows = _Rows(lanes, patterns, of_row)
+        self.n_observed = self.rows.n_observed
+        kind = _ByGaps if self.rows.by_gaps else _ByObserved
+        self.parts = [kind(lanes, group, self.rows) for group in lanes.groups]
+        # (K, n) score of each row were it at distance 0 from each mean.
+        level = -0.5 * self.n_observed * LOG_2PI - patterns @ self.kernel.log_scale
+        peak = self.kernel.log_weights[:, None] + level
+        for part in self.parts:
+            peak[part.group.which] -= 0.5 * part.log_det[part.group.matrix]
+        self.constant = peak.take(of_row, axis=1)
 
     def load(self, values: Array) -> None:
         """Take the rows (n, d) at hand."""
-        pivot, n = self.kernel.pivot, len(values)
-        y = np.subtract(values.T, pivot.shift[:, None], out=np.empty((values.shape[1], n)))
-        y *= (1.0 / pivot.scale)[:, None]
-        self.y = {group.dtype: y.astype(group.dtype, copy=False) for group in self.lanes.groups}
+        y = self.kernel.pivot.block(
+            values, self.lanes.keep(np.dtype(np.float64), values.shape[::-1])
+        )
+        for part in self.parts:
+            part.y = y.astype(part.group.dtype, copy=False)
 
     def score(self) -> Array:
-        kernel, n = self.kernel, len(self.of_row)
-        log_p = np.empty((kernel.n_components, n), dtype=kernel.dtype)
-        # (s, n) what is inverted, times g or e_O, of each component.
-        self.solved = {
-            group.dtype: np.empty((len(group.which), len(self.small), n), group.dtype)
-            for group in self.lanes.groups
-        }
-        for group in self.lanes.groups:
-            y, dtype = self.y[group.dtype], group.dtype
-            if self.by_gaps:
-                seen = self.patterns.T.astype(dtype).take(self.of_row, axis=1)
-                e = self.lanes.buffer("e", dtype, *y.shape)
-                slope = self.lanes.buffer("slope", dtype, *y.shape)
-            else:
-                entries = y.ravel().take(self.places)
-            inner = None
-            for i, k in enumerate(group.which):
-                if inner is None or not kernel.tied:
-                    inner = self._spread(group.shared[i], dtype)
-                if self.by_gaps:
-                    np.subtract(y, group.mean[i][:, None], out=e)
-                    e *= seen
-                    np.matmul(group.precision[group.own[i]], e, out=slope)
-                    g = slope.ravel().take(self.places)
-                else:
-                    g = entries - group.mean[i].take(self.columns)
-                x = np.einsum("ijn,jn->in", inner, g, out=self.solved[dtype][i])
-                quadratic = np.einsum("in,in->n", g, x)
-                if self.by_gaps:
-                    quadratic = np.einsum("dn,dn->n", e, slope) - quadratic
-                log_p[k] = self.constant[k] - 0.5 * quadratic
+        log_p = np.empty(self.constant.shape, dtype=self.kernel.dtype)
+        for part in self.parts:
+            for k, quadratic in zip(part.group.which, part.quadratics(), strict=True):
+                np.subtract(self.constant[k], 0.5 * quadratic, out=log_p[k], casting="same_kind")
         return log_p
-
-    def _spread(self, c: int, dtype: np.dtype[Any]) -> Array:
-        """(s, s, n) the inverse of each row."""
-        return self.inner[c].astype(dtype, copy=False).take(self.of_row, axis=2)
 
     def gather(self, resp: Array, scaled: Array | None = None) -> None:
         """Add the moments under weights `scaled` (K, n), or `resp`, and the conditional covariance
         of missing entries under `resp`.
         """
-        kernel = self.kernel
-        moved = resp if scaled is None else scaled
-        n_components, d = kernel.mean.shape
-        s, q = np.empty((n_components, d)), np.empty((n_components, d, d))
-        for group in self.lanes.groups:
-            y, dtype = self.y[group.dtype], group.dtype
-            e = self.lanes.buffer("e", dtype, *y.shape)
-            flat = e.ravel()
-            for i, k in enumerate(group.which):
-                root = np.sqrt(moved[k]).astype(dtype, copy=False)
-                x = self.solved[dtype][i]
-                if self.by_gaps:
-                    np.subtract(y, group.mean[i][:, None], out=e)
-                    e *= root
-                    flat[self.places] = -x * root
-                else:
-                    whole = self.lanes.buffer("slope", dtype, *y.shape)
-                    whole[:] = 0.0
-                    whole.ravel()[self.places] = x
-                    np.matmul(group.covariance[group.own[i]], whole, out=e)
-                    flat[self.places] = y.ravel().take(self.places) - group.mean[i].take(
-                        self.columns
-                    )
-                    e *= root
+        rows, moved = self.rows, resp if scaled is None else scaled
+        mean, n = self.kernel.mean, moved.sum(axis=1, dtype=np.float64)
+        s = np.empty(mean.shape)
+        q = np.empty((*mean.shape, mean.shape[1]))
+        for part in self.parts:
+            for i, k in enumerate(part.group.which):
+                root = np.sqrt(moved[k]).astype(part.group.dtype, copy=False)
+                e = part.distance(i, root)
                 s[k], q[k] = e @ root, e @ e.T
-        mean, total = kernel.mean, moved.sum(axis=1, dtype=np.float64)
         cross = s[:, :, None] * mean[:, None, :]
-        q += cross + cross.swapaxes(1, 2)
-        q += total[:, None, None] * mean[:, :, None] * mean[:, None, :]
-        self._spare(resp, q)
-        self.sums.add(total, s + total[:, None] * mean, q)
+        s += n[:, None] * mean
+        q += cross + mean[:, :, None] * s[:, None, :]
+        spare = np.stack([np.bincount(rows.pattern, r, len(rows.seen)) for r in resp])
+        for part in self.parts:
+            part.add_spare(spare, q)
+        self.sums.add(n, s, q)
 
-    def _spare(self, resp: Array, q: Array) -> None:
-        """Add to (K, d, d) what missing entries vary beyond their conditional means."""
-        kernel, d, n_patterns = self.kernel, self.kernel.n_features, len(self.patterns)
-        weight = np.stack([np.bincount(self.of_row, r, n_patterns) for r in resp])
-        if kernel.tied:
+    def filled(self, resp: Array, drawn: Array | None) -> Array:
+        """(d, n) `sum_k r_k E[y | y_O, k]` in pivot coordinates, under weights (K, n), of rows that
+        were scored; or `drawn + sum_k r_k E[y - drawn | y_O - drawn_O, k]`.
+        """
+        filled = self.kernel.mean.T @ resp
+        for part in self.parts:
+            kept = part.y, part.solved
+            if drawn is not None:
+                part.y = part.y - drawn.astype(part.group.dtype)
+                part.solved = np.empty_like(part.solved)
+                deque(part.quadratics(), maxlen=0)
+            for i, k in enumerate(part.group.which):
+                filled += part.distance(i, resp[k].astype(part.group.dtype))
+            part.y, part.solved = kept
+        return np.asarray(filled if drawn is None else filled + drawn)
+
+
+class _Part:
+    """The components of one group over a block of lanes.
+
+    `factor` (c, s, s, p) is that of the smaller side of each pattern, as `factor_lanes` leaves it,
+    `log_det` (c, p) the log-determinant of the covariance of what a pattern observes, and `solved`
+    (k, s, n) is `x`.
+    """
+
+    y: Array
+
+    def __init__(self, lanes: Lanes, group: _Group, rows: _Rows) -> None:
+        self.lanes, self.group, self.rows = lanes, group, rows
+        self.solved = lanes.keep(group.dtype, (len(group.which), *rows.columns.shape))
+
+    def _factor(self, matrices: Array) -> None:
+        d, small = self.group.mean.shape[1], self.rows.small
+        cells = small[:, None] * d + small
+        self.factor = self.lanes.keep(matrices.dtype, (len(matrices), *cells.shape))
+        self.log_det = factor_lanes(matrices.reshape(len(matrices), d * d), cells, self.factor)
+
+    def _buffer(self, name: str, *shape: int) -> Array:
+        return self.lanes.buffer(name, self.group.dtype, shape)
+
+    def _factors(self) -> Iterator[list[Array]]:
+        """Of each component the factor of every row: row i of it is (i + 1, n)."""
+        size, n = self.rows.columns.shape
+        room = self._buffer("factor", size * (size + 1) // 2, n)
+        lower = [room[i * (i + 1) // 2 : (i + 1) * (i + 2) // 2] for i in range(size)]
+        held: int | np.signedinteger[Any] = -1
+        for c in self.group.matrix:
+            if c != held:
+                for i, row in enumerate(lower):
+                    part = self.factor[c, i, : i + 1]
+                    part.take(self.rows.pattern, axis=1, out=row, mode="clip")
+                held = c
+            yield lower
+
+    def _spares(self, weight: Array) -> Iterator[tuple[int, Array, Array]]:
+        """Of each component, or of all if they are tied, its position, its weights (p,) of those
+        in `weight` (K, p), and the (d, d) sum of the inverses of the smaller sides under them.
+        """
+        group, small = self.group, self.rows.small
+        d, (size, n_patterns) = group.mean.shape[1], small.shape
+        row, column = np.triu_indices(size)
+        cells = (small[row] * d + small[column]).ravel()
+        weight = weight[group.which]
+        if len(self.factor) < len(weight):
             weight = weight.sum(axis=0, keepdims=True)
-        for c, r in enumerate(weight):
-            spare = np.bincount(self.cells, (self.inner[c] * r).ravel(), d * d).reshape(d, d)
-            if not self.by_gaps:
-                covariance = kernel.covariance[c]
-                spare = r.sum() * covariance - covariance @ spare @ covariance
-            q[c] += spare
+        step = max(1, SCRATCH_NUMBERS // max(1, size * size * n_patterns))
+        for some in slices(len(self.factor), step):
+            factor = self.factor[some]
+            inverses = invert_lanes(factor, self._buffer("inverse", *factor.shape))
+            for k, r, inverse in zip(group.which[some], weight[some], inverses, strict=False):
+                terms = (inverse[row, column] * r).ravel()
+                half = np.bincount(cells, terms, d * d).reshape(d, d)
+                yield int(k), r, half + half.T - np.diag(half.diagonal())
+
+
+class _ByGaps(_Part):
+    """Solving for what is missing."""
+
+    def __init__(self, lanes: Lanes, group: _Group, rows: _Rows) -> None:
+        super().__init__(lanes, group, rows)
+        self._factor(group.precision)
+        self.log_det += group.log_det[:, None]
+
+    def quadratics(self) -> Iterator[Array]:
+        """(n,) the quadratic form of each component."""
+        rows, group, y = self.rows, self.group, self.y
+        seen = rows.seen.T.astype(group.dtype).take(rows.pattern, axis=1)
+        e, slope = self._buffer("e", *y.shape), self._buffer("slope", *y.shape)
+        for i, lower in enumerate(self._factors()):
+            np.subtract(y, group.mean[i][:, None], out=e)
+            e *= seen
+            np.matmul(group.precision[group.matrix[i]], e, out=slope)
+            explained = _solve(lower, slope.ravel().take(rows.places), self.solved[i])
+            yield np.einsum("dn,dn->n", e, slope) - explained
+
+    def distance(self, i: int, root: Array) -> Array:
+        """(d, n) the completed distance from a component's mean, times `root` (n,)."""
+        e = self._buffer("e", *self.y.shape)
+        np.subtract(self.y, self.group.mean[i][:, None], out=e)
+        e *= root
+        e.ravel()[self.rows.places] = self.solved[i] * -root
+        return e
+
+    def add_spare(self, weight: Array, q: Array) -> None:
+        """Add to (K, d, d) the conditional covariance of missing entries under weights (K, p)."""
+        for k, _, spare in self._spares(weight):
+            q[k] += spare
+
+
+class _ByObserved(_Part):
+    """Solving for what is observed."""
+
+    def __init__(self, lanes: Lanes, group: _Group, rows: _Rows) -> None:
+        super().__init__(lanes, group, rows)
+        self._factor(group.covariance)
+
+    def quadratics(self) -> Iterator[Array]:
+        """(n,) the quadratic form of each component."""
+        for i, lower in enumerate(self._factors()):
+            yield _solve(lower, self._observed(i), self.solved[i])
+
+    def _observed(self, i: int) -> Array:
+        """(s, n) the distance of what is observed."""
+        observed: Array = self.y.ravel().take(self.rows.places)
+        observed -= self.group.mean[i].take(self.rows.columns)
+        return observed
+
+    def distance(self, i: int, root: Array) -> Array:
+        """(d, n) the completed distance from a component's mean, times `root` (n,)."""
+        e, x = self._buffer("e", *self.y.shape), self._buffer("slope", *self.y.shape)
+        x[:] = 0.0
+        x.ravel()[self.rows.places] = self.solved[i]
+        np.matmul(self.group.covariance[self.group.matrix[i]], x, out=e)
+        e.ravel()[self.rows.places] = self._observed(i)
+        e *= root
+        return e
+
+    def add_spare(self, weight: Array, q: Array) -> None:
+        """Add to (K, d, d) the conditional covariance of missing entries under weights (K, p)."""
+        kernel = self.lanes.kernel
+        for k, r, inverse in self._spares(weight):
+            covariance = kernel.covariance[0 if kernel.tied else k]
+            q[k] += r.sum() * covariance - covariance @ inverse @ covariance
+
+
+def _solve(lower: list[Array], g: Array, out: Array) -> Array:
+    """`x` (s, n) in `out`, of `L D L' x = g`, and returns `g'x` (n,).
+
+    By substitution: where columns nearly determine one another, products with an inverse would
+    lose what is left after terms cancel. `g` is overwritten.
+    """
+    for i in range(1, len(g)):
+        g[i] -= np.einsum("jn,jn->n", lower[i][:i], g[:i])
+    for i, row in enumerate(lower):
+        np.multiply(g[i], row[i], out=out[i])
+    square: Array = np.einsum("in,in->n", g, out)
+    for i in range(len(g) - 1, 0, -1):
+        out[:i] -= lower[i][:i] * out[i]
+    return square
+
+
+def factor_lanes(matrices: Array, cells: Array, out: Array) -> Array:
+    """Factor submatrices of symmetric positive definite matrices as `L D L'`, all at a time.
+
+    `matrices` is (c, d * d) and `cells` (s, s, p) says which of its entries make up each
+    submatrix. `out` (c, s, s, p) takes `L` below the diagonal, `1 / D` on it, and nothing above.
+    Returns the log-determinants (c, p).
+    """
+    size, _, n_patterns = cells.shape
+    pivots = np.empty((len(matrices), size, n_patterns), matrices.dtype)
+    least = np.finfo(matrices.dtype).eps
+    for j in range(size):
+        column = matrices.take(cells[j:, j], axis=1)
+        variance = least * column[:, 0]
+        weighted = out[:, j, :j] * pivots[:, :j]
+        column -= np.einsum("cijp,cjp->cip", out[:, j:, :j], weighted)
+        # Rounding may leave nothing of a variance that its companions explain.
+        pivot = np.maximum(column[:, 0], variance, out=pivots[:, j])
+        np.divide(1.0, pivot, out=out[:, j, j])
+        np.divide(column[:, 1:], pivot[:, None], out=out[:, j + 1 :, j])
+    log_det = np.zeros((len(matrices), n_patterns))
+    for start in range(0, size, RUN):
+        log_det += np.log(pivots[:, start : start + RUN].prod(axis=1))
+    return log_det
+
+
+def invert_lanes(factor: Array, out: Array) -> Array:
+    """Inverses (c, s, s, p), in `out`, of what `factor_lanes` factored.
+
+    From the last column up, with `C` the inverse of what is below and right of entry j and `l` the
+    factor's column j below it, the inverse's column is `-C l`, under `1 / D_j + l'C l`.
+    """
+    for j in range(factor.shape[1] - 1, -1, -1):
+        below = factor[:, j + 1 :, j]
+        column = np.einsum("cikp,ckp->cip", out[:, j + 1 :, j + 1 :], below)
+        np.negative(column, out=out[:, j + 1 :, j])
+        out[:, j, j + 1 :] = out[:, j + 1 :, j]
+        np.add(factor[:, j, j], np.einsum("cip,cip->cp", below, column), out=out[:, j, j])
+    return out
 
 
 def lane_inverse(matrices: Array) -> tuple[Array, Array]:
-    """Inverses (s, s, n) and log-determinants (n,) of n symmetric positive definite matrices.
-
-    `inv(L D L') = W' inv(D) W` with `W = inv(L)`; every step is on all matrices at once.
-    """
-    size = len(matrices)
-    lower = np.zeros_like(matrices)
-    scaled = np.zeros_like(matrices)
-    pivots = np.empty(matrices.shape[1:])
-    least = np.finfo(np.float64).eps
-    for j in range(size):
-        column = matrices[j:, j] - np.einsum("iln,ln->in", lower[j:, :j], scaled[j, :j])
-        # Rounding may leave nothing of a variance that its companions explain.
-        np.maximum(column[0], least * matrices[j, j], out=pivots[j])
-        scaled[j + 1 :, j] = column[1:]
-        np.divide(column[1:], pivots[j], out=lower[j + 1 :, j])
-    # `lower` becomes W row by row.
-    whiten = np.zeros_like(matrices)
-    for i in range(size):
-        whiten[i, i] = 1.0
-        whiten[i, :i] = -np.einsum("ln,ljn->jn", lower[i, :i], whiten[:i, :i])
-    inverse = np.empty_like(matrices)
-    weighted = whiten / pivots[:, None]
-    for i in range(size):
-        inverse[i, : i + 1] = np.einsum("ln,ljn->jn", weighted[i:, i], whiten[i:, : i + 1])
-        inverse[: i + 1, i] = inverse[i, : i + 1]
-    log_det = np.zeros(matrices.shape[2])
-    for start in range(0, size, RUN):
-        log_det += np.log(pivots[start : start + RUN].prod(axis=0))
-    return inverse, log_det
+    """Inverses (s, s, n) and log-determinants (n,) of n symmetric positive definite matrices."""
+    factor, out = np.empty((2, 1, *matrices.shape))
+    cells = np.arange(matrices.size).reshape(matrices.shape)
+    log_det = factor_lanes(matrices.reshape(1, -1), cells, factor)
+    return invert_lanes(factor, out)[0], log_det[0]

@@ -21,29 +21,32 @@ summed over the rows that observed column j is `lambda_j E[u u']` and `(x_j - 1/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
+from scipy.special import expit, log_expit
 
 from genstream.families.blocks import (
+    LOG_2PI,
     UNSEEN,
     Array,
+    Description,
     Index,
     Pivot,
     block_rows,
     slices,
 )
-from genstream.families.columns import IndependentColumns
+from genstream.families.importance import mean_weights
+from genstream.families.one_kind import OneKind
 from genstream.rows import Rows
-from genstream.schema import Schema
-from genstream.stats import Monoid, Record, axes, record
+from genstream.schema import Kind, Schema
+from genstream.stats import Monoid, Record, axes
 
 # A row's bound counts as tight once a step gains less than this, in nats.
-TIGHT = {"float64": 1e-10, "float32": 1e-7}
+TIGHT = {"float64": 1e-10, "float32": 1e-6}
 # Steps after which a row's bound is taken as it is.
 MAX_LOCAL = 2000
 # What a row's caution is multiplied by after a step that did not overshoot, in the first steps.
@@ -65,8 +68,8 @@ NODES = 32
 class LogisticParams(Record):
     """Log-odds of each column at `t = 0`, and what a unit of each factor adds to them."""
 
-    bias: Array = axes("component", "feature")
-    loadings: Array = axes("component", "feature", "factor")
+    bias: Array = axes("component", "binary")
+    loadings: Array = axes("component", "binary", "factor")
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +78,8 @@ class LogisticStats(Monoid):
     `r o (x - 1/2) E[u]`, with `u = (1, t)`.
     """
 
-    sum_second: Array = axes("component", "feature", "pair")
-    sum_first: Array = axes("component", "feature", "moment")
+    sum_second: Array = axes("component", "binary", "pair")
+    sum_first: Array = axes("component", "binary", "moment")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,32 +91,22 @@ class LogisticPrior(Record):
 
 
 @dataclass(frozen=True, eq=False)
-class LogisticFactors:
+class LogisticFactors(OneKind):
     """K components of binary columns, each with factors of its own.
 
-    Scores are the lower bound of the module's head.
+    Scores are the lower bound of the module's head; arithmetic over factors is in float64 always.
 
     Parameters
     ----------
-    schema
-        The columns, all of them binary.
     n_factors
         q, at least 1.
-    dtype
-        Arithmetic over rows and columns, float64 or float32; that over factors is float64 always.
-    pivot, prior
-        Fixed by `anchored`; the pivot is neutral.
     """
 
-    schema: Schema
-    n_factors: int
-    dtype: str = "float64"
-    pivot: Pivot | None = record(Pivot)
-    prior: LogisticPrior | None = record(LogisticPrior)
+    n_factors: int = 1  # type: ignore[misc]
 
     name: ClassVar[str] = "logistic_factors"
+    kind: ClassVar[Kind] = "binary"
     bound: ClassVar[bool] = True
-    ridge: ClassVar[float] = 0.0
     param_names: ClassVar[tuple[str, ...]] = ("bias", "loadings")
     params_type: ClassVar[type[Record]] = LogisticParams
     stats_type: ClassVar[type[Monoid]] = LogisticStats
@@ -126,10 +119,7 @@ class LogisticFactors:
     def of(
         cls, schema: Schema, options: Mapping[str, Any], pivot: Pivot | None, prior: Any
     ) -> LogisticFactors:
-        return cls(schema, options["n_factors"], options["dtype"], pivot, prior)
-
-    def with_dtype(self, dtype: str) -> LogisticFactors:
-        return replace(self, dtype=dtype)
+        return cls(schema, options["dtype"], pivot, prior, options["n_factors"])
 
     def anchored(self, sample: Rows, n_components: int, weak_prior: bool) -> LogisticFactors:  # noqa: ARG002
         """Neutral pivot; the weak prior is the same whatever the sample."""
@@ -207,10 +197,6 @@ class LogisticFactors:
             return np.zeros(self.n_factors + 1)
         return np.array([prior.bias_precision] + [prior.loading_precision] * self.n_factors)
 
-    def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
-        kept: Monoid = stats.take(components)
-        return kept
-
     def possible(self, stats: Any, known: Any) -> Monoid | None:
         """As they are, if every matrix of second moments exceeds a tenth of the known one."""
         if not all(np.isfinite(value).all() for _, _, value in stats.leaves()):
@@ -234,10 +220,9 @@ class LogisticFactors:
     def log_prior(self, params: Any) -> float:
         if self.prior is None:
             return 0.0
-        return -0.5 * (
-            self.prior.bias_precision * float((params.bias**2).sum())
-            + self.prior.loading_precision * float((params.loadings**2).sum())
-        )
+        square = self.prior.bias_precision * (params.bias**2).sum()
+        square += self.prior.loading_precision * (params.loadings**2).sum()
+        return -0.5 * float(square)
 
     def place(self, params: Any, component: int, x: Array, observed: Array) -> Record:
         """Frequencies lean half towards the row; loadings are those of the next component."""
@@ -266,16 +251,6 @@ class LogisticFactors:
         chance = resp.T @ _mean_sigmoid(params.bias, variance)
         return np.asarray(chance > 0.5, dtype=np.float64)
 
-    def marginal(self, params: Any, columns: Array) -> tuple[LogisticFactors, Record]:
-        """Exact: columns are independent given the factors."""
-        family = self._of_columns(columns)
-        return family, LogisticParams(params.bias[:, columns], params.loadings[:, columns])
-
-    def _of_columns(self, columns: Array) -> LogisticFactors:
-        schema = Schema(tuple(self.schema.columns[j] for j in columns))
-        pivot = None if self.pivot is None else Pivot.none(len(columns))
-        return replace(self, schema=schema, pivot=pivot, prior=None)
-
     def condition(
         self, params: Any, x: Array, given: Array
     ) -> tuple[LogisticFactors, Record, Array]:
@@ -295,13 +270,14 @@ class LogisticFactors:
             mean, covariance = walk.factors(np.array([k]))
             bias[k] += loadings[k] @ mean[0]
             loadings[k] = loadings[k] @ np.linalg.cholesky(covariance[0])
-        columns = np.flatnonzero(~given)
-        shifted = LogisticParams(bias[:, columns], loadings[:, columns])
-        return self._of_columns(columns), shifted, log_p
+        rest, shifted = self.marginal(LogisticParams(bias, loadings), np.flatnonzero(~given))
+        return rest, shifted, log_p
 
-    def embed(self, rows: Rows) -> tuple[Array, Array]:
-        """Binaries by their spread, as for independent columns."""
-        return IndependentColumns(self.schema).embed(rows)
+    def describe(self, params: Any) -> Description:
+        unknown = np.full(params.bias.shape, np.nan)
+        p = _mean_sigmoid(params.bias, (params.loadings**2).sum(axis=2))
+        levels = {j: np.stack([1 - p[:, j], p[:, j]], axis=1) for j in range(p.shape[1])}
+        return Description(unknown, unknown, levels, loadings=params.loadings)
 
     def rounding(self, params: Any) -> Array:
         """Sums over the columns, and what an iteration ended early leaves."""
@@ -313,10 +289,6 @@ class LogisticFactors:
         """Biases and loadings, less the rotation of the factors that changes nothing."""
         d, q = self.schema.n_features, self.n_factors
         return n_components * (d + max(d * q - q * (q - 1) // 2, 0))
-
-    def floored(self, params: Any) -> list[tuple[int, int]]:  # noqa: ARG002
-        """None: there are no variances."""
-        return []
 
 
 def _unpacked(triangle: Array, size: int) -> Array:
@@ -575,6 +547,46 @@ class LogisticWalk:
         covariances = np.stack([covariance for _, covariance in self.local])
         every = np.arange(len(component))
         return means[component, every], covariances[component, every]
+
+    def importance(self, n_samples: int, rng: np.random.Generator) -> tuple[Array, Array]:
+        family, params = self.kernel.family, self.kernel.params
+        n, d = self.half.shape
+        q = family.n_factors
+        half = self.half.astype(np.float64)
+        out = np.empty((2, len(self.local), n))
+        for k, (mean, _) in enumerate(self.local):
+            bias, loadings = params.bias[k], params.loadings[k]
+            # The curvature of the likelihood itself: the bound's makes too narrow a posterior.
+            p = expit(bias + mean @ loadings.T)
+            slope = p * (1 - p) if self.mask is None else p * (1 - p) * self.mask
+            precision = np.eye(q) + np.einsum(
+                "nd,di,dj->nij", slope, loadings, loadings, optimize=True
+            )
+
+            def log_likelihood(
+                rows: slice, t: Array, bias: Array = bias, loadings: Array = loadings
+            ) -> Array:
+                a = t @ loadings.T + bias
+                # log sigmoid((2 x - 1) a), but for a / 2 and its share of the rest.
+                each = log_expit(a) - 0.5 * a
+                if self.mask is None:
+                    rest = each.sum(axis=2)
+                else:
+                    rest = np.einsum("nsd,nd->ns", each, self.mask[rows])
+                return np.asarray(np.einsum("nsd,nd->ns", a, half[rows]) + rest)
+
+            out[:, k] = mean_weights(
+                log_likelihood,
+                lambda t: -0.5 * ((t**2).sum(axis=2) + q * LOG_2PI),
+                lambda number: rng.standard_normal((number, q)),
+                mean,
+                np.linalg.inv(precision),
+                n_samples,
+                d,
+                rng,
+            )
+        out += np.array([1, 2])[:, None, None] * self.kernel.log_weights[:, None]
+        return out[0], out[1]
 
     def complete(self, resp: Array, rng: np.random.Generator | None = None) -> Array:
         out = self.block.values.astype(np.float64)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 # Scoring ends when a step promises less than so many nats a row.
-TOLERANCE = 1e-11
+TOLERANCE = 1e-10
 MAX_STEPS = 200
 # The most a logarithm of noise may move in one step.
 LONGEST = 1.0

@@ -125,7 +125,7 @@ class NegativeBinomial(OneKind):
             if "shape" not in frozen:
                 s = (stats.sum_count + safe * shape) / (rate + shape)
                 c = level - np.log(s) + s / safe - 1.0
-                shape = np.where(known, _inverse_log_minus_psi(c), shape)
+                shape = np.where(known, inverse_log_minus_psi(c), shape)
             moved = max(
                 float(np.abs(new / old - 1.0).max(initial=0.0))
                 for new, old in zip((rate, shape), before, strict=True)
@@ -226,7 +226,7 @@ def _log_minus_psi(a: Array) -> Array:
     return np.asarray(np.where(a > STIRLING, series, np.log(a) - psi(a)))
 
 
-def _inverse_log_minus_psi(c: Array) -> Array:
+def inverse_log_minus_psi(c: Array) -> Array:
     """The shape `a` within its bounds at which `log a - psi(a)` is `c`.
 
     Since `1 / (2 a) < log a - psi(a) < 1 / a`, `1 / a` lies between c and 2 c, and Newton's method

@@ -29,11 +29,11 @@ from genstream.families.blocks import (
     Description,
     Family,
     Index,
+    Joinable,
     Kernel,
     Levelled,
     Linear,
     LinearBlock,
-    LinearWalk,
     Pivot,
     block_rows,
     slices,
@@ -462,7 +462,7 @@ class ProductWalk:
         joint = [
             b
             for b in self.order
-            if isinstance(self.walks[b], LinearWalk)
+            if isinstance(self.walks[b], Joinable)
             and getattr(kernel.kernels[b], "dtype", None) == kernel.dtype
         ]
         widths = np.cumsum([0] + [self.walks[b].width for b in joint])
