@@ -25,7 +25,8 @@ DATA := .data/.fetched
 POWER := .data/power/about.json
 
 # What `make bench` runs; each says at its top what it measures.
-BENCHMARKS ?= speed passes schedulers memory kills bad_inputs "stream flights" "stream power" \
+BENCHMARKS ?= matrix references speed gaps imputation fashion optima passes schedulers memory \
+	kills bad_inputs "stream flights" "stream power" \
 	update_kills races schedule
 
 # Test processes. Tests that need the Prefect server share one of them.

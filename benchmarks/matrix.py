@@ -137,7 +137,8 @@ CASES: dict[str, Case] = {
         faced("MixtureOfFactorAnalyzers", shared_noise=True),
     ),
     "binary factors": Case(
-        lambda **more: stories.latent_factors(BINARY, 2, **more), faced("LatentFactors")
+        lambda **more: stories.latent_factors(BINARY, 2, **more),
+        faced("LatentFactors", likelihood="binary", binarize=0.5),
     ),
     "count factors": Case(
         lambda **more: stories.latent_factors(COUNT, 2, **more),

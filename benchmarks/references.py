@@ -18,6 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import gammaln
 from sklearn.datasets import load_digits, load_iris
+from sklearn.decomposition import FactorAnalysis as Reference
 from sklearn.metrics import adjusted_rand_score
 
 from benchmarks.data import path
@@ -84,18 +85,26 @@ def labelled() -> list[Line]:
 
 
 def digits() -> list[Line]:
-    """Factor analysis of 8 x 8 digits: 1,200 rows fitted, 597 held out."""
+    """Factor analysis of 8 x 8 digits, 1,200 fitted and 597 held out, beside scikit-learn.
+
+    What is held out, and how a pixel that is always 0 counts, moves these values by many nats: the
+    published -88.50, -83.73 and -79.84 for q = 5, 10 and 20 do not say either. So the reference is
+    scikit-learn's converged fit of the same rows. Dark pixels are left out of both fits, and count
+    as under its noise floor of 1e-12, which makes the values comparable with those published.
+    """
     x = load_digits().data
-    train, test = x[:1200], x[1200:]
-    return [
-        Line(
-            f"digits, factor analysis, q={q}: held out",
-            FactorAnalysis(q, tol=1e-8, prior=None).fit(train).score(test),
-            reference,
-            2,
-        )
-        for q, reference in ((5, -88.50), (10, -83.73), (20, -79.84))
-    ]
+    order = np.random.RandomState(42).permutation(len(x))
+    train, test = x[order[597:]], x[order[:597]]
+    lit = train.std(axis=0) > 0
+    dark = -0.5 * np.log(2 * np.pi * 1e-12) * (~lit).sum()
+    lines = []
+    for q in (5, 10, 20):
+        peer = Reference(q, svd_method="lapack", tol=1e-8, max_iter=5000).fit(train[:, lit])
+        mine = FactorAnalysis(q, tol=1e-8, prior=None).fit(train[:, lit])
+        for where, rows in (("fitted", train[:, lit]), ("held out", test[:, lit])):
+            found, reference = mine.score(rows) + dark, peer.score(rows) + dark
+            lines.append(Line(f"digits, factor analysis, q={q}: {where}", found, reference, 1))
+    return lines
 
 
 def bikes() -> list[Line]:

@@ -288,9 +288,20 @@ class BlockSpec(Section):
     """Columns of a mixture that share a distribution of their own, given the component."""
 
     columns: list[Text] = Field(min_length=1)
-    family: Literal["full", "tied", "diag", "student", "multinomial", "independent"] = Field(
-        description="full or tied covariance; diag; student: heavy tails; multinomial: counts "
-        "given their total; independent: each by its kind."
+    family: Literal[
+        "full",
+        "tied",
+        "diag",
+        "spherical",
+        "student",
+        "negative_binomial",
+        "zero_inflated",
+        "multinomial",
+        "independent",
+    ] = Field(
+        description="full, tied, diag or spherical covariance; student: heavy tails; "
+        "negative_binomial or zero_inflated counts; multinomial: counts given their total; "
+        "independent: each by its kind."
     )
 
 

@@ -10,9 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import oracles
 from numpy.typing import NDArray
 from scipy import special
 
+from genstream.incremental import IncrementalEM
+from genstream.learn import ROUNDING, BatchEM, Learner, Outcome, fit
+from genstream.online import OnlineEM
+from genstream.passes import Passes
+from genstream.responsibility import Sampled, Truncated
+from genstream.sources import NumpySource
+from genstream.start import warm_start
 from genstream.story import Params, Story
 
 Array = NDArray[Any]
@@ -61,3 +69,29 @@ def product_grid(lines: list[Array], log_weights: list[Array]) -> tuple[Array, A
     for line in log_weights:
         total = np.add.outer(total, line - special.logsumexp(line))
     return points, np.ravel(total)
+
+
+# Every way of learning, and whether its trace climbs.
+LEARNERS: tuple[tuple[Learner, bool], ...] = (
+    (BatchEM(8, 0.0, accelerate=True), True),
+    (BatchEM(5, 0.0, responsibility=Truncated(1)), True),
+    (BatchEM(5, 0.0, responsibility=Sampled(5)), False),
+    (IncrementalEM(3, 0.0, tasks=3, group=1), True),
+    (OnlineEM(batch_rows=40, buffer_chunks=2), False),
+)
+
+
+def learns_every_way(story: Story, values: Array, weights: Array) -> None:
+    """Every learner ends with finite parameters, and those that climb never fall; in threads they
+    come to the same bits.
+    """
+    source = NumpySource(values, story.schema, weights, 40)
+    begun, state = warm_start(story, Passes(source), n_init=1, short_steps=1, long_steps=1)
+    for learner, climbs in LEARNERS:
+        ends = [fit(begun, learner, Passes(source, workers=n), state) for n in (1, 2)]
+        assert oracles.identical(ends[0].params, ends[1].params)
+        assert oracles.finite(ends[0].params)
+        assert ends[0].outcome in (Outcome.MAX_STEPS, Outcome.CONVERGED)
+        trace = np.array([info.mean_objective for info in ends[0].trace])
+        slack = ROUNDING[story.dtype] * (1 + abs(trace[-1]))
+        assert not climbs or ends[0].events or np.diff(trace).min() >= -slack

@@ -73,6 +73,37 @@ def loads_what_blocks_hold(story: Story, params: Params, values: Array) -> None:
     assert oracles.distance(other.close(), expected) < 1e-11
 
 
+def loads_more_than_a_block_holds(story: Story, params: Params, values: Array) -> None:
+    """As many rows as another family says, many more than its own blocks have."""
+    rows = Rows.of(np.tile(values, (1 + 6000 // len(values), 1)))
+    walk = story.family.prepare(params.family, np.log(params.weights)).walk(rows)
+    walk.load(np.arange(len(values)))
+    few = walk.score().copy()
+    walk.load(np.arange(rows.n_rows))
+    np.testing.assert_allclose(walk.score(), np.tile(few, rows.n_rows // len(values)), rtol=1e-10)
+
+
+def mends(story: Story, params: Params, values: Array) -> None:
+    """Extrapolated statistics are mended into some from which an M-step makes sound parameters,
+    and those of rows are left as they are.
+    """
+    rng = np.random.default_rng(8)
+    rows = Rows.of(values)
+    known = story.e_step(params, rows)
+    same = story.family.possible(known.family, known.family)
+    assert same is not None
+    assert oracles.distance(same, known.family) < 1e-9
+    for _ in range(20):
+        resp = rng.dirichlet(np.full(story.n_components, 0.3), len(values))
+        other = story.e_step(params, rows, resp)
+        far = known.scale(2.5).merge(other.scale(-1.5))
+        mended = story.family.possible(far.family, known.family)
+        if mended is not None:
+            found, _ = story.family.maximise(mended, params.family)
+            assert oracles.finite(found)
+            assert np.isfinite(story.log_prob(replace(params, family=found), rows)).all()
+
+
 def never_falls(
     story: Story,
     params: Params,

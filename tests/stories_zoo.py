@@ -34,6 +34,16 @@ def of_oracles(kind: str, rng: np.random.Generator) -> tuple[Story, Params]:
     return story, oracles.random_params(story, rng, apart=2.5)
 
 
+def of_tails(rng: np.random.Generator) -> tuple[Story, Params]:
+    """Three t distributions, from nearly Cauchy to nearly Gaussian."""
+    story = mixture(Schema.real(3), K, tails="student")
+    normal = oracles.random_params(oracles.make_story("full", K), rng, apart=2.5)
+    family: Any = normal.family
+    kind: Any = story.family.params_type
+    dof = np.array([2.0, 8.0, 50.0])
+    return story, Params(normal.weights, kind(family.mean, family.covariance, dof))
+
+
 def of_heaps(make: Callable[[], Story], rng: np.random.Generator) -> tuple[Story, Params]:
     """A story with the parameters that a start finds in heaps of rows of the right kinds."""
     story = make()
@@ -54,7 +64,6 @@ def of_heaps(make: Callable[[], Story], rng: np.random.Generator) -> tuple[Story
 
 COUNTS = Schema(tuple(Column(f"n{j}", "count") for j in range(4)))
 MADE: dict[str, Callable[[], Story]] = {
-    "student": lambda: mixture(Schema.real(2), K, tails="student"),
     "counts": lambda: mixture(COUNTS, K, counts={"n0": "negative_binomial", "n1": "zero_inflated"}),
     "blocks": lambda: mixture(oracles.MIXED, K, blocks=[Block(("delay", "distance"), "full")]),
     "factors": lambda: factors(Schema.real(4), 1),
@@ -62,6 +71,7 @@ MADE: dict[str, Callable[[], Story]] = {
 }
 ZOO: dict[str, Maker] = {
     **{kind: partial(of_oracles, kind) for kind in oracles.STORIES},
+    "student": of_tails,
     **{kind: partial(of_heaps, make) for kind, make in MADE.items()},
 }
 

@@ -9,6 +9,7 @@ import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 from scipy.stats import multivariate_t
 from sklearn.base import clone
 from sklearn.cluster import KMeans as Reference
@@ -17,6 +18,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from genstream.errors import ConfigError
 from genstream.estimators import GaussianMixture, KMeans, Mixture, StudentMixture, face
+from genstream.schema import Column, Schema
 from genstream.stories import Block
 
 
@@ -227,3 +229,25 @@ def test_blocks_counts_and_tails_of_a_mixture() -> None:
         np.testing.assert_allclose(total, model.score_samples(row), rtol=1e-8)
         assert rest.counts == model.counts
     assert [list(b.columns) for b in block.condition({"a": 5.0}).blocks] == [["b"]]
+
+
+def test_sparse_rows_of_words() -> None:
+    rng = np.random.default_rng(0)
+    topic = rng.integers(2, size=300)
+    rate = np.array([[0.6] * 10 + [0.05] * 10, [0.05] * 10 + [0.6] * 10])
+    X = rng.poisson(rate[topic]).astype(float)
+    schema = Schema(tuple(Column(f"word{j}", "count") for j in range(20)))
+    model = Mixture(
+        2, columns=schema, blocks=[Block(schema.names, "multinomial")], random_state=0, n_init=2
+    )
+    dense = clone(model).fit(X)
+    for form in ("csr", "csc", "coo"):
+        rows = sparse.csr_array(X).asformat(form)
+        model.fit(rows)
+        np.testing.assert_allclose(model.score_samples(rows), dense.score_samples(X), rtol=1e-9)
+        found = model.predict(rows)
+        assert abs((found == topic).mean() - 0.5) > 0.4
+        assert (model.impute(rows) != rows).nnz == 0
+    model.partial_fit(rows)
+    with pytest.raises(TypeError, match="Sparse"):
+        GaussianMixture(2).fit(rows)

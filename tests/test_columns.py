@@ -322,6 +322,8 @@ class TestLaws:
     @pytest.mark.parametrize("gaps", [0.0, 0.4])
     def test_loads_what_blocks_hold(self, kind: str, gaps: float) -> None:
         laws.loads_what_blocks_hold(*told(kind, gaps=gaps))
+        laws.loads_more_than_a_block_holds(*told(kind, gaps=gaps))
+        laws.mends(*told(kind, gaps=gaps))
 
     @pytest.mark.parametrize("prior", ["weak", None])
     def test_never_falls(self, kind: str, prior: str | None) -> None:

@@ -21,6 +21,7 @@ from genstream.families.negative_binomial import (
     NegativeBinomialParams,
     _log_minus_psi,
     _log_rising,
+    _psi_rising,
     inverse_log_minus_psi,
 )
 from genstream.families.product import Part, Product
@@ -124,6 +125,9 @@ class TestBoth:
     def test_stored_and_loaded(self, kind: str, gaps: float) -> None:
         laws.stored_and_read(*told(kind, gaps=gaps))
         laws.loads_what_blocks_hold(*told(kind, gaps=gaps))
+        laws.loads_more_than_a_block_holds(*told(kind, gaps=gaps))
+        laws.mends(*told(kind, gaps=gaps))
+        laws.mends(*told(kind, gaps=gaps, prior=None))
 
     @pytest.mark.parametrize("prior", ["weak", None])
     def test_never_falls(self, kind: str, prior: str | None) -> None:
@@ -240,12 +244,13 @@ class TestNegativeBinomial:
             assert c == pytest.approx(expected, rel=1e-11)
             assert inverse_log_minus_psi(np.array([c]))[0] == pytest.approx(a, rel=1e-10)
         np.testing.assert_array_equal(inverse_log_minus_psi(np.array([-1.0, 1e9])), SHAPES[::-1])
-        for a in (0.01, 3.0, 150.0, 1e6):
-            for x in (0.0, 1.0, 40.0, 1e4):
-                exact = float(sum(np.log1p(i / a) for i in range(int(x))))
-                assert _log_rising(np.array(a), np.array(x)) == pytest.approx(
-                    exact, rel=1e-10, abs=1e-10
-                )
+        shapes = np.array([0.01, 3.0, 150.0, 1e6])
+        for x in (np.arange(41.0), np.array([0.0, 1.0, 40.0, 1e4])):
+            found, psi = _log_rising(shapes, x), _psi_rising(shapes, x)
+            for k, a in enumerate(shapes):
+                exact = [np.log1p(np.arange(n) / a).sum() for n in x]
+                np.testing.assert_allclose(found[k], exact, rtol=1e-10, atol=1e-10)
+                np.testing.assert_allclose(psi[k], special.psi(a + x), rtol=1e-12)
 
     def test_a_large_shape_is_poisson(self) -> None:
         story = make("negative_binomial", 1, 1)

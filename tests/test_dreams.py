@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import dask
@@ -154,3 +155,25 @@ def test_values_that_cannot_be_are_named_where_they_are() -> None:
     source = DaskSource(da.from_array(X, chunks=(300, 3)), story.schema)
     with pytest.raises(DataError, match="row 500, column 'b' is infinite"):
         impute_source(story, params, source).compute()
+
+
+@pytest.mark.parametrize("what", ["drawn", "filled"])
+def test_memory_is_that_of_a_few_chunks(what: str, tmp_path: Path) -> None:
+    story, params = two_groups()
+
+    def peak(n_rows: int) -> int:
+        drawn = draw_array(story, params, n_rows, chunk_rows=5_000)["values"].data
+        lazy = drawn
+        if what == "filled":
+            gappy = da.where(drawn > 5, np.nan, drawn)
+            lazy = impute_source(story, params, DaskSource(gappy, story.schema))
+        with dask.config.set(scheduler="synchronous"):
+            tracemalloc.start()
+            lazy.to_zarr(tmp_path / f"{n_rows}.zarr")
+            found = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert zarr.open_array(tmp_path / f"{n_rows}.zarr").shape == (n_rows, 3)
+        return found
+
+    peak(5_000)  # Imports are made once.
+    assert peak(120_000) < 1.5 * peak(25_000)

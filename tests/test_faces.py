@@ -21,7 +21,18 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from genstream.errors import ConfigError, DataError
-from genstream.estimators import GaussianMixture, KMeans, Mixture, face
+from genstream.estimators import (
+    PPCA,
+    FactorAnalysis,
+    GaussianMixture,
+    KMeans,
+    LatentFactors,
+    Mixture,
+    MixtureOfFactorAnalyzers,
+    MixtureOfPPCA,
+    StudentMixture,
+    face,
+)
 from genstream.rows import Rows
 
 NAMES = ["length", "width", "mass"]
@@ -413,3 +424,47 @@ def test_what_is_frozen_stays(rows: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_wrong_starts_are_named(start: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GaussianMixture(2, start=start).fit(two_groups(100)[0])
+
+
+# --- rows that arrive, and labels ----------------------------------------------------------------
+
+
+def test_every_face_learns_rows_that_arrive() -> None:
+    X = two_groups(1_200)[0]
+    for model in (
+        StudentMixture(2, random_state=0),
+        KMeans(2, random_state=0),
+        PPCA(1),
+        FactorAnalysis(1),
+        MixtureOfPPCA(2, 1, random_state=0),
+        MixtureOfFactorAnalyzers(2, 1, random_state=0),
+    ):
+        whole = clone(model).fit(X)
+        for n in range(0, 1_200, 300):
+            model.partial_fit(X[n : n + 300])
+        assert model.n_iter_ == 4
+        assert model.score(X) > whole.score(X) - 0.05 * abs(whole.score(X))
+    counts = np.random.default_rng(0).poisson(3.0, (400, 3))
+    model = LatentFactors(1, random_state=0).partial_fit(counts[:200]).partial_fit(counts[200:])
+    assert np.isfinite(model.score(counts))
+    with pytest.raises(ConfigError, match="partial_fit goes on with the same model"):
+        model.set_params(n_components=2).partial_fit(counts)
+
+
+def test_a_conditioned_model_learns_on() -> None:
+    X = two_groups()[0]
+    rest = fitted().condition({1: 0.0})
+    before = rest.score(X[:, [0, 2]])
+    for _ in range(5):
+        rest.partial_fit(X[:, [0, 2]])
+    assert rest.score(X[:, [0, 2]]) > before
+
+
+def test_answers_about_xarray_say_which_component() -> None:
+    rows = xarray.DataArray(two_groups(50)[0], dims=("row", "feature"))
+    model = fitted()
+    shares = model.predict_proba(rows)
+    assert shares["component"].values.tolist() == [0, 1]
+    clusters = KMeans(2, random_state=0).fit(rows)
+    assert clusters.transform(rows)["component"].values.tolist() == [0, 1]
+    assert clusters.labels_.dims == ("row",)

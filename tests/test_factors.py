@@ -19,6 +19,7 @@ from genstream.families.factors import FLOOR, Factors
 from genstream.families.gaussian import FullParams
 from genstream.families.low_rank import NoisePrior, best_loadings, diagonal_noise, spherical_noise
 from genstream.families.rotation import varimax
+from genstream.incremental import IncrementalEM
 from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
 from genstream.passes import Passes
 from genstream.rows import Rows
@@ -328,6 +329,16 @@ class TestMaximum:
                     there = replace(at, family=replace(at.family, **{name: leaf}))
                     ends.append(objective(story, there, values))
                 assert abs(ends[0] - ends[1]) / 2e-4 < 0.02, (name, i)
+
+    @pytest.mark.parametrize("route", ROUTES)
+    def test_the_bound_of_incremental_em_never_falls(self, route: str) -> None:
+        story, _, values = drawn(600, k=2, gaps=0.2, statistics=route)
+        passes = Passes(NumpySource(values, chunk_rows=100))
+        learner = IncrementalEM(max_passes=4, tolerance=0.0, tasks=6, group=2)
+        state = fit(story, learner, passes, FitState(random_params(story, seed=7, apart=2.0)))
+        gains = np.diff([info.mean_objective for info in state.trace])
+        assert len(gains) > 6
+        assert gains.min() > -1e-9
 
     @pytest.mark.parametrize("noise, shared", NOISES)
     @pytest.mark.parametrize("prior", ["weak", None])

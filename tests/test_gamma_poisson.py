@@ -10,7 +10,7 @@ import laws
 import numpy as np
 import oracles
 import pytest
-from latent_laws import Model, product_grid
+from latent_laws import Model, learns_every_way, product_grid
 from scipy import sparse, special, stats
 
 from genstream.evaluate import importance_log_prob
@@ -22,7 +22,7 @@ from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
 from genstream.start import warm_start
-from genstream.stories import latent_factors
+from genstream.stories import latent_factors, mixture
 from genstream.story import Params, Story
 
 Array = np.ndarray[Any, Any]
@@ -191,7 +191,7 @@ class TestLearning:
     @pytest.mark.parametrize("prior", ["weak", None])
     @pytest.mark.parametrize("k", [1, 2])
     def test_never_falls(self, k: int, prior: str | None) -> None:
-        story, params, values = drawn(150, d=5, k=k, gaps=0.25, prior=prior)
+        story, params, values = drawn(80, d=5, k=k, gaps=0.25, prior=prior)
         values[4] = np.nan
         weights = np.random.default_rng(5).uniform(0, 2, len(values))
         laws.never_falls(story, params, values, weights, steps=80)
@@ -210,6 +210,10 @@ class TestLearning:
         story, params, values = drawn(120, d=4, k=2, gaps=0.2, prior=prior)
         found = laws.maximises(story, params, story.e_step(params, Rows.of(values)), move, frozen)
         assert (found.family.shape >= LEAST_SHAPE).all()
+
+    def test_every_learner(self) -> None:
+        story, _, values = drawn(120, k=2, gaps=0.25)
+        learns_every_way(story, values, np.random.default_rng(9).uniform(0, 2, 120))
 
     def test_chunks_add_up(self) -> None:
         story, params, values = drawn(700, k=2, gaps=0.2)
@@ -361,3 +365,40 @@ class TestWhatItSays:
         pooled = story.family.mean(params.family).mean(axis=0)
         np.testing.assert_allclose(mean[seen], 0.5 * (values[0] + pooled)[seen])
         np.testing.assert_array_equal(moved.family.loadings[0], params.family.loadings[0])
+
+
+def bike_days() -> Array:
+    """(3267, 24) hourly counts of whole days, from lines of date, time and count."""
+    days: dict[str, dict[str, float]] = {}
+    with BIKES.open() as file:
+        next(file)
+        for line in file:
+            day, time, count = line.split(",")[:3]
+            days.setdefault(day, {})[time[11:13]] = float(count)
+    return np.array([[day[h] for h in sorted(day)] for day in days.values() if len(day) == 24])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BIKES.exists(), reason="the bike counts are not here: run `make data`")
+def test_bike_counts_are_explained_better_than_by_as_large_a_mixture() -> None:
+    """Held-out days, in nats a day."""
+    x = bike_days()
+    assert len(x) == 3267
+    order = np.random.default_rng(42).permutation(len(x))
+    test, train = x[order[:667]], x[order[667:]]
+    story, state = warm_start(make(24, 4), Passes(NumpySource(train, columns(24))), n_init=1)
+    state = fit(
+        story,
+        BatchEM(60, 1e-2, accelerate=True),
+        Resident(Rows.of(train)),
+        FitState(state.params),
+    )
+    rng = np.random.default_rng(0)
+    found = importance_log_prob(story, state.params, Rows.of(test), 500, rng)
+    bound = story.log_prob(state.params, Rows.of(test))
+    other, start = warm_start(mixture(columns(24), 4), Passes(NumpySource(train, columns(24))))
+    peer = other.log_prob(start.params, Rows.of(test)).mean()
+    print(f"bound {bound.mean():.1f}, importance {found.log_prob.mean():.1f}, mixture {peer:.1f}")
+    assert other.n_parameters >= story.n_parameters - 1
+    assert found.log_prob.mean() > bound.mean()
+    assert found.log_prob.mean() > peer + 300

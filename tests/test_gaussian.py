@@ -93,7 +93,8 @@ GAPS = {
 class TestGaps:
     @pytest.fixture(autouse=True)
     def few_rows_are_frequent(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(gaussian_walk, "FREQUENT", FREQUENT)
+        # Of three components.
+        monkeypatch.setattr(gaussian_walk, "FREQUENT", 3 * FREQUENT)
 
     @pytest.mark.parametrize("gaps", GAPS)
     def test_densities_are_those_of_the_marginals(self, kind: str, gaps: str) -> None:

@@ -124,7 +124,8 @@ class TestAllPatterns:
         )
         for index in walk.blocks():
             score, constant = walk.score(), walk.constant
-            for x, score_, constant_ in zip(values[index], score.T, constant.T, strict=True):
+            some = list(zip(values[index], score.T, constant.T, strict=True))[::4]
+            for x, score_, constant_ in some:
                 o = ~np.isnan(x)
                 assert walk.n_observed == o.sum()
                 for k in range(K):
@@ -304,9 +305,13 @@ class TestInverses:
         np.testing.assert_allclose(np.moveaxis(found, 2, 0), np.linalg.inv(matrices), rtol=1e-9)
         np.testing.assert_allclose(log_det, np.linalg.slogdet(matrices)[1], rtol=1e-11)
 
-    def test_determinants_beyond_the_range_of_numbers(self) -> None:
-        matrices = 1e-12 * np.eye(40)[..., None]
-        assert lane_inverse(matrices)[1][0] == pytest.approx(40 * np.log(1e-12))
+    @pytest.mark.parametrize("dtype", ["float64", "float32"])
+    @pytest.mark.parametrize("variance", [1e-12, 1e12])
+    def test_determinants_beyond_the_range_of_numbers(self, variance: float, dtype: str) -> None:
+        matrices = variance * np.eye(40, dtype=dtype).reshape(1, -1)
+        cells = np.arange(1600).reshape(40, 40, 1)
+        log_det = factor_lanes(matrices, cells, np.empty((1, 40, 40, 1), dtype))
+        assert log_det[0, 0] == pytest.approx(40 * np.log(variance))
 
     def test_a_variance_lost_to_rounding_stays_positive(self) -> None:
         """An exactly singular matrix: its inverse is large, but finite and semidefinite."""

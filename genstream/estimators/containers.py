@@ -97,42 +97,52 @@ class FilledColumns:
 
 @dataclass(frozen=True, eq=False)
 class FilledTable:
-    """Fills the gaps of a table in memory: what was there stays, and so do types and row labels.
+    """Fills the gaps of a table in memory: see `fill_table`.
 
-    `table` is the same rows as Arrow's, `gaps` (n, d) where the model's columns are missing, and
-    `places` the position of each of the model's columns in the table. Columns the model does not
-    know are left as they are. Tables of other packages than pandas become Arrow's.
+    `source` holds the rows of the model's columns, which `names` tells; None stands for all columns
+    of the table, in their order.
     """
 
     X: Any
-    table: Any
-    gaps: NDArray[np.bool_]
-    places: Sequence[int]
+    source: NumpySource
+    names: Sequence[str] | None = None
 
     def __call__(self, filled: Array, schema: Schema) -> Any:
-        pandas = type(self.X).__module__.partition(".")[0] == "pandas"
-        out = self.X.copy() if pandas else self.table
-        for j, (i, column) in enumerate(zip(self.places, schema.columns, strict=True)):
-            gaps = self.gaps[:, j]
-            if not gaps.any():
-                continue
-            kind = self.table.schema.field(i).type
-            plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-            fresh = decoded(column, filled[:, j], plain)
-            if pa.types.is_null(plain):
-                plain = fresh.type
-            before = self.table.column(i).combine_chunks().cast(plain)
-            whole = pc.if_else(pa.array(gaps), fresh.cast(plain), before)
-            if pandas:
-                series = whole.to_pandas()
-                series.index = self.X.index
-                out.isetitem(i, series.astype(self.X.dtypes.iloc[i]))
-            else:
-                whole = whole.dictionary_encode() if pa.types.is_dictionary(kind) else whole
-                out = out.set_column(i, out.schema.names[i], whole)
-        if isinstance(self.X, pa.RecordBatch):
-            return out.combine_chunks().to_batches()[0]
-        return out
+        names = as_table(self.X).schema.names if self.names is None else self.names
+        return fill_table(self.X, np.isnan(self.source.array), names, filled, schema)
+
+
+def fill_table(
+    X: Any, gaps: NDArray[np.bool_], names: Sequence[str], filled: Array, schema: Schema
+) -> Any:
+    """A table with its gaps filled: what was there stays, and so do types and row labels.
+
+    `names` are those of the model's columns in the table, `gaps` (n, d) where these are missing,
+    and `filled` (n, d) their rows in codes. Columns the model does not know are left as they are.
+    Tables of other packages than pandas become Arrow's.
+    """
+    pandas = type(X).__module__.partition(".")[0] == "pandas"
+    table = as_table(X)
+    out = X.copy() if pandas else table
+    for j, (name, column) in enumerate(zip(names, schema.columns, strict=True)):
+        if not gaps[:, j].any():
+            continue
+        i = table.schema.names.index(name)
+        kind = table.schema.field(i).type
+        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+        fresh = decoded(column, filled[:, j], plain)
+        if pa.types.is_null(plain):
+            plain = fresh.type
+        before = table.column(i).combine_chunks().cast(plain)
+        whole = pc.if_else(pa.array(gaps[:, j]), fresh.cast(plain), before)
+        if pandas:
+            series = whole.to_pandas()
+            series.index = X.index
+            out.isetitem(i, series.astype(X.dtypes.iloc[i]))
+        else:
+            whole = whole.dictionary_encode() if pa.types.is_dictionary(kind) else whole
+            out = out.set_column(i, name, whole)
+    return out.combine_chunks().to_batches()[0] if isinstance(X, pa.RecordBatch) else out
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,13 +189,11 @@ class FilledFile:
             raise ConfigError(
                 "a table in a file is filled as a dask DataFrame, which needs pandas: install it"
             ) from None
+        from dask.delayed import delayed
 
         form = Form(encoded=True, package="pandas")
         meta = form.decode(schema, np.zeros((1, schema.n_features))).iloc[:0]
-        parts = [block[0] for block in filled.to_delayed()]
-        from dask.delayed import delayed
-
-        tables = [delayed(form.decode)(schema, part) for part in parts]
+        tables = [delayed(form.decode)(schema, block[0]) for block in filled.to_delayed()]
         return dd.from_delayed(tables, meta=meta, verify_meta=False)
 
 
@@ -202,13 +210,12 @@ class FilledPartitions:
 
         def put(table: Any, block: Array) -> Any:
             gaps = table[list(self.names)].isna().to_numpy()
-            places = [list(table.columns).index(name) for name in self.names]
-            arrow = pa.Table.from_pandas(table, preserve_index=False)
-            return FilledTable(table, arrow, gaps, places)(block, schema)
+            return fill_table(table, gaps, self.names, block, schema)
 
         parts = zip(self.X.to_delayed(), (block[0] for block in filled.to_delayed()), strict=True)
         tables = [delayed(put)(table, block) for table, block in parts]
-        return dd.from_delayed(tables, meta=self.X._meta, divisions=self.X.divisions)
+        divisions = self.X.divisions if self.X.known_divisions else None
+        return dd.from_delayed(tables, meta=self.X._meta, divisions=divisions)
 
 
 def refilled(X: Any, source: Source) -> Callable[[Any, Schema], Any]:
@@ -218,27 +225,20 @@ def refilled(X: Any, source: Source) -> Callable[[Any, Schema], Any]:
     return FilledFile() if isinstance(source, TableSource) else unchanged
 
 
-def table_refilled(
-    X: Any, table: Any, source: NumpySource, names: Sequence[str] | None
-) -> FilledTable:
-    """How the filled rows of a table in memory take its form; `names` of None are its columns in
-    their order.
-    """
-    every = table.schema.names
-    places = range(len(every)) if names is None else [every.index(name) for name in names]
-    return FilledTable(X, table, np.isnan(source.array), places)
+def is_table(X: Any) -> bool:
+    """Whether X is a table in memory."""
+    pandas = type(X).__module__.partition(".")[0] == "pandas"
+    return hasattr(X, "columns") and (pandas or hasattr(X, "__arrow_c_stream__"))
 
 
 def as_table(X: Any) -> Any:
-    """A table in memory as Arrow's, or None for anything else."""
+    """A table in memory as Arrow's."""
     try:
-        if type(X).__module__.partition(".")[0] == "pandas" and hasattr(X, "columns"):
+        if type(X).__module__.partition(".")[0] == "pandas":
             return pa.Table.from_pandas(X, preserve_index=False)
-        if hasattr(X, "__arrow_c_stream__") and hasattr(X, "columns"):
-            return pa.table(X)
+        return pa.table(X)
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise DataError(f"X: {error}") from None
-    return None
 
 
 def columns_of(X: Any, names: Sequence[str]) -> Any:

@@ -465,7 +465,8 @@ class Mixture(Mixed):
         What the columns are: a `Schema`, or a mapping from name to kind (`real`, `binary`, `count`,
         `categorical`) or `Column`; in the order of an array's columns, whereas of a table only
         those named are used. None takes all columns of a table by their types (numbers are real,
-        truth values binary, labels categorical) and all columns of an array as real.
+        truth values binary, labels categorical) and all columns of an array as real. A scipy array
+        of sparse rows, such as counts of words, needs a `Schema`.
     covariance
         What the real columns have: `full`, `tied`, `diag` or `spherical`; None for `full` where all
         columns are real and `diag` elsewhere.
@@ -545,6 +546,10 @@ state_, trace_, outcome_, warnings_
         self.workers = workers
 
     takes_labels = True
+
+    @property
+    def _takes_sparse(self) -> bool:
+        return isinstance(self.columns, Schema)
 
     def _make_story(self, schema: Schema) -> Story:
         return mixture(

@@ -178,12 +178,12 @@ class Gaussian:
 
     def vague(self, n_components: int) -> Record:
         pivot = self._pivot
-        return self._params(
+        return self.unpivoted(
             np.zeros((n_components, self.n_features)),
             np.broadcast_to(np.eye(self.n_features), (n_components, *pivot.scale.shape * 2)),
         )
 
-    def _params(self, mean: Array, covariance: Array) -> Record:
+    def unpivoted(self, mean: Array, covariance: Array) -> Record:
         """Parameters in data units from pivot coordinates; (K, d, d) or (d, d) covariances."""
         pivot = self._pivot
         wide = covariance * np.outer(pivot.scale, pivot.scale)
@@ -263,7 +263,7 @@ class Gaussian:
                 np.reshape(np.diagonal(stats.sum_wxx, axis1=-2, axis2=-1), (-1, d)) / count[..., 0]
             )
             covariance, thin = self.regular(covariance, raw)
-        params = self._params(mean, covariance)
+        params = self.unpivoted(mean, covariance)
         # Frozen leaves stay to the bit.
         params = replace(params, **{name: getattr(previous, name) for name in frozen})
         faulty = unseen if self.prior is None else np.zeros_like(unseen)
@@ -382,7 +382,7 @@ class Gaussian:
         if not self.tied:
             share = len(mean) ** (2.0 / self.n_features)
             covariance[component] = np.eye(self.n_features) / share
-        return self._params(mean, covariance)
+        return self.unpivoted(mean, covariance)
 
     def draw(
         self, params: Any, component: Array, rng: np.random.Generator
@@ -417,7 +417,7 @@ class Gaussian:
         seen, missing = np.flatnonzero(given), np.flatnonzero(~given)
         conditional = self.conditional(params, x, seen, missing)
         family = self._narrowed(missing)
-        narrowed = family._params(conditional.mean, conditional.covariance)
+        narrowed = family.unpivoted(conditional.mean, conditional.covariance)
         log_p = conditional.log_det + conditional.distance + len(seen) * LOG_2PI
         return family, narrowed, -0.5 * log_p - np.log(self._pivot.scale[seen]).sum()
 

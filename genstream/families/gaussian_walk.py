@@ -16,6 +16,8 @@ distance 0 (`constant`), from which a score gives the distance, the number of en
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Protocol
@@ -29,8 +31,9 @@ from genstream.families.patterns import Patterns
 from genstream.rows import Rows
 from genstream.stats import Monoid
 
-# Patterns with fewer rows than this in a chunk are worked on in lanes.
-FREQUENT = 512
+# Patterns with fewer scores (rows times components) than this in a chunk are worked on in lanes:
+# what a pattern costs once is then more than lanes cost beyond matrix products.
+FREQUENT = 4096
 
 
 class GaussianKernel:
@@ -232,6 +235,9 @@ class GaussianWalk:
     """A walk over one chunk, pattern by pattern."""
 
     def __init__(self, kernel: GaussianKernel, rows: Rows) -> None:
+        # A mask that says nothing does not show, not even in the last bit.
+        if rows.observed is not None and rows.observed.all():
+            rows = Rows(rows.values, None, rows.weights)
         self.kernel, self.rows = kernel, rows
         k, d = kernel.n_components, kernel.n_features
         self.width = d * (d + 1) // 2 + d + 1
@@ -246,15 +252,15 @@ class GaussianWalk:
         self.index: Index = slice(0)
         self._works: dict[int, _PatternBlock | _TiedBlock] = {}
         self._room = _Room(self, 0)
+        # What blocks refer back to: else a chunk would outlive its use until the garbage collector
+        # comes round.
+        self._weak: Any = weakref.proxy(self)
 
     def blocks(self) -> Iterator[Index]:
         if self.rows.observed is None:
             yield from self._dense(self.kernel.complete, None)
         else:
             yield from self._by_pattern()
-        # The block refers back to the walk: without this a chunk would outlive its use until the
-        # garbage collector comes round.
-        self.block = None
 
     @cached_property
     def lanes(self) -> Lanes:
@@ -269,7 +275,7 @@ class GaussianWalk:
     @cached_property
     def frequent(self) -> NDArray[np.bool_]:
         """(p,) which patterns have enough rows for matrix products of their own."""
-        return self.patterns.frequent(FREQUENT)
+        return self.patterns.frequent(math.ceil(FREQUENT / self.kernel.n_components))
 
     def _by_pattern(self) -> Iterator[Index]:
         """Blocks of one pattern after another, then those of all rare patterns."""
@@ -292,8 +298,8 @@ class GaussianWalk:
 
     def _work(self, marginal: Marginal) -> _PatternBlock | _TiedBlock:
         if marginal.n_observed == self.kernel.n_features and self.kernel.tied:
-            return _TiedBlock(self)
-        return _PatternBlock(self, marginal)
+            return _TiedBlock(self._weak)
+        return _PatternBlock(self._weak, marginal)
 
     def _dense(self, marginal: Marginal, index: Array | None) -> Iterator[Index]:
         """Blocks of rows that share one pattern: two matrix products each."""
@@ -319,7 +325,7 @@ class GaussianWalk:
     def _lane_block(self, of_row: Array) -> LaneBlock:
         """A block of rows whose patterns (n,) observe equally many columns."""
         present, own = np.unique(of_row, return_inverse=True)
-        return LaneBlock(self.lanes, self, self.patterns.observed[present], own)
+        return LaneBlock(self.lanes, self._weak, self.patterns.observed[present], own)
 
     def load(self, index: Index) -> None:
         values = self.rows.values[index]

@@ -40,7 +40,7 @@ LANE_NUMBERS = 1 << 21
 SCRATCH_NUMBERS = 1 << 18
 # Bytes to a multiple of which arrays begin.
 ALIGNED = 64
-# Pivots whose product stays within the range of numbers.
+# Pivots whose product stays within the range of float64.
 RUN = 8
 
 
@@ -389,7 +389,7 @@ def factor_lanes(matrices: Array, cells: Array, out: Array) -> Array:
         np.divide(column[:, 1:], pivot[:, None], out=out[:, j + 1 :, j])
     log_det = np.zeros((len(matrices), n_patterns))
     for start in range(0, size, RUN):
-        log_det += np.log(pivots[:, start : start + RUN].prod(axis=1))
+        log_det += np.log(pivots[:, start : start + RUN].prod(axis=1, dtype=np.float64))
     return log_det
 
 

@@ -20,6 +20,8 @@ average of x, and EM has only the shape left to find.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -111,45 +113,40 @@ class NegativeBinomial(OneKind):
         its shape, and without a prior its rate.
         """
         prior = self.prior
-        rows = prior.rows if prior is not None else 0.0
         n = stats.sum_w
         tiny = UNSEEN * float(n.sum(axis=0).max())
-        known = n > tiny
-        safe = np.where(known, n, 1.0)
-        rate, shape = np.maximum(previous.rate, TINY), previous.shape
+        rows, pseudo = 0.0, np.zeros_like(n)
+        if prior is not None:
+            rows, pseudo = prior.rows, prior.rows * np.broadcast_to(prior.rate, n.shape)
+        safe = np.where(n > tiny, n, 1.0)
         level = np.log(np.maximum(stats.sum_rate, TINY)) - stats.sum_log / safe
+        rate, shape = np.maximum(previous.rate, TINY).ravel(), previous.shape.ravel().copy()
+        known, safe, level, pseudo, count = (
+            v.ravel() for v in (n > tiny, safe, level, pseudo, stats.sum_count)
+        )
+        at = np.arange(len(rate))
+        # Few sweeps do, but where the prior outweighs the rows.
         for _ in range(50):
-            before = rate, shape
+            m, a = rate[at], shape[at]
+            weight = np.where(known[at], safe[at], 0.0)
             if "rate" not in frozen:
-                rate = self._rate(stats, shape, rows, known, rate)
+                free = known[at] if prior is None else np.ones(len(at), dtype=bool)
+                m = np.where(free, _best_rate(weight, count[at], a, rows, pseudo[at]), m)
             if "shape" not in frozen:
-                s = (stats.sum_count + safe * shape) / (rate + shape)
-                c = level - np.log(s) + s / safe - 1.0
-                shape = np.where(known, inverse_log_minus_psi(c), shape)
-            moved = max(
-                float(np.abs(new / old - 1.0).max(initial=0.0))
-                for new, old in zip((rate, shape), before, strict=True)
-            )
-            if moved < 1e-13:
+                s = (count[at] + safe[at] * a) / (m + a)
+                c = level[at] - np.log(s) + s / safe[at] - 1.0
+                a = np.where(known[at], inverse_log_minus_psi(c), a)
+            # What is left to do is of second order in the objective.
+            far = np.maximum(np.abs(m / rate[at] - 1.0), np.abs(a / shape[at] - 1.0)) > 1e-7
+            rate[at], shape[at] = m, a
+            at = at[far]
+            if not len(at):
                 break
         faulty = n.max(axis=1) <= tiny
         # A prior knows what no row does, and what is frozen is not to be moved to other rows.
         faulty = np.zeros_like(faulty) if prior is not None or frozen else faulty
-        kept = previous.rate if "rate" in frozen else rate
-        return NegativeBinomialParams(kept, shape), faulty
-
-    def _rate(self, stats: Any, shape: Array, rows: float, known: Array, old: Array) -> Array:
-        """The positive root of `rows m^2 + ((n + rows) a - rows m0) m - a (X + rows m0) = 0`."""
-        n, count = stats.sum_w, stats.sum_count
-        if not rows:
-            return np.where(known, np.maximum(count / np.where(known, n, 1.0), TINY), old)
-        pseudo = rows * self.prior.rate
-        half = 0.5 * ((n + rows) * shape - pseudo)
-        # Of the two forms of the root the one in which nothing cancels.
-        root = np.sqrt(half**2 + rows * shape * (count + pseudo))
-        down = np.where(half > 0, half + root, 1.0)
-        up = np.where(half > 0, 0.0, root - half) / rows
-        return np.asarray(np.where(half > 0, shape * (count + pseudo) / down, up))
+        kept = previous.rate if "rate" in frozen else rate.reshape(n.shape)
+        return NegativeBinomialParams(kept, shape.reshape(n.shape)), faulty
 
     def possible(self, stats: Any, known: Any) -> Monoid | None:
         """Sums, and how much the mean of logs falls short of the log of the mean, kept above a
@@ -244,14 +241,33 @@ def inverse_log_minus_psi(c: Array) -> Array:
             a**2 * polygamma(1, a) - a,
         )
         new = np.clip(u - (_log_minus_psi(a) - c) / slope, low, high)
-        if (np.abs(new - u) <= 1e-15 * u).all():
+        moved, u = np.abs(new - u) / u, new
+        # The next step would be of the square of this one.
+        if moved.max(initial=0.0) < 1e-7:
             break
-        u = new
     return np.asarray(1.0 / u)
 
 
+def _best_rate(n: Array, count: Array, shape: Array, rows: float, pseudo: Array) -> Array:
+    """The positive root of `rows m^2 + ((n + rows) a - pseudo) m - a (count + pseudo) = 0`."""
+    if not rows:
+        return np.asarray(np.maximum(count / np.where(n > 0, n, 1.0), TINY))
+    half = 0.5 * ((n + rows) * shape - pseudo)
+    # Of the two forms of the root the one in which nothing cancels.
+    root = np.sqrt(half**2 + rows * shape * (count + pseudo))
+    down = np.where(half > 0, half + root, 1.0)
+    up = np.where(half > 0, 0.0, root - half) / rows
+    return np.asarray(np.where(half > 0, shape * (count + pseudo) / down, up))
+
+
 def _log_rising(a: Array, x: Array) -> Array:
-    """`log Gamma(a + x) - log Gamma(a) - x log a`."""
+    """(K, U) `log Gamma(a + x) - log Gamma(a) - x log a` of shapes (K,) and sorted counts (U,).
+
+    It is `sum_{i < x} log(1 + i / a)`, which is how it is computed where counts are dense.
+    """
+    a = a[:, None]
+    if _dense(x):
+        return _cumulated(np.log1p(np.arange(x[-1]) / a), x)
     far = np.maximum(a, STIRLING)
     end = far + x
 
@@ -263,6 +279,26 @@ def _log_rising(a: Array, x: Array) -> Array:
     return np.asarray(np.where(a >= STIRLING, series, near))
 
 
+def _psi_rising(a: Array, x: Array) -> Array:
+    """(K, U) `psi(a + x)` of shapes (K,) and sorted counts (U,)."""
+    a = a[:, None]
+    if _dense(x):
+        return np.asarray(psi(a) + _cumulated(1.0 / (a + np.arange(x[-1])), x))
+    return np.asarray(psi(a + x))
+
+
+def _dense(x: Array) -> bool:
+    """Whether all numbers up to the largest of sorted counts are few enough to go through."""
+    return bool(x[-1] <= 8 * len(x))
+
+
+def _cumulated(terms: Array, x: Array) -> Array:
+    """(K, U) sums of the first x terms (K, m), for each of U counts."""
+    sums = np.zeros((len(terms), terms.shape[1] + 1))
+    np.cumsum(terms, axis=1, out=sums[:, 1:])
+    return np.asarray(sums[:, x.astype(np.intp)])
+
+
 class NegativeBinomialKernel:
     """Negative binomial columns prepared for a pass."""
 
@@ -271,31 +307,36 @@ class NegativeBinomialKernel:
         self.dtype = np.dtype(family.dtype)
         self.rate, self.shape = np.maximum(params.rate, TINY), params.shape
 
+    def _by_column(self, function: Callable[[Array, Array], Array], x: Array, j: Array) -> Array:
+        """(K, U) `function(shape, x)`, one column after another."""
+        out = np.empty((len(self.log_weights), len(x)))
+        edges = np.flatnonzero(np.diff(j, prepend=-1, append=-1))
+        for start, stop in itertools.pairwise(edges):
+            out[:, start:stop] = function(self.shape[:, j[start]], x[start:stop])
+        return out
+
     def table(self, values: Array, column: Array) -> Array:
-        m, a = self.rate[:, column], self.shape[:, column]
-        log_p = _log_rising(a, values) - (a + values) * np.log1p(m / a)
-        log_p += values * np.log(m) - gammaln(values + 1.0)
-        return np.asarray(log_p)
+        log_p = self._by_column(_log_rising, values, column)
+        ratio = np.log1p(self.rate / self.shape)
+        log_p += values * (np.log(self.rate) - ratio)[:, column]
+        log_p -= (self.shape * ratio)[:, column]
+        log_p -= gammaln(values + 1.0)
+        return log_p
 
     def statistics(self, values: Array, column: Array, sums: Array) -> Monoid:
-        m, a = self.rate[:, column], self.shape[:, column]
-        latent = m * (a + values) / (a + m)
-        log = psi(a + values) - np.log(a + m) + np.log(m)
-        d = self.family.schema.n_features
+        m, a = self.rate, self.shape
+        present, first = np.unique(column, return_index=True)
 
-        def by_column(weights: Array) -> Array:
-            out = np.zeros((len(weights), d))
-            if weights.shape[1]:
-                present, first = np.unique(column, return_index=True)
+        def summed(weights: Array) -> Array:
+            out = np.zeros(m.shape)
+            if len(first):
                 out[:, present] = np.add.reduceat(weights, first, axis=1)
             return out
 
-        return NegativeBinomialStats(
-            by_column(sums),
-            by_column(sums * values),
-            by_column(sums * latent),
-            by_column(sums * log),
-        )
+        n, count = summed(sums), summed(sums * values)
+        latent = m * (a * n + count) / (a + m)
+        log = summed(sums * self._by_column(_psi_rising, values, column))
+        return NegativeBinomialStats(n, count, latent, log + n * (np.log(m) - np.log(a + m)))
 
     def walk(self, rows: Rows) -> TableWalk:
         return TableWalk(self, rows)

@@ -9,9 +9,9 @@ entries at squared distance `delta = (x_O - mean_O)' inv(scale_OO) (x_O - mean_O
     E[u] = (dof + o) / (dof + delta),    E[log u] = psi((dof + o) / 2) - log((dof + delta) / 2)
 
 (Peel & McLachlan 2000, section 4; with gaps Liu & Rubin 1995, section 3). Given `u` all is
-Gaussian, so that the E-step is that of `genstream.families.gaussian_walk` with moments weighed by
-`r E[u]` and the conditional covariance of missing entries by `r`, and costs a logarithm and a few
-passes over (K, n) numbers more.
+Gaussian, so that the E-step (`genstream.families.student_walk`) is that of Gaussians with moments
+weighed by `r E[u]` and the conditional covariance of missing entries by `r`, and costs a logarithm
+and a few passes over (K, n) numbers more.
 
 Every M-step is the exact maximum of the expected log-joint of `x` and `u`, mean, scale and degrees
 of freedom each on its own. Dividing the scatter by `sum r E[u]` instead of `sum r` (Kent, Tyler &
@@ -22,9 +22,9 @@ objective may fall.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,21 +36,25 @@ from genstream.families.blocks import (
     Array,
     Description,
     Family,
-    Index,
     Pivot,
     moments,
+)
+from genstream.families.columns import (
+    ColumnsKernel,
+    ColumnsParams,
+    ColumnsPrior,
+    IndependentColumns,
 )
 from genstream.families.gaussian import (
     FLOOR,
     SINGULAR,
-    FullParams,
     FullStats,
     Gaussian,
     NormalWishart,
-    TiedParams,
     TiedStats,
 )
-from genstream.families.gaussian_walk import GaussianKernel, GaussianWalk
+from genstream.families.gaussian_walk import GaussianKernel
+from genstream.families.student_walk import ColumnMoments, StudentKernel, log_normaliser
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record
@@ -98,7 +102,7 @@ class SphericalStudentParams(StudentParams):
 @dataclass(frozen=True, eq=False)
 class StudentStats(Monoid):
     """Sums of `r` and `r E[log u]`, and of `r E[u]`, `r E[u y]` and `r E[u y y']`, in pivot
-    coordinates. Scale matrices of any shape are learnt from full ones.
+    coordinates.
     """
 
     sum_r: Array = axes("component")
@@ -111,6 +115,13 @@ class TiedStudentStats(StudentStats):
     """The same, with `r E[u y y']` summed over all components."""
 
     moments: Monoid | None = record(TiedStats)
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnsStudentStats(StudentStats):
+    """The same column by column, over observed entries alone."""
+
+    moments: Monoid | None = record(ColumnMoments)
 
 
 PARAMS: dict[str, type[StudentParams]] = {
@@ -189,12 +200,41 @@ class Student:
 
     @property
     def stats_type(self) -> type[StudentStats]:
+        if self._apart:
+            return ColumnsStudentStats
         return TiedStudentStats if self.tied else StudentStats
 
     @property
+    def _apart(self) -> bool:
+        """Whether columns are independent given the scale of a row."""
+        return self.covariance in ("diag", "spherical")
+
+    @property
     def _gaussian(self) -> Gaussian:
-        """What a row is given `u = 1`."""
+        """What a row is given `u = 1`, where columns are correlated."""
         return Gaussian(self.n_features, self.tied, self.ridge, self.dtype, self.pivot, self.prior)
+
+    @property
+    def _columns(self) -> IndependentColumns:
+        """What a row is given `u = 1`, where they are not."""
+        prior, none = self.prior, np.empty(0)
+        known = None
+        if prior is not None:
+            known = ColumnsPrior(
+                prior.mean, prior.scatter, prior.strength, prior.dof, none, none, none, 0.0
+            )
+        return IndependentColumns(
+            Schema.real(self.n_features),
+            self.covariance == "spherical",
+            self.ridge,
+            self.dtype,
+            pivot=self.pivot,
+            prior=known,
+        )
+
+    @property
+    def _normal(self) -> Family:
+        return self._columns if self._apart else self._gaussian
 
     @property
     def _pivot(self) -> Pivot:
@@ -208,43 +248,28 @@ class Student:
         pivot = Pivot.of(centre, variance, common=self.covariance == "spherical")
         prior = None
         if weak_prior:
-            own = self.covariance in ("diag", "spherical")
-            dof = 3.0 if own else self.n_features + 2.0
+            dof = 3.0 if self._apart else self.n_features + 2.0
             prior = NormalWishart.weak(centre, variance, n_components, dof)
         return replace(self, pivot=pivot, prior=prior)
 
     def vague(self, n_components: int) -> Record:
-        d = self.n_features
-        dof = np.full(n_components, self.dof)
-        eye = np.broadcast_to(np.eye(d), (1 if self.tied else n_components, d, d))
-        return self._params(np.zeros((n_components, d)), eye, dof)
+        return self._with_dof(self._normal.vague(n_components), np.full(n_components, self.dof))
 
-    def _params(self, mean: Array, scale: Array, dof: Array) -> StudentParams:
-        """Parameters in data units from pivot coordinates; (C, d, d) scale matrices."""
-        unit = self._pivot.scale
-        centre = self._pivot.shift + mean * unit
-        if self.covariance == "tied":
-            scale = scale[0] * np.outer(unit, unit)
-        elif self.covariance == "full":
-            scale = scale * np.outer(unit, unit)
-        else:
-            scale = np.diagonal(scale, axis1=1, axis2=2) * unit**2
-            if self.covariance == "spherical":
-                scale = scale[:, 0].copy()
-        return self.params_type(centre, scale, dof)
+    def given(self, params: Any) -> Any:
+        """The parameters of `x | k, u = 1`, in data units, as those of `_normal`."""
+        if not self._apart:
+            return self._gaussian.params_type(params.mean, params.scale)
+        none = np.empty((len(params.mean), 0))
+        return self._columns.params_type(params.mean, params.scale, none, none, none)
 
-    def given(self, params: Any) -> FullParams | TiedParams:
-        """The parameters of `x | k, u = 1`, in data units."""
-        scale, d = params.scale, self.n_features
-        if self.covariance == "spherical":
-            scale = np.repeat(scale[:, None], d, axis=1)
-        if self.covariance in ("diag", "spherical"):
-            scale = scale[:, :, None] * np.eye(d)
-        return self._gaussian.params_type(params.mean, scale)
+    def _with_dof(self, given: Any, dof: Array) -> StudentParams:
+        """The inverse of `given`."""
+        scale = given.variance if self._apart else given.covariance
+        return self.params_type(given.mean, scale, dof)
 
-    def pivoted(self, params: Any) -> tuple[Array, Array]:
-        """Mean (K, d) and scale matrix (K, d, d), or (1, d, d) if tied, in pivot coordinates."""
-        return self._gaussian.pivoted(self.given(params))
+    def _variance(self, params: Any) -> Array:
+        """(K, d) diagonals of diagonal scale matrices, in pivot coordinates."""
+        return np.asarray(self._columns.variances(self.given(params)) / self._pivot.scale**2)
 
     def start(
         self,
@@ -260,7 +285,17 @@ class Student:
         """Factors every scale matrix. Raises numpy.linalg.LinAlgError where one is not positive
         definite, before any data are touched.
         """
-        inner = self._gaussian.prepare(self.given(params), log_weights)
+        given = self.given(params)
+        inner: GaussianKernel | ColumnsKernel
+        if self._apart:
+            # Shared variances have features of single columns too, for the sums they need.
+            columns = replace(self._columns, spherical=False)
+            each = self._columns.variances(given)
+            inner = columns.prepare(
+                ColumnsParams(given.mean, each, *3 * [np.empty((len(each), 0))]), log_weights
+            )
+        else:
+            inner = self._gaussian.prepare(given, log_weights)
         return StudentKernel(inner, params.dof, self.stats_type)
 
     def maximise(
@@ -281,118 +316,149 @@ class Student:
         or end at 1 or 1000, where the concave objective is largest.
         """
         n, inner = stats.sum_r, stats.moments
-        gaussian = self._gaussian
         unseen = n <= UNSEEN * n.sum()
-        safe = np.where(unseen, 1.0, n)
-        mean, scale = self.pivoted(previous)
-        dof = previous.dof
-        thin = np.zeros(len(n), dtype=bool)
-        if "mean" not in frozen:
-            mean = gaussian.modal_mean(inner.sum_w, inner.sum_wx, mean)
-        if "scale" not in frozen:
-            scale, thin = self._modal_scale(mean, safe, n.sum(), inner)
-        if "dof" not in frozen:
-            known = _modal_dof((stats.sum_log - inner.sum_w) / safe)
-            dof = np.where(unseen, dof, known)
-        params = self._params(mean, scale, dof)
+        if self._apart:
+            given = self._modal_columns(inner, previous, "mean" in frozen)
+            thin = np.zeros(len(n), dtype=bool)
+        else:
+            given, thin = self._modal(np.where(unseen, 1.0, n), n.sum(), inner, previous, frozen)
+        found = _modal_dof((stats.sum_log - inner.sum_w) / np.where(unseen, 1.0, n))
+        params = self._with_dof(given, np.where(unseen, previous.dof, found))
         # Frozen leaves stay to the bit.
         params = replace(params, **{name: getattr(previous, name) for name in frozen})
         faulty = unseen if self.prior is None else np.zeros_like(unseen)
         # All components share a tied scale: moving one of them would not make it regular.
         return params, faulty if self.tied else faulty | thin
 
-    def _modal_scale(
-        self, mean: Array, n: Array, total: float, inner: Any
-    ) -> tuple[Array, NDArray[np.bool_]]:
-        """(C, d, d) scale matrices about given means in pivot coordinates, and whether each
-        component was lifted to the floor. `n` (K,) counts rows, none of it 0; `total` is their sum.
+    def _modal(
+        self, n: Array, total: float, inner: Any, previous: Any, frozen: frozenset[str]
+    ) -> tuple[Any, NDArray[np.bool_]]:
+        """Mean and scale matrices, and whether each component was lifted to the floor. `n` (K,)
+        counts rows, none of it 0; `total` is their sum.
         """
         d, gaussian = self.n_features, self._gaussian
-        scatter = gaussian.modal_scatter(mean, inner).reshape(-1, d, d)
-        raw = np.reshape(np.diagonal(inner.sum_wxx, axis1=-2, axis2=-1), (-1, d))
-        if self.covariance in ("full", "tied"):
+        mean, scale = gaussian.pivoted(self.given(previous))
+        thin = np.zeros(len(n), dtype=bool)
+        if "mean" not in frozen:
+            mean = gaussian.modal_mean(inner.sum_w, inner.sum_wx, mean)
+        if "scale" not in frozen:
             count = np.array([total]) if self.tied else n
-            count = count + self._prior_exponent(len(n))
+            if self.prior is not None:
+                count = count + self.prior.dof + d + (1 + len(n) if self.tied else 2)
+            scatter = gaussian.modal_scatter(mean, inner).reshape(-1, d, d)
+            raw = np.reshape(np.diagonal(inner.sum_wxx, axis1=-2, axis2=-1), (-1, d))
             scale, thin = gaussian.regular(scatter / count[:, None, None], raw / count[:, None])
-            return scale, thin
-        square = np.diagonal(scatter, axis1=1, axis2=2)
-        count = n + self._prior_exponent(len(n))
+        return gaussian.unpivoted(mean, scale), thin
+
+    def _modal_columns(self, inner: Any, previous: Any, keeps_mean: bool) -> Any:
+        """Means and the diagonals of scale matrices, of each column over the rows that observed it;
+        a column that a component never observed keeps what it had, where there is no prior.
+        """
+        pivot, d = self._pivot, self.n_features
+        m0, psi, strength = self._gaussian.pivoted_prior()
+        old = (previous.mean - pivot.shift) / pivot.scale
+        tiny = UNSEEN * float(inner.count.sum(axis=0).max())
+        known = inner.count > tiny
+        mean = old
+        if not keeps_mean:
+            weight = np.where(known, inner.seen, 0.0 if self.prior is not None else 1.0)
+            mean = (strength * m0 + inner.sum_wx) / (strength + weight)
+            mean = np.where(known | (self.prior is not None), mean, old)
+        square = self._scatter(inner, mean) + strength * (mean - m0) ** 2
+        count, raw = inner.count, inner.sum_wxx
         if self.covariance == "spherical":
             # The prior's scatter is that of one variance, not of d.
-            square = square - gaussian.pivoted_prior()[1] * (1 - 1 / d)
-            square = np.repeat(square.sum(axis=1, keepdims=True), d, axis=1)
-            count = n * d + self._prior_exponent(len(n))
+            square = np.repeat(square.sum(axis=1, keepdims=True) + psi.mean(), d, axis=1)
+            count = np.repeat(count.sum(axis=1, keepdims=True), d, axis=1)
             raw = np.repeat(raw.sum(axis=1, keepdims=True), d, axis=1)
-        floor = FLOOR + SINGULAR * raw / count[:, None]
-        variance = square / count[:, None] + self.ridge / self._pivot.scale**2
-        scale = np.maximum(variance, floor)[:, :, None] * np.eye(d)
-        return scale, np.asarray((variance < floor).any(axis=1))
+        else:
+            square = square + psi
+        if self.prior is not None:
+            count = count + self.prior.dof + (2 + d if self.covariance == "spherical" else 3)
+        seen = count > tiny
+        safe = np.where(seen, count, 1.0)
+        least = FLOOR + SINGULAR * raw / safe
+        variance = np.maximum(square / safe + self.ridge / pivot.scale**2, least)
+        variance = np.where(seen, variance, self._variance(previous)) * pivot.scale**2
+        if self.covariance == "spherical":
+            variance = variance[:, 0].copy()
+        none = np.empty((len(mean), 0))
+        centre = pivot.shift + mean * pivot.scale
+        return self._columns.params_type(centre, variance, none, none, none)
 
-    def _prior_exponent(self, n_components: int) -> float:
-        """What the prior adds to the count that scatter is divided by."""
-        if self.prior is None:
-            return 0.0
-        dof, d = self.prior.dof, self.n_features
-        return (
-            dof
-            + {"full": d + 2, "tied": d + 1 + n_components, "diag": 3, "spherical": 2 + d}[
-                self.covariance
-            ]
-        )
+    def _scatter(self, inner: Any, mean: Array) -> Array:
+        """(K, d) scatter of each column about given means (K, d), in pivot coordinates."""
+        weight = np.maximum(inner.seen, 1e-300)
+        centre = inner.sum_wx / weight
+        about = np.maximum(inner.sum_wxx - inner.sum_wx * centre, 0.0)
+        # By way of the weighted mean, so that one far from the pivot costs no digits.
+        return np.asarray(about + inner.seen * (centre - mean) ** 2)
 
     def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
         """As Gaussians do, with rows weighed by `u`."""
         kept: StudentStats = stats.take(components)
+        if self._apart:
+            return kept
         return replace(kept, moments=self._gaussian.keep(stats.moments, components))
 
     def possible(self, stats: Any, known: Any) -> Monoid | None:
-        """The statistics where every scatter, with the prior's, is positive definite."""
+        """The statistics where every scatter, with the prior's, is positive definite; of single
+        columns, with weights and scatter kept above a tenth of the known ones.
+        """
         if not (stats.sum_r > 0.1 * known.sum_r).all() or not np.isfinite(stats.sum_log).all():
             return None
-        inner = self._gaussian.possible(stats.moments, known.moments)
-        return None if inner is None else replace(stats, moments=inner)
+        inner = stats.moments
+        if not self._apart:
+            mended = self._gaussian.possible(inner, known.moments)
+            return None if mended is None else self.stats_type(stats.sum_r, stats.sum_log, mended)
+        if not all(np.isfinite(value).all() for _, _, value in inner.leaves()):
+            return None
+        old = known.moments
+        count, seen, total = (
+            np.maximum(getattr(inner, name), 0.1 * getattr(old, name))
+            for name in ("count", "seen", "sum_w")
+        )
+        about = inner.sum_wx**2 / np.maximum(seen, 1e-300)
+        about_old = old.sum_wx**2 / np.maximum(old.seen, 1e-300)
+        scatter = np.maximum(inner.sum_wxx - about, 0.1 * (old.sum_wxx - about_old))
+        mended = ColumnMoments(total, count, seen, inner.sum_wx, about + scatter)
+        return self.stats_type(stats.sum_r, stats.sum_log, mended)
 
     def expected_log_prob(self, params: Any, stats: Any) -> float:
         """Of `x` and `u` together: what an M-step climbs."""
-        pivot, n, half = self._pivot, stats.sum_r, params.dof / 2
-        mean, scale = self.pivoted(params)
-        log_det = np.linalg.slogdet(scale)[1] + 2 * np.log(pivot.scale).sum()
-        scatter = self._gaussian.scatter(stats.moments, mean).reshape(scale.shape)
-        square = float((np.linalg.inv(scale) * scatter).sum())
-        rows = -0.5 * (float((n * (log_det + self.n_features * LOG_2PI)).sum()) + square)
+        pivot, n, half, inner = self._pivot, stats.sum_r, params.dof / 2, stats.moments
+        if self._apart:
+            variance = self._variance(params)
+            mean = (params.mean - pivot.shift) / pivot.scale
+            square = self._scatter(inner, mean) / variance
+            level = inner.count * (np.log(variance) + LOG_2PI + 2 * np.log(pivot.scale))
+            rows = -0.5 * float((level + square).sum())
+        else:
+            mean, scale = self._gaussian.pivoted(self.given(params))
+            log_det = np.linalg.slogdet(scale)[1] + 2 * np.log(pivot.scale).sum()
+            scatter = self._gaussian.scatter(inner, mean).reshape(scale.shape)
+            square = (np.linalg.inv(scale) * scatter).sum()
+            rows = -0.5 * float((n * (log_det + self.n_features * LOG_2PI)).sum() + square)
         scales = n * (half * np.log(half) - gammaln(half))
-        return rows + float((scales + half * (stats.sum_log - stats.moments.sum_w)).sum())
+        return rows + float((scales + half * (stats.sum_log - inner.sum_w)).sum())
 
     def log_prior(self, params: Any) -> float:
         """Of mean and scale; that of the degrees of freedom is flat."""
-        if self.prior is None:
-            return 0.0
-        if self.covariance in ("full", "tied"):
-            return self._gaussian.log_prior(self.given(params))
-        d, unit = self.n_features, self._pivot.scale
-        mean, scale = self.pivoted(params)
-        variance = np.diagonal(scale, axis1=1, axis2=2)
-        m0, psi, strength = self._gaussian.pivoted_prior()
-        pull = strength * ((mean - m0) ** 2 / variance).sum()
-        share = 1 / d if self.covariance == "spherical" else 1.0
-        log_det = np.log(variance * unit**2).sum() * share
-        square = (psi / variance).sum() * share
-        return -0.5 * float(self._prior_exponent(len(mean)) * log_det + square + pull)
+        return self._normal.log_prior(self.given(params))
 
     def place(self, params: Any, component: int, x: Array, observed: Array) -> Record:
-        """The component moves to the row, with the vague scale's share of the volume and the
-        degrees of freedom that learning begins with.
+        """The component moves to the row, as wide as a Gaussian would and with the degrees of
+        freedom that learning begins with.
         """
-        placed: Any = self._gaussian.place(self.given(params), component, x, observed)
-        mean, scale = self._gaussian.pivoted(placed)
+        placed = self._normal.place(self.given(params), component, x, observed)
         dof = params.dof.copy()
         dof[component] = self.dof
-        return self._params(mean, scale, dof)
+        return self._with_dof(placed, dof)
 
     def draw(
         self, params: Any, component: Array, rng: np.random.Generator
     ) -> tuple[Array, Array | None]:
-        values, _ = self._gaussian.draw(self.given(params), component, rng)
+        values, _ = self._normal.draw(self.given(params), component, rng)
         half = params.dof[component] / 2
         root = np.sqrt(rng.gamma(half) / half)
         mean = params.mean[component]
@@ -424,25 +490,37 @@ class Student:
         scale is then no longer tied: the given values lie at another `delta` of each component.
         """
         seen, missing = np.flatnonzero(given), np.flatnonzero(~given)
-        known = self._gaussian.conditional(self.given(params), x, seen, missing)
         o, dof = len(seen), params.dof
-        by = (dof + known.distance) / (dof + o)
-        family = self._narrowed(missing, "full" if self.tied else self.covariance)
-        narrowed = family._params(known.mean, known.covariance * by[:, None, None], dof + o)
-        log_p = _log_normaliser(dof, o) - (dof + o) / 2 * np.log1p(known.distance / dof)
-        log_p -= 0.5 * (known.log_det + o * LOG_2PI) + np.log(self._pivot.scale[seen]).sum()
-        return family, narrowed, log_p
+        log_p = log_normaliser(dof, o) - 0.5 * o * LOG_2PI - np.log(self._pivot.scale[seen]).sum()
+        if self._apart:
+            variance = self._variance(params)[:, seen]
+            gap = (x - params.mean)[:, seen] / self._pivot.scale[seen]
+            distance = (gap**2 / variance).sum(axis=1)
+            by = (dof + distance) / (dof + o)
+            shape, scale = self.covariance, params.scale
+            scale = scale[:, missing] * by[:, None] if shape == "diag" else scale * by
+            narrowed = self.params_type(params.mean[:, missing], scale, dof + o)
+            log_det = np.log(variance).sum(axis=1)
+        else:
+            known = self._gaussian.conditional(self.given(params), x, seen, missing)
+            distance, log_det, shape = known.distance, known.log_det, "full"
+            by = (dof + distance) / (dof + o)
+            full = self._narrowed(missing, shape)
+            inner = full._gaussian.unpivoted(known.mean, known.covariance * by[:, None, None])
+            narrowed = full._with_dof(inner, dof + o)
+        log_p = log_p - 0.5 * log_det - (dof + o) / 2 * np.log1p(distance / dof)
+        return self._narrowed(missing, shape), narrowed, log_p
 
     def embed(self, rows: Rows) -> tuple[Array, Array]:
-        return self._gaussian.embed(rows)
+        return self._normal.embed(rows)
 
     def rounding(self, params: Any) -> Array:
         """That of the Gaussian form, which a t only dampens."""
-        return self._gaussian.rounding(self.given(params))
+        return self._normal.rounding(self.given(params))
 
     def describe(self, params: Any) -> Description:
         """Deviations are those of the scale matrix, which exist where no variance does."""
-        return self._gaussian.describe(self.given(params))
+        return self._normal.describe(self.given(params))
 
     def n_parameters(self, n_components: int) -> int:
         d = self.n_features
@@ -456,7 +534,7 @@ class Student:
 
     def floored(self, params: Any) -> list[tuple[int, int]]:
         """(component, column position) whose scale, given the other columns, sits on its floor."""
-        return self._gaussian.floored(self.given(params))
+        return self._normal.floored(self.given(params))
 
 
 def _middle(sample: Rows) -> tuple[Array, Array]:
@@ -478,13 +556,6 @@ def _middle(sample: Rows) -> tuple[Array, Array]:
     return centre, wide
 
 
-def _log_normaliser(dof: Array, n_observed: int | Array) -> Array:
-    """Log-density at distance 0 of a t less that of a Gaussian of the same scale matrix."""
-    half = dof / 2
-    more = n_observed / 2
-    return np.asarray(gammaln(half + more) - gammaln(half) - more * np.log(half))
-
-
 def _modal_dof(log_less_scale: Array) -> Array:
     """(K,) the root of `log(dof / 2) - psi(dof / 2) + 1 + s`, which falls as dof rises, or the end
     of the allowed range where there is none.
@@ -498,131 +569,3 @@ def _modal_dof(log_less_scale: Array) -> Array:
         rises = np.log(half) - digamma(half) + 1 + log_less_scale > 0
         low, high = np.where(rises, middle, low), np.where(rises, high, middle)
     return np.asarray(np.exp((low + high) / 2))
-
-
-class StudentKernel:
-    """Student-t components prepared for a pass: `inner` is the Gaussian with scale matrices in
-    place of covariances.
-    """
-
-    by_pattern = True
-
-    def __init__(
-        self,
-        inner: GaussianKernel,
-        dof: Array,
-        stats_type: type[StudentStats],
-    ) -> None:
-        self.inner, self.dof, self.stats_type = inner, dof, stats_type
-
-    def walk(self, rows: Rows) -> StudentWalk:
-        return StudentWalk(self, rows)
-
-
-class _Terms(NamedTuple):
-    """Of each component, (K, 1) or (K, n): `(dof + o) / 2`, the log-density at `v = 1` less the
-    Gaussian's at distance 0, `E[log u]` at `v = 1`, and v at distance 0.
-    """
-
-    half: Array
-    peak: Array
-    expected: Array
-    least: Array
-
-
-class StudentWalk:
-    """A walk over one chunk, in the blocks of the Gaussian walk.
-
-    With `v = (dof + delta) / (dof + o) = 1 / E[u]` the log-density is that at distance 0 less
-    `(dof + o) / 2 log(v (dof + o) / dof)`.
-    """
-
-    def __init__(self, kernel: StudentKernel, rows: Rows) -> None:
-        self.kernel = kernel
-        self.inner = GaussianWalk(kernel.inner, rows)
-        self.sum_r = np.zeros(len(kernel.dof))
-        self.sum_log = np.zeros(len(kernel.dof))
-        # (K, n) of v, log v and r / v.
-        self.room = np.empty((3, *self.inner.log_p.shape), dtype=kernel.inner.dtype)
-        self.terms: dict[int, _Terms] = {}
-
-    @property
-    def size(self) -> int:
-        """Rows in a block at most."""
-        return self.inner.size
-
-    @size.setter
-    def size(self, size: int) -> None:
-        self.inner.size = size
-
-    def blocks(self) -> Iterator[Index]:
-        yield from self.inner.blocks()
-
-    def load(self, index: Index) -> None:
-        self.inner.load(index)
-
-    def base(self) -> Array | None:
-        return None
-
-    def _of_observed(self, n_observed: int | Array) -> _Terms:
-        """What the number of observed entries decides; (K, n) where rows differ in it."""
-        if not isinstance(n_observed, int):
-            widths, at = np.unique(n_observed, return_inverse=True)
-            columns = [self._of_observed(int(o)) for o in widths]
-            return _Terms(*(np.concatenate(c, axis=1)[:, at] for c in zip(*columns, strict=True)))
-        if n_observed not in self.terms:
-            dof = self.kernel.dof[:, None]
-            half = (dof + n_observed) / 2
-            self.terms[n_observed] = _Terms(
-                half,
-                _log_normaliser(dof, n_observed) - half * np.log(2 * half / dof),
-                digamma(half) - np.log(half),
-                dof / 2 / half,
-            )
-        return self.terms[n_observed]
-
-    def score(self) -> Array:
-        log_p = self.inner.score()
-        if self.room.shape[2] < log_p.shape[1]:
-            self.room = np.empty((3, *log_p.shape), dtype=log_p.dtype)
-        constant = self.inner.constant
-        self.at = terms = self._of_observed(self.inner.n_observed)
-        self.v, self.log_v, self.scaled = self.room[:, :, : log_p.shape[1]]
-        # Distance is twice what the score lies below that at distance 0.
-        dtype, half = log_p.dtype, terms.half
-        np.multiply(log_p, (-1 / half).astype(dtype), out=self.v)
-        self.v += (terms.least + constant / half).astype(dtype)
-        # Rounding may put a row nearer than its mean.
-        np.maximum(self.v, terms.least.astype(dtype), out=self.v)
-        np.log(self.v, out=self.log_v)
-        np.multiply(self.log_v, -half.astype(dtype), out=log_p)
-        log_p += (constant + terms.peak).astype(dtype)
-        return log_p
-
-    def gather(self, resp: Array) -> None:
-        o = self.inner.n_observed
-        # A row with nothing observed is no evidence of any scale.
-        if not np.all(o):
-            resp = resp * np.greater(o, 0)
-        np.divide(resp, self.v, out=self.scaled)
-        self.inner.gather(resp, self.scaled)
-        total = resp.sum(axis=1, dtype=np.float64)
-        self.sum_r += total
-        expected = self.at.expected
-        if expected.shape[1] == 1:
-            self.sum_log += total * expected[:, 0]
-        else:
-            self.sum_log += np.vecdot(resp, expected)
-        self.sum_log -= np.vecdot(resp, self.log_v)
-
-    def complete(self, resp: Array, rng: np.random.Generator | None = None) -> Array:
-        """The conditional mean is the Gaussian's. A draw is of the row's `u` first."""
-        if rng is None:
-            return self.inner.complete(resp)
-        at = resp.argmax(axis=0), np.arange(resp.shape[1])
-        half = np.broadcast_to(self.at.half, resp.shape)[at]
-        rate = half * self.v[at].astype(np.float64)
-        return self.inner.complete(resp, rng, np.sqrt(rate / rng.gamma(half)))
-
-    def close(self) -> Monoid:
-        return self.kernel.stats_type(self.sum_r, self.sum_log, self.inner.close())
