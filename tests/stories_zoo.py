@@ -15,9 +15,11 @@ import oracles
 from numpy.typing import NDArray
 
 from genstream.passes import Passes
-from genstream.schema import Schema
+from genstream.rows import Rows
+from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
-from genstream.stories import mixture
+from genstream.start import seed_params
+from genstream.stories import Block, factors, mixture
 from genstream.story import Params, Story
 
 Array = NDArray[Any]
@@ -42,8 +44,36 @@ def of_tails(rng: np.random.Generator) -> tuple[Story, Params]:
     return story, Params(normal.weights, kind(family.mean, family.covariance, dof))
 
 
-ZOO: dict[str, Maker] = {kind: partial(of_oracles, kind) for kind in oracles.STORIES}
-ZOO["student"] = of_tails
+def of_heaps(make: Callable[[], Story], rng: np.random.Generator) -> tuple[Story, Params]:
+    """A story with the parameters that a start finds in heaps of rows of the right kinds."""
+    story = make()
+    n = 240
+    label = rng.integers(0, 3, n)[:, None]
+    columns = {
+        "real": lambda j: 4.0 * np.cos(2.0 * label[:, 0] + j) + rng.normal(size=n),
+        "binary": lambda j: rng.random(n) < 0.2 + 0.6 * ((label[:, 0] + j) % 3 == 0),
+        "count": lambda j: rng.poisson(1.0 + 5.0 * ((label[:, 0] + j) % 3)),
+        "categorical": lambda j: (
+            (label[:, 0] + rng.integers(0, 2, n)) % story.schema.columns[j].n_levels
+        ),
+    }
+    values = np.column_stack([columns[c.kind](j) for j, c in enumerate(story.schema.columns)])
+    rows = Rows.of(values.astype(float))
+    return story, seed_params(story.anchored(rows), rows, rng)
+
+
+COUNTS = Schema(tuple(Column(f"n{j}", "count") for j in range(4)))
+MADE: dict[str, Callable[[], Story]] = {
+    "counts": lambda: mixture(COUNTS, K, counts={"n0": "negative_binomial", "n1": "zero_inflated"}),
+    "blocks": lambda: mixture(oracles.MIXED, K, blocks=[Block(("delay", "distance"), "full")]),
+    "factors": lambda: factors(Schema.real(4), 1),
+    "factor mixture": lambda: factors(Schema.real(4), 1, K, noise="isotropic"),
+}
+ZOO: dict[str, Maker] = {
+    **{kind: partial(of_oracles, kind) for kind in oracles.STORIES},
+    "student": of_tails,
+    **{kind: partial(of_heaps, make) for kind, make in MADE.items()},
+}
 
 
 def drawn(

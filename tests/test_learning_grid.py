@@ -38,6 +38,16 @@ CLIMBING = tuple(name for name in LEARNERS if name not in DRAWN and "online" not
 WHOLE = ("batch", "hard", "truncated")
 
 
+# All four of gaps and weights for the plain stories; for those made of them, none and both.
+CELLS = [
+    (name, gaps, weighted)
+    for name in ZOO
+    for gaps in (0.0, 0.25)
+    for weighted in (False, True)
+    if name in oracles.STORIES or weighted == (gaps > 0)
+]
+
+
 @cache
 def problem(
     name: str, gaps: float, weighted: bool, chunk: int = 40
@@ -62,11 +72,9 @@ def same(left: FitState, right: FitState) -> None:
     assert left.outcome is right.outcome
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("gaps", [0.0, 0.25])
 @pytest.mark.parametrize("learner", LEARNERS)
-@pytest.mark.parametrize("name", ZOO)
-def test_cell(name: str, learner: str, gaps: float, weighted: bool) -> None:
+@pytest.mark.parametrize(("name", "gaps", "weighted"), CELLS)
+def test_cell(name: str, gaps: float, weighted: bool, learner: str) -> None:
     story, state, values, weights = problem(name, gaps, weighted)
     passes = passes_over(story, values, weights, 40)
     states = traced(story, LEARNERS[learner], passes, state)
@@ -77,7 +85,8 @@ def test_cell(name: str, learner: str, gaps: float, weighted: bool) -> None:
     slack = ROUNDING[story.dtype] * (1 + abs(trace[-1]))
     if learner in CLIMBING and not ended.events:
         assert np.diff(trace).min() >= -slack
-        assert trace[-1] > trace[0]
+        # Where components are far apart and M-steps closed, the start is the end.
+        assert trace[-1] > trace[0] - (slack if name not in oracles.STORIES else 0.0)
 
     middle = states[len(states) // 2 - 1]
     stored = middle.to_dataset(story)

@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 from scipy import stats
-from stories_zoo import ZOO, drawn, passes_over
+from stories_zoo import drawn, passes_over
 
 from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
 from genstream.refine import moved, portrait, refine, split
@@ -30,7 +30,7 @@ def without(story: Story, params: Params, k: int) -> tuple[Story, Params]:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", oracles.STORIES)
 def test_the_cost_is_what_deleting_a_component_takes_away(name: str, weighted: bool) -> None:
     story, params, values, weights = drawn(name, 300, gaps=0.2, weighted=weighted)
     rows = Rows.of(values, weights)
@@ -107,7 +107,7 @@ class TestSplit:
         assert split(story, params, 0, rows, np.ones(120), seed_within, rng) is None
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", oracles.STORIES)
 def test_a_move_changes_two_components_and_keeps_the_sum_of_weights(name: str) -> None:
     _, params, _, _ = drawn(name, 5)
     halves = replace(params.take([0, 2]), weights=np.array([0.25, 0.75]))
@@ -137,7 +137,7 @@ class TestRefine:
         assert better.trace[-1].mean_objective > stuck.trace[-1].mean_objective + 0.1
         assert spent < 90
 
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", oracles.STORIES)
     def test_never_falls_and_follows_from_the_seed(self, name: str) -> None:
         _, _, values, weights = drawn(name, 200, gaps=0.1, weighted=True)
         story = replace(drawn(name, 5)[0], n_components=4)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
-from stories_zoo import ZOO, drawn, passes_over
+from stories_zoo import drawn, passes_over
 
 from genstream.learn import MAX_RESCUES, BatchEM, FitState, Learner, Outcome, Resident, fit
 from genstream.responsibility import Sampled, hard
@@ -36,7 +36,7 @@ def finite(story: Story, state: FitState, rows: Rows) -> bool:
 
 
 class TestTwins:
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", oracles.STORIES)
     def test_are_seen_whatever_their_weights(self, name: str) -> None:
         story, params, values, _ = drawn(name, 40, gaps=0.2)
         rows = Rows.of(values)
@@ -57,7 +57,7 @@ class TestTwins:
 
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     @pytest.mark.parametrize("learner", LEARNERS)
-    @pytest.mark.parametrize("name", ZOO)
+    @pytest.mark.parametrize("name", oracles.STORIES)
     def test_equal_components_part(self, name: str, learner: str, dtype: str) -> None:
         """EM from equal components stays where it is for ever, unless they are moved."""
         story, _, values, _ = drawn(name, 240)

@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 from scipy import stats
-from stories_zoo import ZOO, drawn, passes_over
+from stories_zoo import drawn, passes_over
 
 from genstream.errors import ConfigError
 from genstream.incremental import IncrementalEM
@@ -217,7 +217,7 @@ class TestSampledEM:
             BatchEM(average=1.0)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", oracles.STORIES)
 def test_truncated_em_comes_to_what_soft_em_does(name: str) -> None:
     """Where few components compete for a row, the bound is close to the log-likelihood."""
     story, _, values, weights = drawn(name, 300, gaps=0.1, weighted=True)
