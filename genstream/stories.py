@@ -128,12 +128,7 @@ def mixture(
         raise ConfigError(f"covariance {covariance!r} is not one of {', '.join(COVARIANCES)}")
     if tails not in TAILS:
         raise ConfigError(f"tails {tails!r} is not one of {', '.join(TAILS)}")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if prior not in PRIORS:
-        raise ConfigError(f"prior {prior!r} is not one of weak, None")
-    if n_components < 1:
-        raise ConfigError(f"n_components is {n_components}: a mixture needs at least 1 component")
+    _check_choices(n_components, dtype, prior)
     if reg_covar < 0:
         raise ConfigError(f"reg_covar is {reg_covar:g}: it must not be negative")
     told = [*blocks, *_count_blocks(schema, counts or {})]
@@ -274,11 +269,7 @@ def factors(
     ConfigError
         Where an argument is not one of those, or does not fit the columns.
     """
-    other = next((c for c in schema.columns if c.kind != "real"), None)
-    if other is not None:
-        raise ConfigError(
-            f"factors need real columns throughout, but {other.name!r} is {other.kind}"
-        )
+    _check_real("factors need", schema)
     d = schema.n_features
     if not 1 <= n_factors < d:
         raise ConfigError(
@@ -288,12 +279,7 @@ def factors(
         raise ConfigError(f"noise {noise!r} is not one of {', '.join(NOISES)}")
     if statistics not in ("auto", *STATISTICS):
         raise ConfigError(f"statistics {statistics!r} is not one of auto, {', '.join(STATISTICS)}")
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if prior not in PRIORS:
-        raise ConfigError(f"prior {prior!r} is not one of weak, None")
-    if n_components < 1:
-        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    _check_choices(n_components, dtype, prior)
     if statistics == "auto":
         few = d <= MOMENT_COLUMNS and n_components * d**2 <= MOMENT_NUMBERS
         statistics = "moments" if few else "latent"
@@ -337,12 +323,7 @@ def latent_factors(
     ConfigError
         Where an argument is not one of those, or does not fit the columns.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if prior not in PRIORS:
-        raise ConfigError(f"prior {prior!r} is not one of weak, None")
-    if n_components < 1:
-        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    _check_choices(n_components, dtype, prior)
     if n_factors < 1:
         raise ConfigError(f"n_factors is {n_factors}: there must be at least 1 factor")
     kinds = set(schema.kinds)
@@ -380,14 +361,22 @@ def kmeans(schema: Schema, n_components: int, *, dtype: str = "float64") -> Stor
     ConfigError
         Where an argument is not one of those, or does not fit the columns.
     """
-    other = next((c for c in schema.columns if c.kind != "real"), None)
-    if other is not None:
-        raise ConfigError(
-            f"K-means needs real columns throughout, but {other.name!r} is {other.kind}"
-        )
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if n_components < 1:
-        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    _check_real("K-means needs", schema)
+    _check_choices(n_components, dtype)
     family = IndependentColumns(schema, spherical=True, shared=True, dtype=dtype)
     return Story(schema, family, n_components, None, frozenset({"weights"}))
+
+
+def _check_choices(n_components: int, dtype: str, prior: str | None = None) -> None:
+    if n_components < 1:
+        raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if prior not in PRIORS:
+        raise ConfigError(f"prior {prior!r} is not one of weak, None")
+
+
+def _check_real(who: str, schema: Schema) -> None:
+    other = next((column for column in schema.columns if column.kind != "real"), None)
+    if other is not None:
+        raise ConfigError(f"{who} real columns throughout, but {other.name!r} is {other.kind}")

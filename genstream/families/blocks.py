@@ -275,6 +275,20 @@ class Levelled(Family, Protocol):
         """Statistics over that schema, in which no row had a new level."""
 
 
+class Begun:
+    """What families have in common that an M-step leaves with no symmetry to break."""
+
+    def start(
+        self,
+        params: Any,
+        sample: Rows,  # noqa: ARG002
+        responsibilities: Array,  # noqa: ARG002
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> Record:
+        started: Record = params
+        return started
+
+
 @dataclass(frozen=True, eq=False)
 class Description:
     """What a family's components are like, column by column, in data units.

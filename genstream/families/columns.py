@@ -33,6 +33,7 @@ from genstream.families.blocks import (
     MAX_ROUNDING,
     UNSEEN,
     Array,
+    Begun,
     Description,
     Linear,
     Pivot,
@@ -115,7 +116,7 @@ class ColumnsPrior(Record):
 
 
 @dataclass(frozen=True, eq=False)
-class IndependentColumns:
+class IndependentColumns(Begun):
     """K components whose columns are independent of one another.
 
     Parameters
@@ -287,16 +288,6 @@ class IndependentColumns:
         if not self.spherical:
             return np.asarray(params.variance)
         return np.repeat(params.variance[:, None], len(self.real), axis=1)
-
-    def start(
-        self,
-        params: Any,
-        sample: Rows,  # noqa: ARG002
-        responsibilities: Array,  # noqa: ARG002
-        rng: np.random.Generator,  # noqa: ARG002
-    ) -> Record:
-        started: Record = params
-        return started
 
     def prepare(self, params: Any, log_weights: Array) -> ColumnsKernel:
         return ColumnsKernel(self, params, log_weights)

@@ -26,6 +26,7 @@ from genstream.families.blocks import (
     MAX_ROUNDING,
     UNSEEN,
     Array,
+    Begun,
     Description,
     Family,
     Pivot,
@@ -110,7 +111,7 @@ class Conditional(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Gaussian:
+class Gaussian(Begun):
     """K Gaussians over d real columns, each with its own covariance or all with one (`tied`).
 
     Parameters
@@ -199,16 +200,6 @@ class Gaussian:
         return (params.mean - pivot.shift) / pivot.scale, np.atleast_3d(covariance).reshape(
             -1, self.n_features, self.n_features
         )
-
-    def start(
-        self,
-        params: Any,
-        sample: Rows,  # noqa: ARG002
-        responsibilities: Array,  # noqa: ARG002
-        rng: np.random.Generator,  # noqa: ARG002
-    ) -> Record:
-        started: Record = params
-        return started
 
     def prepare(self, params: Any, log_weights: Array) -> GaussianKernel:
         """Factors every covariance. Raises numpy.linalg.LinAlgError where one is not positive

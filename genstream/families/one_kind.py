@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from genstream.errors import ConfigError
-from genstream.families.blocks import Array, Pivot
+from genstream.families.blocks import Array, Begun, Pivot
 from genstream.families.columns import IndependentColumns
 from genstream.families.columns_walk import log_prob_given
 from genstream.rows import Rows
@@ -22,7 +22,7 @@ from genstream.stats import Monoid, Record, record
 
 
 @dataclass(frozen=True, eq=False)
-class OneKind:
+class OneKind(Begun):
     """K components over columns of one `kind`, which names the second axis of all parameters.
 
     Parameters
@@ -69,16 +69,6 @@ class OneKind:
 
     def with_dtype(self, dtype: str) -> Self:
         return replace(self, dtype=dtype)
-
-    def start(
-        self,
-        params: Any,
-        sample: Rows,  # noqa: ARG002
-        responsibilities: Array,  # noqa: ARG002
-        rng: np.random.Generator,  # noqa: ARG002
-    ) -> Record:
-        started: Record = params
-        return started
 
     def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
         kept: Monoid = stats.take(components)

@@ -34,6 +34,7 @@ from genstream.families.blocks import (
     LOG_2PI,
     UNSEEN,
     Array,
+    Begun,
     Description,
     Family,
     Pivot,
@@ -133,7 +134,7 @@ PARAMS: dict[str, type[StudentParams]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Student:
+class Student(Begun):
     """K multivariate t distributions over d real columns.
 
     Parameters
@@ -270,16 +271,6 @@ class Student:
     def _variance(self, params: Any) -> Array:
         """(K, d) diagonals of diagonal scale matrices, in pivot coordinates."""
         return np.asarray(self._columns.variances(self.given(params)) / self._pivot.scale**2)
-
-    def start(
-        self,
-        params: Any,
-        sample: Rows,  # noqa: ARG002
-        responsibilities: Array,  # noqa: ARG002
-        rng: np.random.Generator,  # noqa: ARG002
-    ) -> Record:
-        started: Record = params
-        return started
 
     def prepare(self, params: Any, log_weights: Array) -> StudentKernel:
         """Factors every scale matrix. Raises numpy.linalg.LinAlgError where one is not positive
