@@ -220,6 +220,10 @@ class ColumnSpec(Section):
         description="Labels of a categorical or binary column; left out, they are learned.",
     )
     unit: str = Field("", description="Shown beside figures.")
+    lower: Finite | None = Field(
+        None, description="Detection limit of a real column: a value at or below it is censored."
+    )
+    upper: Finite | None = Field(None, description="The same for values at or above it.")
 
 
 class Drawn(Section):
@@ -807,6 +811,13 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
                 )
             if len(set(spec.levels)) != len(spec.levels):
                 found.append(((*path, "levels"), "a level is listed twice"))
+        found += [
+            ((*path, side), f"a {spec.kind} column has no limits")
+            for side in ("lower", "upper")
+            if getattr(spec, side) is not None and spec.kind != "real"
+        ]
+        if spec.lower is not None and spec.upper is not None and spec.lower >= spec.upper:
+            found.append(((*path, "lower"), f"must be below upper, {spec.upper:g}"))
     found += _model_contradictions(model, columns)
     for role in ("id", "weights"):
         name = getattr(data, role)

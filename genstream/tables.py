@@ -81,12 +81,15 @@ class ColumnSpec:
 
     `levels` are fixed labels (an unseen one is an error), or None where a categorical column
     learns them in the order in which they appear; for a binary column the labels of 0 and 1.
+    `lower` and `upper` are detection limits.
     """
 
     name: str
     kind: Kind = "real"
     levels: tuple[str, ...] | None = None
     unit: str = ""
+    lower: float | None = None
+    upper: float | None = None
 
     @classmethod
     def of(cls, name: str, given: Kind | Column | ColumnSpec) -> ColumnSpec:
@@ -94,10 +97,17 @@ class ColumnSpec:
         if isinstance(given, ColumnSpec):
             return given
         if isinstance(given, Column):
-            return cls(given.name, given.kind, given.levels or None, given.unit)
+            return cls(
+                given.name, given.kind, given.levels or None, given.unit, given.lower, given.upper
+            )
         if given not in KINDS:
             raise ConfigError(f"column {name!r}: kind {given!r} is not one of {', '.join(KINDS)}")
         return cls(name, given)
+
+    def column(self, levels: tuple[str, ...] | None = None) -> Column:
+        """The column, once its levels are known; those of the specification by default."""
+        known = levels if levels is not None else self.levels or ()
+        return Column(self.name, self.kind, known, self.unit, self.lower, self.upper)
 
 
 class Encoder:
@@ -217,7 +227,7 @@ class Encoder:
                 f"column {spec.name!r}: every entry is missing, so there is no level to learn: "
                 "leave the column out, or list its levels"
             )
-        return Column(spec.name, spec.kind, levels, spec.unit)
+        return spec.column(levels)
 
     def encode(self, table: Any, *, first_row: int = 0, place: str = "table") -> Rows:
         """(n, d) float64 rows of a table, gaps masked; further columns are left aside.
@@ -638,11 +648,7 @@ class TableSource(ArraySource):
                 piece = self._piece(number, list(learning))
                 walk.encode(piece, first_row=self._first_rows[number], place=table.place)
             found = {column.name: column for column in walk.schema.columns}
-        return Schema(
-            tuple(
-                found.get(s.name) or Column(s.name, s.kind, s.levels or (), s.unit) for s in specs
-            )
-        )
+        return Schema(tuple(found.get(spec.name) or spec.column() for spec in specs))
 
     def _piece(self, number: int, columns: list[str]) -> Any:
         table, i = self._places[number]
@@ -829,5 +835,5 @@ def _array_schema(schema: Any) -> Schema | Sequence[str] | None:
             raise ConfigError(
                 f"column {name!r}: an array holds codes, not labels: list the levels in their order"
             )
-        columns.append(Column(spec.name, spec.kind, spec.levels or (), spec.unit))
+        columns.append(spec.column())
     return Schema(tuple(columns))

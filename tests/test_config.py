@@ -205,6 +205,12 @@ def test_a_wrong_override_is_named_by_its_number(write: Any, override: str, word
 @pytest.mark.parametrize(
     ("overrides", "key", "words"),
     [
+        (["data.columns.n_seats={kind: count, lower: 1}"], "data.columns.n_seats.lower", "count"),
+        (
+            ["data.columns.delay={kind: real, lower: 2, upper: 1}"],
+            "data.columns.delay.lower",
+            "below upper",
+        ),
         (
             ["model.covariance=full", "data.columns={carrier: categorical}"],
             "model.covariance",

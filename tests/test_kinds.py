@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ruamel.yaml import YAML
 
 from flows import cli
 
@@ -19,6 +20,10 @@ KINDS: dict[str, dict[str, str]] = {
     "full beside labels": {
         "columns": "{a: real, b: real, c: real, town: categorical, n: count}",
         "model": "{n_components: 2, covariance: full}",
+    },
+    "limits": {
+        "columns": "{a: {kind: real, lower: -1.0}, b: {kind: real, upper: 2}, n: count}",
+        "model": "{n_components: 2}",
     },
     "student": {
         "columns": "{a: real, b: real, c: real}",
@@ -123,7 +128,7 @@ def test_all_verbs(call: Callable[..., str], name: str) -> None:
     bound = name in ("binary factors", "count factors")
     assert scores["bound"] is bound
     assert np.isfinite(scores["held_out"]["mean_loglik"])
-    columns = [part.split(":")[0].strip() for part in kind["columns"].strip("{}").split(",")]
+    columns = list(YAML(typ="safe").load(kind["columns"]))
 
     scored = table(call("score", "models/kind", "rows.csv"))
     assert ("log_prob_bound" in scored[0]) is bound
