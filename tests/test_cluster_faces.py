@@ -80,6 +80,18 @@ def test_centres_of_gappy_rows_are_means_of_what_is_there() -> None:
     np.testing.assert_allclose(model.transform(X)[seen], scaled, atol=1e-7)
 
 
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+def test_fewer_kinds_of_rows_than_clusters_and_a_column_never_seen(init: str) -> None:
+    three = np.repeat([[0.0, 1.0], [5.0, 5.0], [9.0, -3.0]], 10, axis=0)
+    model = KMeans(5, init=init, random_state=0).fit(three)
+    assert np.isfinite(model.cluster_centers_).all()
+    assert model.inertia_ == pytest.approx(0.0, abs=1e-12) or init == "random"
+    blank = np.column_stack([iris(), np.full(150, np.nan)])
+    model = KMeans(3, init=init, random_state=0).fit(blank)
+    expected = KMeans(3, init=model.cluster_centers_[:, :4]).fit(iris())
+    assert model.inertia_ == pytest.approx(expected.inertia_, rel=1e-6)
+
+
 def test_k_means_beyond_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(face, "RESIDENT_NUMBERS", 0)
     rng = np.random.default_rng(0)

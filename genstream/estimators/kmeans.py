@@ -194,21 +194,19 @@ state_, trace_, outcome_, warnings_
     def _seed(self, story: Story, rows: Rows, random_state: np.random.RandomState) -> Params:
         if self._begins_with_another(story):
             return super()._seed(story, rows, random_state)
-        k = story.n_components
+        k, seen = story.n_components, rows.is_observed
+        # What a row does not tell of a centre is the column's mean; of a column never seen, 0.
+        mean = (rows.values * seen).sum(axis=0) / np.maximum(seen.sum(axis=0), 1)
+        x = np.where(seen, rows.values - mean, 0.0)
         if self.init == "random":
             share = None if rows.weights is None else rows.weights / rows.weights.sum()
-            chosen = random_state.choice(rows.n_rows, size=k, replace=False, p=share)
-            centres = rows.filled()[chosen]
+            centres = mean + x[random_state.choice(rows.n_rows, size=k, replace=False, p=share)]
         elif rows.observed is None:
             centres = kmeans_plusplus(
                 rows.values, k, sample_weight=rows.weights, random_state=random_state
             )[0]
         else:
-            seen = rows.observed
-            mean = rows.values.sum(axis=0) / np.maximum(seen.sum(axis=0), 1)
-            x = np.where(seen, rows.values - mean, 0.0)
             centres = mean + seed_centres(x, seen, rows.row_weights, k, generator_of(random_state))
-        centres = np.where(np.isnan(centres), np.nanmean(rows.filled(), axis=0), centres)
         return replaced(story.vague(), {"family.mean": np.asarray(centres, np.float64)})
 
     def _starts(self, passes: Passes, small: bool) -> Iterator[tuple[Story, FitState]]:
