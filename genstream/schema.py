@@ -81,10 +81,15 @@ class Column:
     def code(self, value: float | str) -> float:
         """The number that stands for a value in `Rows`: a level's position, or the number itself.
 
-        Raises DataError where the value is neither a level nor a number.
+        A number goes for the level so labelled, 7.0 for `7` too. Raises DataError where the value
+        is neither a level nor a number.
         """
-        if self.levels and str(value) in self.levels:
-            return float(self.levels.index(str(value)))
+        labels = [str(value)]
+        if isinstance(value, float) and value.is_integer():
+            labels.append(f"{value:.0f}")
+        for label in labels:
+            if label in self.levels:
+                return float(self.levels.index(label))
         try:
             number = float(value)
         except (TypeError, ValueError):
