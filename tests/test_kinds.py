@@ -284,3 +284,12 @@ def test_labels_that_read_as_positions_are_given_to_sample(call: Callable[..., s
     for label, least, most in (("0.0", -1, 2), ("1.0", 9, 12)):
         drawn = table(call("sample", "models/kind", "--given", f"g={label}"))
         assert all(row["g"] == label and least < float(row["a"]) < most for row in drawn)
+
+
+def test_columns_without_a_name_may_be_left_out(call: Callable[..., str]) -> None:
+    lines = [f"{j},{j % 7},{j % 5}" for j in range(100)]
+    Path("rows.csv").write_text("\n".join([",a,b", *lines]) + "\n")
+    kind = {"columns": "{a: real, b: real}", "model": "{n_components: 2}"}
+    Path("c.yaml").write_text(CONFIG.format(**kind, report="false"))
+    call("fit", "c.yaml")
+    assert len(table(call("score", "models/kind", "rows.csv"))) == 100
