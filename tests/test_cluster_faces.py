@@ -255,3 +255,5 @@ def test_sparse_rows_of_words() -> None:
     model.partial_fit(rows)
     with pytest.raises(TypeError, match="Sparse"):
         GaussianMixture(2).fit(rows)
+    with pytest.raises(DataError, match="sparse rows need columns that are a Schema"):
+        Mixture(2, columns=dict.fromkeys(schema.names, "count")).fit(rows)
