@@ -60,6 +60,9 @@ class TestColumn:
         assert [month.code(value) for value in ("7", 7, 7.0, np.float64(5))] == [2, 2, 2, 1]
         assert Column("x", "categorical", ("1.0", "0.0")).code("1.0") == 0
         assert Column("x", "categorical", ("2.0", "2")).code(2.0) == 0
+        assert Column("x", "categorical", ("no", "yes")).code(1) == 1
+        with pytest.raises(DataError, match="cannot be 0: it takes the levels 6, 5, 7"):
+            month.code(0)
 
 
 class TestSchema:
