@@ -204,6 +204,11 @@ def test_a_start_that_does_not_fit_is_refused(
         ("{a: real}", "{kind: factors}", "model.n_factors: is required and missing"),
         ("{a: real}", "{kind: mixture}", "model.n_components: is required and missing"),
         (
+            "{a: real, b: real}",
+            "{kind: factors, n_factors: 2}",
+            "model.n_factors: is 2, and must be less than the 2 real columns",
+        ),
+        (
             "{a: real}",
             "{kind: factors, n_factors: 1, covariance: full}",
             "model.covariance: is of mixture, and the kind is factors: leave it out",
