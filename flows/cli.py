@@ -406,6 +406,8 @@ def sample(
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--given {text}: expected COLUMN=VALUE")
+        if name in values:
+            raise ConfigError(f"--given {text}: {name!r} is given twice")
         values[name] = value
     result = sample_rows(
         model,

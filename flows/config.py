@@ -907,6 +907,9 @@ def _model_contradictions(
             for key in ("covariance", "tails")
             if getattr(model, key) not in (getattr(plain, key), "diag")
         ]
+    if model.n_factors is not None and not mixed and 0 < len(columns) <= model.n_factors:
+        message = f"is {model.n_factors}, and must be less than the {len(columns)} real columns"
+        found.append((("model", "n_factors"), message))
     found_kinds = {spec.kind for spec in columns.values()}
     if model.kind == "factors" and len(found_kinds) > 1:
         names = " and ".join(sorted(found_kinds))

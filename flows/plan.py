@@ -278,11 +278,15 @@ def _assumed_schema(config: Config) -> Schema:
 
 def rows_of(path: str) -> tuple[int, bool]:
     """Rows of a file and whether that is exact: text is measured by its first lines."""
+    from genstream.formats import open_table
     from genstream.tables import open_source, read_tables
 
     if in_place(path):
         return sum(open_source(path).chunk_rows), True
-    table = next(iter(read_tables(path, chunk_rows=10_000)))
+    # Columns that cannot be asked for by name need not be of those that are fitted.
+    names = list(open_table(path).default)
+    plain = [name for name in names if name and names.count(name) == 1]
+    table = next(iter(read_tables(path, columns=plain or None, chunk_rows=10_000)))
     if table.num_rows < 10_000:
         return table.num_rows, True
     per_row = (

@@ -162,7 +162,7 @@ def sample_rows(
     whole = story.schema
     fixed = {name: whole[name].code(value) for name, value in (given or {}).items()}
     if fixed:
-        story, params = story.condition(params, fixed)
+        story, params = story.condition(params, given or {})
     with _sink(output, overwrite) as write:
         for drawn in draws(story, params, n_rows, seed, CHUNK_ROWS):
             columns: dict[str, Any] = {"component": drawn.component} if with_component else {}

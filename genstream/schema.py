@@ -81,15 +81,21 @@ class Column:
     def code(self, value: float | str) -> float:
         """The number that stands for a value in `Rows`: a level's position, or the number itself.
 
-        Raises DataError where the value is neither a level nor a number.
+        A number goes for the level so labelled, 7.0 for `7` too, and is no position where all
+        labels are numbers. Raises DataError where the value is neither a level nor a number.
         """
-        if self.levels and str(value) in self.levels:
-            return float(self.levels.index(str(value)))
+        labels = [str(value)]
+        if isinstance(value, float) and value.is_integer():
+            labels.append(f"{value:.0f}")
+        for label in labels:
+            if label in self.levels:
+                return float(self.levels.index(label))
         try:
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if (self.levels and isinstance(value, str)) or not math.isfinite(number):
+        by_label = self.levels and (isinstance(value, str) or all(map(_is_number, self.levels)))
+        if by_label or not math.isfinite(number):
             allowed = f"the levels {', '.join(self.levels[:8])}" if self.levels else "a number"
             raise DataError(f"column {self.name!r} cannot be {value!r}: it takes {allowed}")
         return number
@@ -191,3 +197,11 @@ class Schema:
                 for c in columns
             )
         )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

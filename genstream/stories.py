@@ -168,7 +168,10 @@ def _count_blocks(schema: Schema, counts: Mapping[str, str]) -> list[Block]:
     for name, family in counts.items():
         if family not in COUNTS:
             raise ConfigError(f"counts: {name!r}: {family!r} is not one of {', '.join(COUNTS)}")
-        if name not in schema.names or schema[name].kind != "count":
+        if name in schema.names and schema[name].kind != "count":
+            kind = schema[name].kind
+            raise ConfigError(f"counts: {name!r} is a {kind} column: make its kind count")
+        if name not in schema.names:
             known = ", ".join(schema.columns[j].name for j in schema.of_kind("count")) or "none"
             raise ConfigError(f"counts: there is no count column {name!r}; there are {known}")
         told.setdefault(family, []).append(name)

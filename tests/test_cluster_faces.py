@@ -16,7 +16,7 @@ from sklearn.cluster import KMeans as Reference
 from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
 
-from genstream.errors import ConfigError
+from genstream.errors import ConfigError, DataError
 from genstream.estimators import GaussianMixture, KMeans, Mixture, StudentMixture, face
 from genstream.schema import Column, Schema
 from genstream.stories import Block
@@ -241,6 +241,10 @@ def test_blocks_counts_and_tails_of_a_mixture() -> None:
         np.testing.assert_allclose(total, model.score_samples(row), rtol=1e-8)
         assert rest.counts == model.counts
     assert [list(b.columns) for b in block.condition({"a": 5.0}).blocks] == [["b"]]
+    one = joint.marginal("a")
+    np.testing.assert_array_equal(one.predict(frame[["a"]]), joint.marginal(["a"]).predict(frame))
+    with pytest.raises(ConfigError, match="counts: 'n' is a real column: make its kind count"):
+        Mixture(2, counts={"n": "poisson"}).fit(frame)
 
 
 def test_sparse_rows_of_words() -> None:
@@ -263,3 +267,5 @@ def test_sparse_rows_of_words() -> None:
     model.partial_fit(rows)
     with pytest.raises(TypeError, match="Sparse"):
         GaussianMixture(2).fit(rows)
+    with pytest.raises(DataError, match="sparse rows need columns that are a Schema"):
+        Mixture(2, columns=dict.fromkeys(schema.names, "count")).fit(rows)

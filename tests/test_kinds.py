@@ -209,6 +209,11 @@ def test_a_start_that_does_not_fit_is_refused(
         ("{a: real}", "{kind: factors}", "model.n_factors: is required and missing"),
         ("{a: real}", "{kind: mixture}", "model.n_components: is required and missing"),
         (
+            "{a: real, b: real}",
+            "{kind: factors, n_factors: 2}",
+            "model.n_factors: is 2, and must be less than the 2 real columns",
+        ),
+        (
             "{a: real}",
             "{kind: factors, n_factors: 1, covariance: full}",
             "model.covariance: is of mixture, and the kind is factors: leave it out",
@@ -274,5 +279,27 @@ def test_bad_values_given_to_sample_are_named(call: Callable[..., str]) -> None:
     ):
         code = 2 if text == "a" else 3
         assert message in call("sample", "models/kind", "--given", text, code=code)
+    twice = ("--given", "a=1", "--given", "a=2")
+    assert "'a' is given twice" in call("sample", "models/kind", *twice, code=2)
     everything = ("--given", "a=1", "--given", "town=Ulm")
     assert "not of all" in call("sample", "models/kind", *everything, code=2)
+
+
+def test_labels_that_read_as_positions_are_given_to_sample(call: Callable[..., str]) -> None:
+    lines = [f"{j % 2}.0,{10 * (j % 2) + j / 1000}" for j in range(1, 301)]
+    Path("rows.csv").write_text("\n".join(["g,a", *lines]) + "\n")
+    kind = {"columns": "{g: categorical, a: real}", "model": "{n_components: 2}"}
+    Path("c.yaml").write_text(CONFIG.format(**kind, report="false"))
+    call("fit", "c.yaml")
+    for label, least, most in (("0.0", -1, 2), ("1.0", 9, 12)):
+        drawn = table(call("sample", "models/kind", "--given", f"g={label}"))
+        assert all(row["g"] == label and least < float(row["a"]) < most for row in drawn)
+
+
+def test_columns_without_a_name_may_be_left_out(call: Callable[..., str]) -> None:
+    lines = [f"{j},{j % 7},{j % 5}" for j in range(100)]
+    Path("rows.csv").write_text("\n".join([",a,b", *lines]) + "\n")
+    kind = {"columns": "{a: real, b: real}", "model": "{n_components: 2}"}
+    Path("c.yaml").write_text(CONFIG.format(**kind, report="false"))
+    call("fit", "c.yaml")
+    assert len(table(call("score", "models/kind", "rows.csv"))) == 100

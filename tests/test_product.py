@@ -618,7 +618,7 @@ def test_a_component_is_born_in_all_blocks() -> None:
         ({"blocks": [Block(())]}, "full block names no columns"),
         ({"blocks": [Block(("a",), "cubic")]}, "family 'cubic' is not one of full, tied"),
         ({"counts": {"n": "geometric"}}, "'geometric' is not one of poisson"),
-        ({"counts": {"a": "negative_binomial"}}, "no count column 'a'; there are n, m"),
+        ({"counts": {"a": "negative_binomial"}}, "'a' is a real column: make its kind count"),
         (
             {"counts": {"n": "negative_binomial"}, "blocks": [Block(("n",), "independent")]},
             "'n' is named twice",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +54,15 @@ class TestColumn:
         assert Column("a", "categorical", ("x", "y", "z")).n_levels == 3
         assert Column("a", "binary", ("no", "yes")).n_levels == 0
         assert Column("a").n_levels == 0
+
+    def test_numbers_go_for_the_levels_so_labelled(self) -> None:
+        month = Column("month", "categorical", ("6", "5", "7"))
+        assert [month.code(value) for value in ("7", 7, 7.0, np.float64(5))] == [2, 2, 2, 1]
+        assert Column("x", "categorical", ("1.0", "0.0")).code("1.0") == 0
+        assert Column("x", "categorical", ("2.0", "2")).code(2.0) == 0
+        assert Column("x", "categorical", ("no", "yes")).code(1) == 1
+        with pytest.raises(DataError, match="cannot be 0: it takes the levels 6, 5, 7"):
+            month.code(0)
 
 
 class TestSchema:

@@ -506,8 +506,11 @@ class TestArguments:
     @pytest.mark.parametrize("covariance", ["full", "tied", "spherical"])
     def test_mixed_columns_are_independent(self, covariance: str) -> None:
         schema = Schema((Column("a"), Column("b", "count")))
-        with pytest.raises(ConfigError, match="'b' is count"):
-            mixture(schema, 2, covariance=covariance)
+        blocks = mixture(schema, 2, covariance=covariance).family.options()["blocks"]
+        assert [(b["columns"], b["options"]["covariance"]) for b in blocks] == [
+            ([0], covariance),
+            ([1], "diag"),
+        ]
 
     def test_covariance_by_default(self) -> None:
         assert mixture(Schema.real(2), 2).family.options()["covariance"] == "full"

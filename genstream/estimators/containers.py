@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 
 from genstream.errors import ConfigError, DataError
 from genstream.estimators.questions import Labelled, unchanged
@@ -243,6 +244,8 @@ def as_table(X: Any) -> Any:
 
 def columns_of(X: Any, names: Sequence[str]) -> Any:
     """The columns of an array by the names given to them."""
+    if issparse(X):
+        raise DataError("X: sparse rows need columns that are a Schema, in place of a mapping")
     array = np.asarray(X)
     if array.ndim != 2 or array.shape[1] != len(names):
         raise DataError(

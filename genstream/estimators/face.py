@@ -515,7 +515,7 @@ class Face(DensityMixin, Opening):  # type: ignore[misc]
         `Mixture`. Raises DataError where a column is not there.
         """
         check_is_fitted(self)
-        names = [self._name(column) for column in columns]
+        names = [self._name(one) for one in ([columns] if isinstance(columns, str) else columns)]
         return self._derived(*self._story().marginal(self._params(), names))
 
     def condition(self, given: Mapping[str | int, Any]) -> Face:
