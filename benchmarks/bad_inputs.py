@@ -275,10 +275,10 @@ CASES: list[Case] = [
     Case("all rows held out", _edited("holdout: 0.1", "holdout: 1.0"), 2, ("data.holdout",)),
     Case("an unknown kind", _edited("x: real", "x: reel"), 2, ("data.columns.x", "real")),
     Case(
-        "full covariance over mixed columns",
-        _edited("n_components: 2", "n_components: 2, covariance: full"),
+        "full covariance where no column is real",
+        _edited("x: real", "x: count", "model.covariance=full"),
         2,
-        ("covariance", "diag"),
+        ("covariance", "real"),
     ),
     Case("an override without a value", _override("fit.seed"), 2, ("fit.seed",)),
     Case("an override of nothing", _override("fit.sead=3"), 2, ("fit.sead", "seed")),

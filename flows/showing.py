@@ -205,7 +205,7 @@ def _model(reference: str) -> tuple[dict[str, Any], str]:
         "warnings": story.warnings(params),
     }
     head = (
-        f"{reference}: {story.n_components} components over {story.schema.n_features} columns, "
+        f"{reference}: {_latent(story)} over {story.schema.n_features} columns, "
         f"{story.n_parameters} parameters"
     )
     names = list(components[0])[:10]
@@ -228,6 +228,16 @@ def _model(reference: str) -> tuple[dict[str, Any], str]:
     for version in versions:
         del version["in use"]
     return found, "\n\n".join([*parts, *story.warnings(params)])
+
+
+def _latent(story: Story) -> str:
+    """The latent of a row in words: how many components, how many factors."""
+    parts = [
+        f"{n} {what}{'s' if n > 1 else ''}"
+        for n, what in ((story.n_components, "component"), (story.n_factors, "factor"))
+        if n
+    ]
+    return " and ".join(parts)
 
 
 def component_rows(story: Story, params: Params) -> list[dict[str, Any]]:

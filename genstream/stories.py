@@ -164,6 +164,10 @@ def _count_blocks(schema: Schema, counts: Mapping[str, str]) -> list[Block]:
 
     Raises ConfigError where a column is not there or is no count, or there is no such family.
     """
+    if not isinstance(counts, Mapping):
+        raise ConfigError(
+            f"counts is {counts!r}: it must map names of columns to {', '.join(COUNTS)}"
+        )
     told: dict[str, list[str]] = {}
     for name, family in counts.items():
         if family not in COUNTS:
