@@ -441,7 +441,11 @@ class Story:
             x[j], known[j] = self.schema.columns[j].code(value), True
         if not known.any() or known.all():
             raise ConfigError("condition: give values of at least one column, and not of all")
-        Rows(x[None], known[None]).check(self.schema)
+        try:
+            Rows(x[None], known[None]).check(self.schema)
+        except DataError as error:
+            # What is given is no row of the data.
+            raise DataError(str(error).removeprefix("row 0, ")) from None
         family, theta, log_p = self.family.condition(params.family, x, known)
         log_joint = (log_p + np.log(np.maximum(params.weights, 1e-300)))[:, None]
         soft(log_joint)

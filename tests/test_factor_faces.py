@@ -279,3 +279,12 @@ def test_one_component_is_factor_analysis() -> None:
     plain = FactorAnalysis(2, tol=1e-10, max_iter=2000).fit(X)
     np.testing.assert_allclose(one.get_covariance()[0], plain.get_covariance(), atol=1e-4)
     assert one.score(X) == pytest.approx(plain.score(X), abs=1e-7)
+
+
+def test_factors_of_a_mixture_need_their_component() -> None:
+    x = np.random.default_rng(0).normal(size=(60, 4))
+    model = MixtureOfPPCA(2, 1, random_state=0).fit(x)
+    factors = model.transform(x)
+    with pytest.raises(ConfigError, match=r"component=model\.predict"):
+        model.inverse_transform(factors)
+    assert model.inverse_transform(factors, model.predict(x)).shape == x.shape

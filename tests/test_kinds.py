@@ -268,10 +268,12 @@ def test_other_responsibilities(call: Callable[..., str], rule: str) -> None:
 
 
 def test_bad_values_given_to_sample_are_named(call: Callable[..., str]) -> None:
-    kind = {"columns": "{a: real, town: categorical}", "model": "{n_components: 2}"}
+    columns = "{a: real, n: count, town: categorical}"
+    kind = {"columns": columns, "model": "{n_components: 2}"}
     Path("c.yaml").write_text(CONFIG.format(**kind, report="false"))
     call("fit", "c.yaml")
     for text, message in (
+        ("n=-3", "error: column 'n': -3 is not possible in a count column"),
         ("a", "expected COLUMN=VALUE"),
         ("z=1", "no column 'z'"),
         ("a=x", "column 'a' cannot be 'x': it takes a number"),
@@ -281,7 +283,7 @@ def test_bad_values_given_to_sample_are_named(call: Callable[..., str]) -> None:
         assert message in call("sample", "models/kind", "--given", text, code=code)
     twice = ("--given", "a=1", "--given", "a=2")
     assert "'a' is given twice" in call("sample", "models/kind", *twice, code=2)
-    everything = ("--given", "a=1", "--given", "town=Ulm")
+    everything = ("--given", "a=1", "--given", "n=2", "--given", "town=Ulm")
     assert "not of all" in call("sample", "models/kind", *everything, code=2)
 
 

@@ -425,12 +425,17 @@ class _MixedFactors(Mixed, LinearFactors):
         self.means_ = family.mean
         self.noise_variance_ = family.noise
 
-    def inverse_transform(self, T: Any, component: Any) -> Any:
+    def inverse_transform(self, T: Any, component: Any = None) -> Any:
         """(n, d) the expected rows `means_[k] + T components_[k]` of factors T (n, q).
 
         `component` is k, for all rows or (n,) for each of them, as `predict` gives it. Lazy where T
-        is and k is one number.
+        is and k is one number. Raises ConfigError where it is left out.
         """
+        if component is None:
+            raise ConfigError(
+                "inverse_transform: factors mean something else in each component: give "
+                "component=model.predict(X) as well"
+            )
         k = np.asarray(component)
         if k.ndim == 0:
             return self._inverse(T, lambda t: t @ self.components_[k] + self.means_[k])
