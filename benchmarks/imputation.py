@@ -8,11 +8,10 @@ aside at random. Every method sees the same rows with the same gaps: a mixture, 
 are jointly Gaussian given the component and whose categories are independent of them;
 `SimpleImputer`, `KNNImputer` and `IterativeImputer`, which see categories as one-hot columns and
 guess the level whose column they fill highest, the last one within the range of each column.
-Errors are root mean squares in deviations of the
-column over real entries, and shares of categories guessed right; seconds are of learning and
-filling together, in the order of the table, one after another. scikit-learn's iterative imputer is
-still experimental in its own words. Of genstream the log-likelihood of the entries put aside is
-shown as well, beside that of one Gaussian (on power) or of the columns on their own.
+Errors are root mean squares in deviations of the column over real entries, and shares of categories
+guessed right; seconds are of learning and filling together, one method after another.
+scikit-learn's iterative imputer is still experimental in its own words. Of genstream the
+log-likelihood of the entries put aside is shown as well, beside that of one component.
 """
 
 from __future__ import annotations
