@@ -433,3 +433,15 @@ class Linear:
         if self.fine.size:
             sums[self.fine] = resp[self.fine].astype(np.float64) @ exact().T
         return sums
+
+    def accumulate(
+        self, features: Array, exact: Callable[[], Array], resp: Array, sums: Array, room: Array
+    ) -> None:
+        """Add `resp @ T.T` to (K, p) float64 sums, by way of `room` (K, p) in the arithmetic at
+        hand: as `gather`, without arrays that are made anew for every block.
+        """
+        np.matmul(resp, features.T, out=room)
+        if self.fine.size:
+            room[self.fine] = 0.0
+            sums[self.fine] += resp[self.fine].astype(np.float64) @ exact().T
+        sums += room

@@ -75,6 +75,10 @@ class GaussianKernel:
         self.log_scale = np.log(pivot.scale)
         self.n_components, self.n_features = mean.shape
         self.complete = Marginal(self, np.ones(self.n_features, dtype=bool))
+        # Where most components need float64, a second pass of features in float32 is in vain.
+        if not tied and 2 * self.complete.linear.fine.size > self.n_components:
+            self.dtype = np.dtype(np.float64)
+            self.complete = Marginal(self, np.ones(self.n_features, dtype=bool))
 
     @cached_property
     def tied_linear(self) -> Linear:
@@ -265,7 +269,9 @@ class GaussianWalk:
             rows = Rows(rows.values, None, rows.weights)
         self.kernel, self.rows = kernel, rows
         k, d = kernel.n_components, kernel.n_features
-        self.width = d * (d + 1) // 2 + d + 1
+        # Complete rows under a tied covariance have no need of products of columns.
+        alike = kernel.tied and rows.observed is None
+        self.width = d + 2 if alike else d * (d + 1) // 2 + d + 2
         self.fast = compiled.pays(rows.n_rows * k)
         self.size = block_rows(self.width + k, kernel.dtype.itemsize, self.fast)
         self.sum_w = np.zeros(k)
@@ -496,6 +502,8 @@ class _PatternBlock:
         self.pivot = Pivot(walk.kernel.pivot.shift[self.seen], walk.kernel.pivot.scale[self.seen])
         self.whole = o == walk.kernel.n_features
         self._exact: Array | None = None
+        self._exact_room = np.empty((self.width, 0))
+        self._summed = np.empty(self.sums.shape, dtype=walk.kernel.dtype)
         self._y: Array | None = None
 
         self.constant = marginal.peak[:, None]
@@ -525,7 +533,13 @@ class _PatternBlock:
         if self.features.dtype == np.float64:
             return self.features
         if self._exact is None:
-            self._exact = fill_features(self.y, np.empty((self.width, self.y.shape[1])))
+            n = self.features.shape[1]
+            if self._exact_room.shape[1] < n:
+                self._exact_room = np.empty((self.width, n))
+            if self.walk.fast:
+                self._exact = compiled.quadratic(self.values, self.pivot, self._exact_room)
+            else:
+                self._exact = fill_features(self.y, self._exact_room)
         return self._exact
 
     def score(self) -> Array:
@@ -551,7 +565,9 @@ class _PatternBlock:
             spared = resp.sum(axis=1, dtype=np.float64)
             self.spared = spared if self.spared is None else self.spared + spared
         weights = resp if scaled is None else scaled
-        self.add(self.linear.gather(self.features, self.exact, weights))
+        if weights.dtype != self.features.dtype:
+            weights = weights.astype(self.features.dtype)
+        self.linear.accumulate(self.features, self.exact, weights, self.sums, self._summed)
 
     def filled(self, resp: Array, drawn: Array | None) -> Array:
         if self.whole:
