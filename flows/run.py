@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import logging
 import os
@@ -204,7 +205,8 @@ class Run:
     @property
     def config(self) -> Config:
         """The resolved configuration."""
-        return load(self.path / "resolved.yaml")
+        path = (self.path / "resolved.yaml").resolve()
+        return _resolved(path, path.stat().st_mtime_ns) if path.exists() else load(path)
 
     @property
     def kind(self) -> Kind:
@@ -317,6 +319,12 @@ class Run:
             log.setLevel(level)
             log.removeHandler(handler)
             handler.close()
+
+
+@functools.lru_cache(1024)
+def _resolved(path: Path, _changed: int) -> Config:
+    """A configuration of which the candidates of a sweep ask again and again."""
+    return load(path)
 
 
 def _write(path: Path, text: str) -> None:

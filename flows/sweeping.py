@@ -201,12 +201,12 @@ class Group:
         pass_rows = self._passes.n_rows
         checkpoints: list[stages.Checkpoints] = []
         candidates: list[Candidate] = []
-        for run, (story, state) in begun.items():
+        for run, (story, first) in begun.items():
             config = run.config
             learner = stages.learner_of(config, pass_rows)
-            candidates.append(Candidate(story, learner, state))
+            candidates.append(Candidate(story, learner, first))
             checkpoints.append(stages.Checkpoints(run, config, story, pass_rows))
-            self._rows[run] = sum(info.n_rows for info in state.trace)
+            self._rows[run] = sum(info.n_rows for info in first.trace)
         runs = list(begun)
         labels = [run.info()["label"] for run in runs]
 
@@ -342,7 +342,11 @@ def evaluate(run: Run, *, quiet: bool = False) -> dict[str, Any]:
                 stages.record_scores(each, story, params, on_train, on_test, check)
                 each.ended()
     best = best_of(run)
-    found = {"best": None if best is None else best.id, "by": _by(config)}
+    found = {
+        "best": None if best is None else best.id,
+        "by": _by(config),
+        "held_out": None if best is None else best.stage("evaluate")["held_out"],
+    }
     return run.record("evaluate", found)
 
 

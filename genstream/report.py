@@ -1053,7 +1053,7 @@ def _draw_sweep(axes: Axes, content: SweepInput, what: str) -> None:
             x, y, error, color=PALETTE[n], lw=1.6, marker="o", ms=3.5, capsize=2,
             label=_one_line(label),
         )  # fmt: skip
-    if numbers and min(values) > 0 and max(values) > 8 * min(values):
+    if numbers and min(values) > 0 and max(values) >= 8 * min(values):
         axes.set_xscale("log", base=2)
         axes.minorticks_off()
     if numbers and len(values) <= 12:
