@@ -111,6 +111,29 @@ class LinearKernel(Protocol):
         """Statistics from the features' sums (K, p)."""
 
 
+class LevelledKernel(LinearKernel, Protocol):
+    """A kernel of columns of which some are categorical."""
+
+    @property
+    def level_columns(self) -> NDArray[np.intp]:
+        """(c,) positions of the categorical columns."""
+
+    @property
+    def level_sizes(self) -> NDArray[np.intp]:
+        """(c,) how many levels each has."""
+
+    @property
+    def level_slopes(self) -> Array:
+        """(K, L) what an entry of each level adds to a score."""
+
+    @property
+    def without_levels(self) -> LinearKernel:
+        """The kernel of the same rows whose features are not those of levels."""
+
+    def statistics(self, sums: Array, gaps: bool, levels: Array | None = None) -> Monoid:
+        """Statistics from the features' sums (K, p), those of levels (K, L) apart if given."""
+
+
 class LinearWalk(ConsecutiveWalk):
     """A walk whose blocks are scored and gathered by one matrix product each.
 
