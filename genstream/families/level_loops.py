@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from genstream.loops import compiled
+from genstream.loops import _compiled as compiled
 
 # Runs shorter than this are walked here: a call of a vector loop would cost more.
 SHORT = 8
