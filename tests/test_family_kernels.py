@@ -133,10 +133,12 @@ def test_rows_of_a_combination_come_in_a_run() -> None:
     found = Combinations(values, observed, sizes)
     assert np.array_equal(np.sort(found.order), np.arange(5000))
     code = np.where(observed, values + np.cumsum(sizes) - sizes, sizes.sum())
-    assert np.array_equal(found.places, code)
-    ordered = found.places[found.order]
-    n_runs = 1 + int((ordered[1:] != ordered[:-1]).any(axis=1).sum())
-    assert n_runs == len(np.unique(code, axis=0)) == found.n_distinct
+    assert np.array_equal(found.places[found.of_row], code)
+    places, edges = found.runs(found.order)
+    assert len(places) == len(np.unique(code, axis=0)) == len(found.places)
+    assert np.array_equal(np.repeat(places, np.diff(edges), axis=0), code[found.order])
+    places, edges = found.runs(slice(100, 900))
+    assert np.array_equal(np.repeat(places, np.diff(edges), axis=0), code[100:900])
 
 
 def test_few_levels_and_short_chunks_stay_features() -> None:

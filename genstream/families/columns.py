@@ -27,7 +27,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
 
 from genstream.families.blocks import (
     LOG_2PI,
@@ -42,6 +41,7 @@ from genstream.families.blocks import (
 )
 from genstream.families.censored import Limits, Tails
 from genstream.families.columns_walk import LinearWalk, log_prob_given
+from genstream.families.factorials import log_factorial
 from genstream.families.levels import look_up
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -817,7 +817,7 @@ class ColumnsKernel:
         counts = self.family.count
         if not len(counts):
             return None
-        factorials = gammaln(values[:, counts].astype(np.float64) + 1.0)
+        factorials = log_factorial(values[:, counts])
         if observed is not None:
             factorials *= observed[:, counts]
         return np.asarray(-factorials.sum(axis=1))

@@ -36,21 +36,22 @@ class Combinations:
     """The combinations of levels among some rows.
 
     Takes values (n, c) of categorical columns, their mask or None, and how many levels each has.
-    `places` (n, c) are the levels' positions among all L levels, L for a missing entry. `order`
-    (n,) lists the rows combination after combination, those of one in their own order; there are
-    `n_distinct`.
+    `places` (u, c) are the positions, among all L levels, of those of each of u combinations, L for
+    a missing entry; `of_row` (n,) is the combination of each row, and `order` (n,) lists the rows
+    combination after combination, those of one in their own order.
     """
 
     def __init__(
         self, values: Array, observed: NDArray[np.bool_] | None, sizes: NDArray[np.intp]
     ) -> None:
-        codes = values.astype(np.int32)
+        with np.errstate(invalid="ignore"):
+            codes = values.astype(np.int32)
+        # What is no level says nothing, as in a comparison with each.
+        known = (codes == values) & (codes >= 0) & (codes < sizes)
         if observed is not None:
-            codes = np.where(observed, codes, sizes.astype(np.int32))
-        starts = np.cumsum(sizes) - sizes
-        self.places = codes + starts.astype(np.int32)
-        if observed is not None:
-            self.places[~observed] = sizes.sum()
+            known &= observed
+        if not known.all():
+            codes = np.where(known, codes, sizes.astype(np.int32))
         words: list[Array] = []
         room = 0
         for j, size in enumerate(sizes + 1):
@@ -63,15 +64,27 @@ class Combinations:
                 room = int(size)
         digits = [w.astype(np.uint16) if w.max(initial=0) < 1 << 16 else w for w in words]
         self.order = np.lexsort(digits)
-        self.n_distinct = len(runs(self.places[self.order])[0])
+        n = len(codes)
+        other = np.zeros(n, dtype=bool)
+        for digit in digits:
+            sorted_digit = digit[self.order]
+            other[1:] |= sorted_digit[1:] != sorted_digit[:-1]
+        other[:1] = True
+        self.of_row = np.empty(n, dtype=np.int32)
+        self.of_row[self.order] = np.cumsum(other) - 1
+        distinct = codes[self.order[other]]
+        missing = distinct == sizes
+        self.places = distinct + (np.cumsum(sizes) - sizes)
+        self.places[missing] = sizes.sum()
 
-
-def runs(places: Array) -> tuple[Array, Array]:
-    """(u, c) levels of each run of equal rows among `places` (n, c), and its edges (u + 1,)."""
-    n = len(places)
-    other = (places[1:] != places[:-1]).any(axis=1)
-    first = np.flatnonzero(np.append(np.ones(min(1, n), dtype=bool), other))
-    return places[first], np.append(first, n)
+    def runs(self, index: Index) -> tuple[Array, Array]:
+        """(r, c) places of each run of rows with one combination among some rows, in their order,
+        and the runs' edges (r + 1,).
+        """
+        own = self.of_row[index]
+        n = len(own)
+        first = np.append(np.zeros(min(1, n), dtype=np.intp), 1 + np.flatnonzero(np.diff(own)))
+        return self.places[own[first]], np.append(first, n)
 
 
 def look_up(kernel: LevelledKernel, rows: Rows) -> LookUpWalk | None:
@@ -87,7 +100,7 @@ def look_up(kernel: LevelledKernel, rows: Rows) -> LookUpWalk | None:
         return None
     observed = None if rows.observed is None else rows.observed[:, kernel.level_columns]
     found = Combinations(rows.values[:, kernel.level_columns], observed, sizes)
-    runs_of_row = found.n_distinct / n * (RUN + COLUMN * len(sizes))
+    runs_of_row = len(found.places) / n * (RUN + COLUMN * len(sizes))
     if SORT + k * (ROW + runs_of_row) * wide >= features:
         return None
     return LookUpWalk(kernel, rows, found)
@@ -118,7 +131,7 @@ class LookUpWalk(LinearWalk):
 
     def load(self, index: Index) -> None:
         super().load(index)
-        self.levels, self.edges = runs(self.found.places[index])
+        self.levels, self.edges = self.found.runs(index)
 
     def score(self) -> Array:
         log_p = super().score()
