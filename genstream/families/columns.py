@@ -35,6 +35,7 @@ from genstream.families.blocks import (
     Array,
     Begun,
     Description,
+    Index,
     Linear,
     Pivot,
     moments,
@@ -635,6 +636,13 @@ def poisson_terms(rate: Array) -> Array:
     return np.asarray((rate * (1.0 + np.abs(bounded_log(rate)))).sum(axis=1))
 
 
+def _span(positions: Array) -> Index:
+    """Positions as a slice where they are neighbours, so that they index a view."""
+    if len(positions) and positions[-1] - positions[0] == len(positions) - 1:
+        return slice(positions[0], positions[-1] + 1)
+    return positions
+
+
 def _level_index(old: Schema, new: Schema) -> list[int]:
     """Where each level of the new schema stood among the old ones, -1 for new levels."""
     index: list[int] = []
@@ -708,6 +716,11 @@ class ColumnsKernel:
         self.one_hot = True
 
     @property
+    def by_row(self) -> bool:
+        family = self.family
+        return not (len(family.real) or (self.one_hot and len(family.level_column)))
+
+    @property
     def level_columns(self) -> NDArray[np.intp]:
         return self.family.level_column[self.family.level_start]
 
@@ -779,7 +792,7 @@ class ColumnsKernel:
             np.multiply(y, y, out=features[at : at + real], casting="same_kind")
         at += self.n_square
         for positions in (family.binary, family.count):
-            features[at : at + len(positions)] = columns[positions]
+            features[at : at + len(positions)] = values[:, _span(positions)].T
             at += len(positions)
         levels = zip(family.level_column, family.level_code, strict=True) if self.one_hot else ()
         for j, code in levels:
@@ -817,7 +830,7 @@ class ColumnsKernel:
         counts = self.family.count
         if not len(counts):
             return None
-        factorials = log_factorial(values[:, counts])
+        factorials = log_factorial(values[:, _span(counts)])
         if observed is not None:
             factorials *= observed[:, counts]
         return np.asarray(-factorials.sum(axis=1))

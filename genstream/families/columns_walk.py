@@ -95,6 +95,12 @@ class LinearKernel(Protocol):
     @property
     def family(self) -> Filling: ...
 
+    @property
+    def by_row(self) -> bool:
+        """Whether features are hardly more than the values, so that they are best left in the order
+        of these, row by row, which a matrix product takes as well.
+        """
+
     def linear(self, gaps: bool) -> Linear:
         """Natural parameters of the features of complete blocks, or of blocks with gaps."""
 
@@ -152,7 +158,9 @@ class LinearWalk(ConsecutiveWalk):
         self._allocate(size)
 
     def _allocate(self, n_rows: int) -> None:
-        self.build_in(np.empty((self.width, n_rows), dtype=self.kernel.dtype))
+        shape = (n_rows, self.width) if self.kernel.by_row else (self.width, n_rows)
+        buffer = np.empty(shape, dtype=self.kernel.dtype)
+        self.build_in(buffer.T if self.kernel.by_row else buffer)
 
     def build_in(self, buffer: Array) -> None:
         self._buffer = buffer

@@ -275,6 +275,8 @@ def _scattered(n: Array, probability: Array, rng: np.random.Generator) -> Array:
 class MultinomialKernel:
     """Multinomial rows prepared for a pass."""
 
+    by_row = True
+
     def __init__(self, family: Multinomial, params: Any, log_weights: Array) -> None:
         self.family, self.params, self.log_weights = family, params, log_weights
         self.dtype = np.dtype(family.dtype)

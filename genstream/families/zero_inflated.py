@@ -207,6 +207,8 @@ class ZeroInflatedKernel:
     gaps have a row of ones more where a column is observed.
     """
 
+    by_row = True
+
     def __init__(self, family: ZeroInflated, params: Any, log_weights: Array) -> None:
         self.family, self.params, self.log_weights = family, params, log_weights
         self.dtype = np.dtype(family.dtype)
