@@ -49,6 +49,8 @@ from genstream.stats import Monoid, Record, axes, record
 LOG_TINY = -600.0
 # Smallest variance of a real column, as a share of the pivot's variance.
 FLOOR = 1e-9
+# A variance at most this many times the floor of its column's resolution sits on it.
+ON_FLOOR = 1.01
 # A variance below this share of the raw second moment is rounding error.
 SINGULAR = 1e-14
 
@@ -113,6 +115,16 @@ class ColumnsPrior(Record):
     rate: Array = axes("count")
     level_probability: Array = axes("level")
     rows: float = axes()
+
+    def stronger(self, strength: float, spread: float) -> ColumnsPrior:
+        """`strength` times the pseudo-rows, at `spread` times the variance of real columns."""
+        return replace(
+            self,
+            scatter=self.scatter * (strength * spread),
+            strength=self.strength * strength,
+            dof=strength * (self.dof + 2) - 2,
+            rows=self.rows * strength,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,7 +316,8 @@ class IndependentColumns(Begun):
         `dof + n + 2` and the number of means it is about. About a frozen mean, `S` and the last
         term are `S + n (average - mean)^2` and `strength (mean - m0)^2`. Others:
         `(sum + rows * prior) / (n + rows)`. Without a prior these are the plain averages; a column
-        that a component never observed keeps its previous parameters.
+        that a component never observed keeps its previous parameters. A variance below the least
+        one of its column is the maximum at that.
         """
         prior = self.prior
         rows = prior.rows if prior else 0.0
@@ -381,7 +394,12 @@ class IndependentColumns(Begun):
         else:
             variance = scatter / np.where(n > tiny, n, 1.0)
             variance = np.where(n > tiny, variance, previous.variance / unit)
-        return centre, np.maximum(variance * unit + self.ridge, FLOOR * unit)
+        return centre, np.maximum(variance * unit + self.ridge, self._floor(unit))
+
+    def _floor(self, unit: Any) -> Any:
+        """Least variance of each real column, of all together where they share one."""
+        least = np.array([self.schema.columns[j].least_variance for j in self.real])
+        return np.maximum(FLOOR * unit, least.max() if self.spherical else least)
 
     def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
         kept: Monoid = stats.take(components)
@@ -614,6 +632,7 @@ class IndependentColumns(Begun):
     def floored(self, params: Any) -> list[tuple[int, int]]:
         """(component, column position) whose variance sits on its floor or ridge."""
         floor = np.maximum(FLOOR * self.pivot_at.scale[self.real] ** 2, self.ridge) * 1.5
+        floor = np.maximum(floor, self._floor(0.0) * ON_FLOOR)
         at = np.argwhere(self.variances(params) <= floor)
         return [(int(k), int(self.real[j])) for k, j in at]
 
