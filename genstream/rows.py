@@ -75,24 +75,11 @@ class Rows:
                 "Reshape your data with reshape(-1, 1) for a single feature"
             )
         observed: NDArray[np.bool_] | None = None
-        finite = np.isfinite(array)
-        if not finite.all():
-            infinite = np.isinf(array)
-            if infinite.any():
-                i, j = np.argwhere(infinite)[0]
-                column = repr(names[j]) if names is not None else str(j)
-                raise DataError(
-                    f"row {first_row + i}, column {column} is infinite: "
-                    "mark a missing entry with NaN, or clip the value"
-                )
-            observed = finite
-            array = np.where(finite, array, array.dtype.type(0))
-        if array.size and max(-float(array.min()), float(array.max())) > LARGEST:
-            i, j = np.argwhere(np.abs(array) > LARGEST)[0]
-            raise DataError(
-                f"row {first_row + i}, column {repr(names[j]) if names is not None else j}: "
-                f"{array[i, j]:g} is too large to be squared: give the column another unit"
-            )
+        # A NaN is the least and the largest of whatever it is among, so that these two tell all.
+        with np.errstate(invalid="ignore"):
+            least, most = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+        if not (-LARGEST <= least and most <= LARGEST):
+            array, observed = _gaps_apart(array, first_row, names)
         return cls(array, observed, _checked_weights(weights, len(array), first_row))
 
     @property
@@ -235,6 +222,32 @@ def _impossible(row: int, column: Column, x: float, allowed: str) -> DataError:
         f"row {row}, column {column.name!r}: {x:g} is not possible in a "
         f"{column.kind} column, which takes {allowed}"
     )
+
+
+def _gaps_apart(
+    array: Array, first_row: int, names: Sequence[str] | None
+) -> tuple[Array, NDArray[np.bool_] | None]:
+    """Values with 0 for NaN, and which entries were observed; see `Rows.of` for what it raises."""
+    observed: NDArray[np.bool_] | None = None
+    finite = np.isfinite(array)
+    if not finite.all():
+        infinite = np.isinf(array)
+        if infinite.any():
+            i, j = np.argwhere(infinite)[0]
+            column = repr(names[j]) if names is not None else str(j)
+            raise DataError(
+                f"row {first_row + i}, column {column} is infinite: "
+                "mark a missing entry with NaN, or clip the value"
+            )
+        observed = finite
+        array = np.where(finite, array, array.dtype.type(0))
+    if max(-float(array.min()), float(array.max())) > LARGEST:
+        i, j = np.argwhere(np.abs(array) > LARGEST)[0]
+        raise DataError(
+            f"row {first_row + i}, column {repr(names[j]) if names is not None else j}: "
+            f"{array[i, j]:g} is too large to be squared: give the column another unit"
+        )
+    return array, observed
 
 
 def _checked_sparse(values: Any, first_row: int, names: Sequence[str] | None) -> Any:
