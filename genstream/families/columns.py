@@ -492,6 +492,54 @@ class IndependentColumns(Begun):
         levels[component] = np.where(observed[self.level_column], 0.5 * (hit + pooled), pooled)
         return self.params_type(mean, variance, probability, rate, levels)
 
+    splits: ClassVar[bool] = True
+
+    def halves(
+        self, params: Any, components: Array, apart: float, rng: np.random.Generator
+    ) -> tuple[Record, Record]:
+        """Along the real column that varies most, measured by the pivot. Without a real column, all
+        others move a share `apart` of the way to where one of them would be certain or 0, each one
+        way or the other by chance; of a categorical column the likeliest level moves against the
+        others.
+        """
+        kept = params.take(components.tolist())
+        every = np.arange(len(components))
+        if len(self.real):
+            scale = self.pivot_at.scale[self.real]
+            variance = self.variances(kept)
+            widest = (variance / scale**2).argmax(axis=1)
+            step = np.zeros_like(variance)
+            step[every, widest] = apart * np.sqrt(variance[every, widest])
+            if not self.spherical:
+                variance = variance - step**2
+                least = self._floor(scale**2)
+                kept = replace(kept, variance=np.maximum(variance, least))
+            one, other = (replace(kept, mean=kept.mean + way * step) for way in (-1.0, 1.0))
+            return one, other
+
+        def sign(value: Array) -> Array:
+            return rng.choice([-1.0, 1.0], value.shape)
+
+        room = apart * np.minimum(kept.probability, 1 - kept.probability)
+        binary, rate = sign(room) * room, sign(kept.rate) * apart * kept.rate
+        levels = kept.level_probability
+        tilt = np.zeros_like(levels)
+        for own in np.split(np.arange(levels.shape[1]), self.level_start[1:]):
+            p = levels[:, own]
+            likeliest = p == p.max(axis=1, keepdims=True, initial=0.0)
+            leaning = np.where(likeliest, p, -p) * sign(p[:, :1])
+            tilt[:, own] = apart / 2 * (leaning - p * leaning.sum(axis=1, keepdims=True))
+        one, other = (
+            replace(
+                kept,
+                probability=kept.probability + way * binary,
+                rate=kept.rate + way * rate,
+                level_probability=levels + way * tilt,
+            )
+            for way in (-1.0, 1.0)
+        )
+        return one, other
+
     def draw(
         self, params: Any, component: Array, rng: np.random.Generator
     ) -> tuple[Array, Array | None]:

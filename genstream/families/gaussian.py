@@ -445,6 +445,29 @@ class Gaussian(Begun):
             covariance[component] = np.eye(self.n_features) / share
         return self.unpivoted(mean, covariance)
 
+    splits: ClassVar[bool] = True
+
+    def halves(
+        self,
+        params: Any,
+        components: Array,
+        apart: float,
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> tuple[Record, Record]:
+        """Along the longest axis in pivot coordinates; below a floor no covariance falls."""
+        mean, covariance = self.pivoted(params)
+        covariance = np.broadcast_to(covariance, (len(mean), *covariance.shape[1:]))[components]
+        values, vectors = np.linalg.eigh(covariance)
+        step = apart * np.sqrt(values[:, -1:]) * vectors[:, :, -1]
+        if not self.tied:
+            covariance = covariance - step[:, :, None] * step[:, None, :]
+            raw = np.diagonal(covariance, axis1=1, axis2=2)
+            covariance = replace(self, ridge=0.0).regular(covariance, raw)[0]
+        one, other = (
+            self.unpivoted(mean[components] + way * step, covariance) for way in (-1.0, 1.0)
+        )
+        return one, other
+
     def draw(
         self, params: Any, component: Array, rng: np.random.Generator
     ) -> tuple[Array, Array | None]:
