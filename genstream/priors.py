@@ -104,15 +104,17 @@ class Prior:
         """A plain dictionary, which `of` turns back into an equal prior."""
         return asdict(self)
 
-    def applied(self, weak: Record | None) -> Record | None:
-        """A family's weak prior, made as strong and wide as this one."""
-        if weak is None:
+    def applied(self, known: Record | None, now: Prior | None = None) -> Record | None:
+        """A family's prior, made as strong and wide as this one from what it is `now` (weak)."""
+        if known is None:
             return None
-        if isinstance(weak, Joint):
-            return type(weak)(*(self.applied(block) for block in weak.blocks))
-        made: Record = weak
-        if self.strength != 1.0 or self.spread != 1.0:
-            made = weak.stronger(self.strength, self.spread)  # type: ignore[attr-defined]
-        if self.independence and hasattr(made, "independence"):
+        if isinstance(known, Joint):
+            return type(known)(*(self.applied(block, now) for block in known.blocks))
+        now = now or Prior()
+        strength, spread = self.strength / now.strength, self.spread / now.spread
+        made: Record = known
+        if strength != 1.0 or spread != 1.0:
+            made = known.stronger(strength, spread)  # type: ignore[attr-defined]
+        if self.independence != now.independence and hasattr(made, "independence"):
             made = replace(made, independence=float(self.independence))  # type: ignore[call-arg]
         return made

@@ -188,6 +188,22 @@ class Story:
             )
         return replace(self, family=family)
 
+    def with_prior(self, prior: Prior) -> Story:
+        """This story, anchored as it is, under a prior of another strength.
+
+        Raises ConfigError where it is one of maximum likelihood, which no sample gave a prior.
+        """
+        now = Prior.of(self.prior)
+        if now is None or self.family.pivot is None:
+            raise ConfigError("only a story that was anchored under a prior can have another one")
+        family = self.family.of(
+            self.schema,
+            self.family.options(),
+            self.family.pivot,
+            prior.applied(self.family.prior, now),
+        )
+        return replace(self, family=family, prior=prior)
+
     def vague(self) -> Params:
         """Equal components as wide as the sample, from which a start is made."""
         weights = np.full(self.n_components, 1.0 / self.n_components)

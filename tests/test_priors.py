@@ -12,12 +12,15 @@ from scipy import optimize, stats
 from genstream.errors import ConfigError
 from genstream.families.gaussian import NormalWishart
 from genstream.learn import BatchEM, FitState, Resident, fit
+from genstream.passes import Passes
 from genstream.priors import Prior
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
+from genstream.sources import NumpySource
 from genstream.start import seed_params
 from genstream.stories import factors, latent_factors, mixture
 from genstream.story import Story
+from genstream.tuning import best_prior, scores
 
 MIXED = Schema(
     (
@@ -401,6 +404,52 @@ class TestOf:
     def test_what_may_not(self, given, words):
         with pytest.raises(ConfigError, match=words):
             mixture(Schema.real(2), 2, prior=given)
+
+
+class TestTuned:
+    def rows(self, n, seed):
+        rng = np.random.default_rng(seed)
+        return Rows.of(rng.normal(size=(n, 8)))
+
+    def passes(self, rows):
+        return Passes(NumpySource(rows.values, weights=rows.weights, chunk_rows=64), workers=1)
+
+    def test_few_rows_want_what_is_true_of_them(self):
+        # Independent columns: a covariance from thirty rows has correlations of chance alone.
+        learned, held_out = self.rows(30, 0), self.rows(500, 1)
+        story = mixture(Schema.real(8), 1, prior=Prior(0.01)).anchored(learned)
+        found = story.e_step(story.vague(), learned)
+        priors = [Prior(0.01, independence=v) for v in (0.0, 10.0, 1000.0)]
+        best, params, tried = best_prior(story, story.vague(), found, priors, self.passes(held_out))
+        assert best.prior == priors[2]
+        assert [one.prior for one in tried] == priors
+        values = [one.mean_loglik for one in tried]
+        assert values == sorted(values)
+        assert story.log_prob(params, held_out).mean() == pytest.approx(values[2], rel=1e-12)
+        # The same as if the story had been anchored under that prior.
+        again = mixture(Schema.real(8), 1, prior=priors[2]).anchored(learned)
+        assert again.log_prior(params) == pytest.approx(best.log_prior(params), rel=1e-12)
+
+    def test_weights_and_gaps_of_held_out_rows_count(self):
+        learned, held_out = self.rows(30, 0), self.rows(200, 1)
+        story = mixture(Schema.real(8), 2).anchored(learned)
+        params = seed_params(story, learned, np.random.default_rng(0))
+        values = held_out.values.copy()
+        values[0] = np.nan
+        values[1, :3] = np.nan
+        weights = np.arange(200.0)
+        rows = Rows.of(values, weights)
+        (value,) = scores(
+            story, [params], Passes(NumpySource(values, weights=weights, chunk_rows=64), workers=1)
+        )
+        own = story.log_prob(params, rows)
+        assert value == pytest.approx(own[1:] @ weights[1:] / weights[1:].sum(), rel=1e-12)
+
+    def test_maximum_likelihood_has_no_other_prior(self):
+        learned = self.rows(30, 0)
+        story = mixture(Schema.real(8), 1, prior=None).anchored(learned)
+        with pytest.raises(ConfigError, match="anchored under a prior"):
+            story.with_prior(Prior())
 
 
 class TestConfigured:
