@@ -240,10 +240,10 @@ class Story:
         responsibilities given from outside, which leaves the objective at 0. A rule that draws
         needs a `key` to draw by.
         """
-        if rows.weights is not None and not rows.weights.all():
-            return self._e_step_of_weighty(params, rows, responsibility, key)
         if isinstance(responsibility, Nearest):
             return self._e_step_nearest(params, rows, responsibility, key)
+        if rows.weights is not None and not rows.weights.all():
+            return self._e_step_of_weighty(params, rows, responsibility, key)
         given = responsibility if isinstance(responsibility, np.ndarray) else None
         rule = soft if isinstance(responsibility, np.ndarray) else rule_of(responsibility, key)
         walk = self._walk(params, rows)
