@@ -26,7 +26,7 @@ from benchmarks import measure
 from benchmarks.measure import ROOT, Benchmark, Options, Table, told
 
 # Modules whose benchmarks end in tables, in the order in which they run.
-SUITE = ("roofline", "peers")
+SUITE = ("roofline", "peers", "out_of_core")
 # Modules with a `main` that prints what it found.
 SCRIPTS = (
     *("matrix", "references", "imputation", "fashion", "optima", "passes", "schedulers"),

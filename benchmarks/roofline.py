@@ -49,16 +49,17 @@ class Rates:
     read: float
 
 
-def fastest(work: Callable[[int], Any], threads: int, repeats: int = REPEATS) -> float:
-    """The least seconds in which every thread does `work(thread)` once."""
-    best = np.inf
+def once(work: Callable[[int], Any], threads: int) -> float:
+    """Seconds in which every thread does `work(thread)`."""
     with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+        begin = time.perf_counter()
         list(pool.map(work, range(threads)))
-        for _ in range(repeats):
-            begin = time.perf_counter()
-            list(pool.map(work, range(threads)))
-            best = min(best, time.perf_counter() - begin)
-    return float(best)
+        return time.perf_counter() - begin
+
+
+def fastest(work: Callable[[int], Any], threads: int, repeats: int = REPEATS) -> float:
+    """The least of such seconds, after a turn that does not count."""
+    return min([once(work, threads) for _ in range(1 + repeats)][1:])
 
 
 def gemm(m: int, inner: int, n: int, dtype: str, threads: int) -> float:
@@ -129,9 +130,11 @@ def write_dataset(folder: Path, x: Array, chunk_rows: int | None = None) -> Any:
     return dataset.source()
 
 
-def zarr_rates(folder: Path, source: Any, threads: int) -> tuple[float, float]:
-    """Bytes a second of decoded values from a dataset whose files are in the page cache: by
-    zarr-python, chunk by chunk, and by the library's own reader.
+def zarr_readers(
+    folder: Path, source: Any, threads: int
+) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    """What each of `threads` does to read a dataset together: by zarr-python, chunk by chunk, and
+    by the library's own reader.
     """
     import zarr
 
@@ -144,7 +147,6 @@ def zarr_rates(folder: Path, source: Any, threads: int) -> tuple[float, float]:
         for array in arrays
         for first in range(0, array.shape[0], array.chunks[0])
     ]
-    nbytes = sum(array.size * array.dtype.itemsize for array in arrays)
 
     def plain(thread: int) -> None:
         for array, first, last in spans[thread::threads]:
@@ -154,7 +156,7 @@ def zarr_rates(folder: Path, source: Any, threads: int) -> tuple[float, float]:
         for i in range(thread, len(source.chunk_rows), threads):
             source.read(i)
 
-    return nbytes / fastest(plain, threads, 3), nbytes / fastest(ours, threads, 3)
+    return plain, ours
 
 
 @functools.cache
@@ -198,8 +200,12 @@ def measure(options: Options) -> Table:
         folder = Path(top) / "dataset"
         x = np.random.default_rng(0).normal(size=(nbytes // 128, 32)).astype(np.float32)
         source = write_dataset(folder, x)
-        row("zarr, read by zarr-python", "GB/s", lambda n: zarr_rates(folder, source, n)[0])
-        row("zarr, read by genstream", "GB/s", lambda n: zarr_rates(folder, source, n)[1])
+        for number, who in enumerate(("zarr-python", "genstream")):
+
+            def read(n: int, which: int = number) -> float:
+                return x.nbytes / fastest(zarr_readers(folder, source, n)[which], n, 3)
+
+            row(f"zarr, read by {who}", "GB/s", read)
     notes = [
         "A worker is a thread with one BLAS thread.",
         f"Products of an E-step have blocks of {BLOCK} rows.",
