@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -803,7 +802,7 @@ class ColumnsKernel:
     @cached_property
     def without_levels(self) -> ColumnsKernel:
         """The same kernel without features of levels."""
-        kernel = copy(self)
+        kernel = copy.copy(self)
         kernel.one_hot = False
         return kernel
 
@@ -829,6 +828,8 @@ class ColumnsKernel:
         if not self.family.limits.none:
             return ColumnsKernel(self.family, params, log_weights)
         some = copy.copy(self)
+        # What was made of all components is not that of some.
+        some.__dict__.pop("without_levels", None)
         some.params, some.log_weights, some.n_components = params, log_weights, len(components)
         for name in ("mean", "variance", "normaliser", "about_mean", "slopes", "rounding"):
             setattr(some, name, getattr(self, name)[components])
