@@ -78,7 +78,7 @@ class Rows:
         # A NaN is the least and the largest of whatever it is among, so that these two tell all.
         with np.errstate(invalid="ignore"):
             least, most = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
-        if not (-LARGEST <= least and most <= LARGEST):
+        if not (least >= -LARGEST and most <= LARGEST):
             array, observed = _gaps_apart(array, first_row, names)
         return cls(array, observed, _checked_weights(weights, len(array), first_row))
 

@@ -28,6 +28,7 @@ from genstream.families.blocks import (
     Walk,
     slices,
 )
+from genstream.profile import mark
 from genstream.responsibility import Key, Responsibility, rule_of, soft
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -222,8 +223,11 @@ class Story:
         sum_r = np.zeros(self.n_components)
         objective = weight = 0.0
         n_observed = 0
+        mark("prepare")
         for index in walk.blocks():
+            mark("features")
             log_joint = walk.score()
+            mark("score")
             if given is None:
                 value = rule(log_joint)
                 base = walk.base()
@@ -243,7 +247,9 @@ class Story:
                 weight += float(block.sum())
                 log_joint *= block.astype(log_joint.dtype)
             sum_r += log_joint.sum(axis=1, dtype=np.float64)
+            mark("softmax")
             walk.gather(log_joint)
+            mark("gather")
         family = walk.close()
         stats = StoryStats(rows.n_rows, rows.n_rows - n_observed, weight, objective, sum_r, family)
         if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
@@ -254,7 +260,9 @@ class Story:
     def maximise(self, stats: StoryStats, previous: Params) -> tuple[Params, NDArray[np.bool_]]:
         """The M-step, and (K,) which components were empty or singular and need rescue."""
         kept = self.frozen - {"weights"}
+        mark("other")
         family, faulty = self.family.maximise(stats.family, previous.family, kept)
+        mark("m_step")
         if "weights" in self.frozen:
             return Params(previous.weights, family), faulty
         weights = stats.sum_r + self.weight_prior
