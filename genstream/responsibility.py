@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from genstream import compiled
 from genstream.errors import ConfigError
 
 Array = NDArray[Any]
@@ -34,13 +35,31 @@ RULES = ("soft", "hard", "sampled", "truncated")
 
 def soft(log_joint: Array) -> Array:
     """Responsibilities `r_k = p(k | x)`; the objective is `log p(x)`."""
+    fast = compiled.pays(log_joint.size, compiled.SMALL_BLOCK)
+    return weighted_soft(log_joint, None, np.zeros(len(log_joint)), fast)
+
+
+def weighted_soft(log_joint: Array, weights: Array | None, sum_r: Array, fast: bool) -> Array:
+    """`soft`, times row weights (n,) if there are any; their sums over rows are added to `sum_r`.
+
+    `fast` says that `compiled.pays` for what the block is a part of. What is hardly more than
+    nothing becomes 0: denormal numbers slow a matrix product many times over.
+    """
+    if fast:
+        return compiled.soft(log_joint, weights, sum_r)
     peak = log_joint.max(axis=0)
     log_joint -= peak
-    # Below this, exp gives denormal numbers, which slow a matrix product many times over.
-    np.maximum(log_joint, -80.0 if log_joint.dtype == np.float32 else -700.0, out=log_joint)
+    least = -80.0 if log_joint.dtype == np.float32 else -700.0
+    low = log_joint < least
+    np.maximum(log_joint, least, out=log_joint)
     np.exp(log_joint, out=log_joint)
+    log_joint[low] = 0.0
     total = log_joint.sum(axis=0)
-    log_joint *= 1.0 / total
+    share = 1.0 / total
+    if weights is not None:
+        share *= weights.astype(share.dtype)
+    log_joint *= share
+    sum_r += log_joint.sum(axis=1, dtype=np.float64)
     value: Array = np.add(peak, np.log(total, dtype=np.float64), dtype=np.float64)
     return value
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from genstream import compiled
 from genstream.errors import ConfigError, CorruptError, DataError
 from genstream.families import FAMILIES
 from genstream.families.blocks import (
@@ -29,7 +30,7 @@ from genstream.families.blocks import (
     slices,
 )
 from genstream.profile import mark
-from genstream.responsibility import Key, Responsibility, rule_of, soft
+from genstream.responsibility import Key, Responsibility, rule_of, soft, weighted_soft
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
@@ -217,9 +218,12 @@ class Story:
         responsibilities given from outside, which leaves the objective at 0. A rule that draws
         needs a `key` to draw by.
         """
+        if rows.weights is not None and not rows.weights.all():
+            return self._e_step_of_weighty(params, rows, responsibility, key)
         given = responsibility if isinstance(responsibility, np.ndarray) else None
         rule = soft if isinstance(responsibility, np.ndarray) else rule_of(responsibility, key)
         walk = self._walk(params, rows)
+        fast = compiled.pays(rows.n_rows * self.n_components)
         sum_r = np.zeros(self.n_components)
         objective = weight = 0.0
         n_observed = 0
@@ -228,25 +232,24 @@ class Story:
             mark("features")
             log_joint = walk.score()
             mark("score")
-            if given is None:
-                value = rule(log_joint)
-                base = walk.base()
-                if base is not None:
-                    value = value + base
+            block = None if rows.weights is None else rows.weights[index]
+            if given is None and rule is soft:
+                value = weighted_soft(log_joint, block, sum_r, fast)
             else:
-                log_joint[:] = given[index].T
-                value = np.zeros(log_joint.shape[1])
+                if given is None:
+                    value = rule(log_joint)
+                else:
+                    log_joint[:] = given[index].T
+                    value = np.zeros(log_joint.shape[1])
+                if block is not None:
+                    log_joint *= block.astype(log_joint.dtype)
+                sum_r += log_joint.sum(axis=1, dtype=np.float64)
+            base = walk.base() if given is None else None
+            if base is not None:
+                value = value + base
             n_observed += len(value)
-            if rows.weights is None:
-                objective += float(value.sum())
-                weight += len(value)
-            else:
-                block = rows.weights[index]
-                # A row of weight 0 moves nothing, even where its log-likelihood is not finite.
-                objective += float(block @ np.where(block > 0, value, 0.0))
-                weight += float(block.sum())
-                log_joint *= block.astype(log_joint.dtype)
-            sum_r += log_joint.sum(axis=1, dtype=np.float64)
+            objective += float(value.sum() if block is None else block @ value)
+            weight += len(value) if block is None else float(block.sum())
             mark("softmax")
             walk.gather(log_joint)
             mark("gather")
@@ -256,6 +259,23 @@ class Story:
             # A row beyond float32's range: its chunk is done again, in float64.
             return self._in_float64().e_step(params, rows, responsibility, key)
         return stats
+
+    def _e_step_of_weighty(
+        self, params: Params, rows: Rows, responsibility: Responsibility | Array, key: Key | None
+    ) -> StoryStats:
+        """The statistics of rows of which some have weight 0: these are counted, and no more.
+
+        Multiplied by 0 one of them would still spoil all sums if it is beyond the arithmetic.
+        """
+        assert rows.weights is not None
+        heavy = np.flatnonzero(rows.weights)
+        if isinstance(responsibility, np.ndarray):
+            responsibility = responsibility[heavy]
+        stats = self.e_step(params, rows[heavy], responsibility, key)
+        unseen = 0
+        if rows.observed is not None:
+            unseen = int((~rows.observed[rows.weights == 0].any(axis=1)).sum())
+        return replace(stats, n_rows=rows.n_rows, n_unobserved=stats.n_unobserved + unseen)
 
     def maximise(self, stats: StoryStats, previous: Params) -> tuple[Params, NDArray[np.bool_]]:
         """The M-step, and (K,) which components were empty or singular and need rescue."""
@@ -306,9 +326,11 @@ class Story:
 
     def _posterior_blocks(self, params: Params, rows: Rows) -> Iterator[tuple[Index, Array, Array]]:
         walk = self._walk(params, rows)
+        fast = compiled.pays(rows.n_rows * self.n_components)
+        sum_r = np.zeros(self.n_components)
         for index in walk.blocks():
             log_joint = walk.score()
-            value = soft(log_joint)
+            value = weighted_soft(log_joint, None, sum_r, fast)
             base = walk.base()
             yield index, log_joint, value if base is None else value + base
 
@@ -341,7 +363,9 @@ class Story:
         entropy = np.full(rows.n_rows, -float(weights @ np.log(weights)))
         for index, block, value in self._posterior_blocks(params, rows):
             log_prob[index] = value
-            entropy[index] = -(block * np.log(block)).sum(axis=0, dtype=np.float64)
+            # What is next to nothing is exactly 0, and adds 0.
+            spread = block * np.log(np.maximum(block, np.finfo(block.dtype).tiny))
+            entropy[index] = -spread.sum(axis=0, dtype=np.float64)
         return log_prob, entropy
 
     @np.errstate(over="ignore", invalid="ignore")
