@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ Rule = Callable[[Array], Array]
 # Seed of the fit, its step and the chunk at hand.
 Key = tuple[int, int, int]
 
-RULES = ("soft", "hard", "sampled", "truncated")
+RULES = ("soft", "hard", "sampled", "truncated", "nearest")
 
 
 def soft(log_joint: Array) -> Array:
@@ -108,6 +108,50 @@ class Truncated:
 
 
 @dataclass(frozen=True)
+class Nearest:
+    """Soft responsibilities among the components that matter near a row, which alone are scored:
+    see `genstream.nearest`, by which a story follows this rule.
+
+    The objective is a bound on the log-likelihood, as a rule within 0.005 nats a row. Lists of
+    components change from step to step, so that it may fall by as much as `slack`. With few
+    components or rows everything is scored, and the rule is `soft`.
+
+    Parameters
+    ----------
+    least
+        A component matters where it has more than this share of the responsibility for a row.
+    checked
+        Share of the rows, the worst explained ones, that are scored under all components.
+    cell_rows
+        Rows that share a list, at least. Larger cells have longer lists and lose less.
+
+    Raises
+    ------
+    ConfigError
+        Where a number is out of its range.
+    """
+
+    least: float = 1e-3
+    checked: float = 0.02
+    cell_rows: int = 1024
+
+    slack: ClassVar[float] = 1e-3
+
+    def __post_init__(self) -> None:
+        ranges = [
+            ("least", 0 <= self.least < 1, "at least 0 and below 1"),
+            ("checked", 0 <= self.checked <= 1, "between 0 and 1"),
+            ("cell_rows", self.cell_rows >= 1, "at least 1"),
+        ]
+        for name, right, allowed in ranges:
+            if not right:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be {allowed}")
+
+    def __call__(self, log_joint: Array) -> Array:
+        return soft(log_joint)
+
+
+@dataclass(frozen=True)
 class Sampled:
     """All responsibility to one component, drawn from `p(k | x)`: stochastic EM (Celeux & Diebolt
     1985).
@@ -172,4 +216,6 @@ def named(name: str, *, n: int = 3, seed: int = 0) -> Responsibility:
         return Sampled(seed)
     if name == "truncated":
         return Truncated(n)
+    if name == "nearest":
+        return Nearest()
     return soft if name == "soft" else hard

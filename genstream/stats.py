@@ -186,6 +186,44 @@ class Monoid(Record):
         return _map(self, lambda value, _: value * 0)
 
 
+class Placed:
+    """Statistics of `n_components` components, summed from those of some of them at a time.
+
+    Entries of a component go to its place; what has no `component` axis adds up.
+    """
+
+    def __init__(self, n_components: int) -> None:
+        self.n_components = n_components
+        self._form: Monoid | None = None
+        self._sums: list[Any] = []
+
+    def add(self, stats: Monoid, components: NDArray[np.intp]) -> None:
+        """Add the statistics of some components (C,), of which none is there twice."""
+        leaves = list(stats.leaves())
+        if self._form is None:
+            self._form = stats
+            self._sums = [self._nothing(value, names) for _, names, value in leaves]
+        for i, (_, names, value) in enumerate(leaves):
+            if "component" in names:
+                along = names.index("component")
+                self._sums[i][(slice(None),) * along + (components,)] += value
+            else:
+                self._sums[i] = self._sums[i] + value
+
+    def _nothing(self, value: Any, names: tuple[str, ...]) -> Any:
+        if "component" not in names:
+            return value * 0
+        shape = list(value.shape)
+        shape[names.index("component")] = self.n_components
+        return np.zeros(shape, dtype=value.dtype)
+
+    def close(self) -> Any:
+        """The sum. At least one piece must have been added."""
+        assert self._form is not None
+        sums = iter(self._sums)
+        return _map(self._form, lambda _value, _names: next(sums))
+
+
 @dataclass(frozen=True, eq=False)
 class Joint(Record):
     """Records side by side, in fields called `block0`, `block1`, ...: see `side_by_side`."""

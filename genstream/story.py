@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream import compiled
+from genstream import compiled, nearest
 from genstream.errors import ConfigError, CorruptError, DataError
 from genstream.families import FAMILIES
 from genstream.families.blocks import (
@@ -30,7 +30,7 @@ from genstream.families.blocks import (
     slices,
 )
 from genstream.profile import mark
-from genstream.responsibility import Key, Responsibility, rule_of, soft, weighted_soft
+from genstream.responsibility import Key, Nearest, Responsibility, rule_of, soft, weighted_soft
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
@@ -220,6 +220,8 @@ class Story:
         """
         if rows.weights is not None and not rows.weights.all():
             return self._e_step_of_weighty(params, rows, responsibility, key)
+        if isinstance(responsibility, Nearest):
+            return self._e_step_nearest(params, rows, responsibility, key)
         given = responsibility if isinstance(responsibility, np.ndarray) else None
         rule = soft if isinstance(responsibility, np.ndarray) else rule_of(responsibility, key)
         walk = self._walk(params, rows)
@@ -276,6 +278,28 @@ class Story:
         if rows.observed is not None:
             unseen = int((~rows.observed[rows.weights == 0].any(axis=1)).sum())
         return replace(stats, n_rows=rows.n_rows, n_unobserved=stats.n_unobserved + unseen)
+
+    def _e_step_nearest(
+        self, params: Params, rows: Rows, rule: Nearest, key: Key | None
+    ) -> StoryStats:
+        """The statistics where each row meets the components near it alone."""
+        self._check(rows)
+        seed, _, chunk = key or (0, 0, 0)
+        log_weights = np.log(np.maximum(params.weights, 1e-300))
+        found = nearest.e_step(
+            self.family, params.family, log_weights, self.readable(rows), rule, (seed, chunk)
+        )
+        stats = StoryStats(
+            rows.n_rows,
+            rows.n_rows - found.n_observed,
+            found.weight,
+            found.objective,
+            found.sum_r,
+            found.family,
+        )
+        if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
+            return self._in_float64().e_step(params, rows, rule, key)
+        return stats
 
     def maximise(self, stats: StoryStats, previous: Params) -> tuple[Params, NDArray[np.bool_]]:
         """The M-step, and (K,) which components were empty or singular and need rescue."""

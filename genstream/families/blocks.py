@@ -130,7 +130,8 @@ class Kernel(Protocol):
     """A family's parameters, prepared for a pass.
 
     One whose walk sorts rows by what they observed has an attribute `by_pattern` that is true, and
-    leads in products.
+    leads in products. One that costs much to prepare has a method `take(components)`, which gives
+    the kernel of some of them (C,).
     """
 
     def walk(self, rows: Rows) -> Walk:
@@ -370,6 +371,14 @@ def slices(n_rows: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, n_rows))
 
 
+def by_component(component: Array) -> Iterator[tuple[int, NDArray[np.intp]]]:
+    """Each component that is among those of some rows (n,), and which rows have it, in order."""
+    order = np.argsort(component, kind="stable")
+    present, first = np.unique(component[order], return_index=True)
+    for k, rows in zip(present, np.split(order, first[1:]), strict=True):
+        yield int(k), rows
+
+
 class Linear:
     """Natural parameters (K, p) at the precision each component needs.
 
@@ -395,6 +404,10 @@ class Linear:
         self.direct = np.flatnonzero(np.finfo(np.float64).eps / 2 * rounding > MAX_ROUNDING)
         if dtype == np.float64:
             self.fine = self.fine[:0]
+
+    def take(self, components: Array) -> Linear:
+        """Those of some of the components."""
+        return Linear(self.whole[components], self.rounding[components], self.dtype)
 
     def score(self, features: Array, exact: Callable[[], Array], out: Array) -> Array:
         """(K, n) of `eta . T`; `exact` gives the float64 features where they are needed."""

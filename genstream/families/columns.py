@@ -18,6 +18,7 @@ component are in the sums (`genstream.families.censored`).
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -708,6 +709,17 @@ class ColumnsKernel:
         if gaps:
             pieces.append(self.normaliser)
         return Linear(np.concatenate(pieces, axis=1), self.rounding, self.dtype)
+
+    def take(self, components: Array) -> ColumnsKernel:
+        """The kernel of some of the components (C,)."""
+        params, log_weights = self.params.take(components), self.log_weights[components]
+        if not self.family.limits.none:
+            return ColumnsKernel(self.family, params, log_weights)
+        some = copy.copy(self)
+        some.params, some.log_weights, some.n_components = params, log_weights, len(components)
+        for name in ("mean", "variance", "normaliser", "about_mean", "slopes", "rounding"):
+            setattr(some, name, getattr(self, name)[components])
+        return some
 
     def walk(self, rows: Rows) -> LinearWalk:
         return LinearWalk(self, rows)

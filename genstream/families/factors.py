@@ -30,6 +30,7 @@ from genstream.families.blocks import (
     Description,
     Kernel,
     Pivot,
+    by_component,
     moments,
 )
 from genstream.families.factors_walk import FactorsKernel
@@ -528,8 +529,7 @@ class Factors:
         factors = rng.standard_normal((len(component), self.n_factors))
         values = rng.standard_normal((len(component), self.n_features))
         deviation = np.sqrt(self.noise(params))
-        for k in np.unique(component):
-            chosen = component == k
+        for k, chosen in by_component(component):
             signal = params.mean[k] + factors[chosen] @ params.loadings[k].T
             values[chosen] = signal + deviation[k] * values[chosen]
         return values, factors

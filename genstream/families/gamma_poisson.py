@@ -41,6 +41,7 @@ from genstream.families.blocks import (
     Index,
     Pivot,
     block_rows,
+    by_component,
     moments,
     slices,
 )
@@ -264,8 +265,7 @@ class GammaPoisson(OneKind):
         shape = params.shape[component]
         t = rng.gamma(shape) / shape
         out = np.empty((len(component), self.schema.n_features))
-        for k in np.unique(component):
-            rows = component == k
+        for k, rows in by_component(component):
             out[rows] = rng.poisson(t[rows] @ params.loadings[k].T)
         return out, t
 

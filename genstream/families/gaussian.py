@@ -30,6 +30,7 @@ from genstream.families.blocks import (
     Description,
     Family,
     Pivot,
+    by_component,
     moments,
 )
 from genstream.families.gaussian_walk import GaussianKernel, quadratic_rounding
@@ -380,10 +381,10 @@ class Gaussian(Begun):
     ) -> tuple[Array, Array | None]:
         out = np.empty((len(component), self.n_features))
         noise = rng.standard_normal(out.shape)
-        for k in np.unique(component):
-            chosen = component == k
-            covariance = params.covariance if self.tied else params.covariance[k]
-            out[chosen] = params.mean[k] + noise[chosen] @ np.linalg.cholesky(covariance).T
+        factor = np.linalg.cholesky(params.covariance) if self.tied else None
+        for k, chosen in by_component(component):
+            root = np.linalg.cholesky(params.covariance[k]) if factor is None else factor
+            out[chosen] = params.mean[k] + noise[chosen] @ root.T
         return out, None
 
     def fill(self, params: Any, resp: Array, rng: np.random.Generator | None = None) -> Array:

@@ -16,6 +16,7 @@ distance 0 (`constant`), from which a score gives the distance, the number of en
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Iterator
@@ -74,6 +75,20 @@ class GaussianKernel:
         constant = self.complete.constant(quadratic)
         rounding = 2 * (np.abs(slope) * _spread(self.mean, self.covariance)).sum(axis=1)
         return Linear(np.column_stack([slope, constant]), rounding, self.dtype)
+
+    def take(self, components: Array) -> GaussianKernel:
+        """The kernel of some of the components (C,), of which nothing is factored again."""
+        some = copy.copy(self)
+        some.n_components = len(components)
+        some.mean, some.log_weights = self.mean[components], self.log_weights[components]
+        if self.tied:
+            some.__dict__.pop("tied_linear", None)
+        else:
+            for name in ("covariance", "factor", "whiten", "precision", "log_det"):
+                setattr(some, name, getattr(self, name)[components])
+        some.complete = Marginal(some, np.ones(self.n_features, dtype=bool))
+        some.complete.linear = self.complete.linear.take(components)
+        return some
 
     def walk(self, rows: Rows) -> GaussianWalk:
         return GaussianWalk(self, rows)

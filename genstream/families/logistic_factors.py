@@ -37,6 +37,7 @@ from genstream.families.blocks import (
     Index,
     Pivot,
     block_rows,
+    by_component,
     slices,
 )
 from genstream.families.importance import mean_weights
@@ -239,8 +240,7 @@ class LogisticFactors(OneKind):
         t = rng.standard_normal((len(component), self.n_factors))
         uniform = rng.random((len(component), self.schema.n_features))
         out = np.empty(uniform.shape)
-        for k in np.unique(component):
-            rows = component == k
+        for k, rows in by_component(component):
             out[rows] = uniform[rows] < expit(params.bias[k] + t[rows] @ params.loadings[k].T)
         return out, t
 

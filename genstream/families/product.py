@@ -15,6 +15,7 @@ by a second one, however many they are; all others add what they make of the blo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -424,12 +425,29 @@ class ProductKernel:
 
     def __init__(self, family: Product, params: Any, log_weights: Array) -> None:
         self.family, self.n_components = family, len(log_weights)
+        self.params, self.log_weights = params, log_weights
         self.dtype = np.dtype(family.dtype)
         nothing = np.zeros_like(log_weights)
         self.kernels: list[Kernel] = [
             part.family.prepare(theta, log_weights if i == 0 else nothing)
             for i, (part, theta) in enumerate(family._blocks(params))
         ]
+
+    def take(self, components: Array) -> ProductKernel:
+        """The kernel of some of the components (C,)."""
+        some = copy.copy(self)
+        some.n_components = len(components)
+        some.params, some.log_weights = self.params.take(components), self.log_weights[components]
+        some.kernels = []
+        nothing = np.zeros(len(components))
+        for i, (part, theta) in enumerate(self.family._blocks(some.params)):
+            take = getattr(self.kernels[i], "take", None)
+            if take is None:
+                first = some.log_weights if i == 0 else nothing
+                some.kernels.append(part.family.prepare(theta, first))
+            else:
+                some.kernels.append(take(components))
+        return some
 
     def walk(self, rows: Rows) -> ProductWalk:
         return ProductWalk(self, rows)
