@@ -165,10 +165,13 @@ def learner_of(config: Config, rows: int) -> Learner:
 def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dict[str, Any]:
     """Fit the model of a run, from its newest checkpoint or from a warm start.
 
+    Where `run.json` says `profile`, what is found says where the time went, too.
+
     Raises ComputeError where the log-likelihood ceased to be finite. Whatever else is raised, and
     whenever, the last finished step is saved first.
     """
     from genstream import learn, start, store
+    from genstream.profile import Profile
     from genstream.sources import n_rows
 
     config = run.config
@@ -178,7 +181,8 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
     run.write_json("repro.json", record)
     options = config.fit
     begin = time.monotonic()
-    with cluster(config.compute), bars(quiet) as progress:
+    profile = Profile() if run.info().get("profile") else None
+    with cluster(config.compute), bars(quiet) as progress, profile or contextlib.nullcontext():
         shown = FitProgress(progress, options.max_steps, options.tolerance)
         passes = _passes(data.train, config.compute, shown.on_rows)
         found = store.load_checkpoint(run.checkpoint)
@@ -251,7 +255,8 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
             "bytes_read": (rows_done + pass_rows) * data.train.schema.n_features * itemsize,
             "peak_rss": peak_memory(),
             "digest": state.params.digest(),
-        },
+        }
+        | ({} if profile is None else {"profile": profile.to_json()}),
     )
 
 
@@ -444,11 +449,15 @@ def _data_facts(config: Config, data: Data) -> dict[str, object]:
 def _fit_facts(fitted: dict[str, Any]) -> dict[str, object]:
     if not fitted:
         return {}
-    return {
+    facts: dict[str, object] = {
         "parameters": f"sha256 {fitted['digest']}",
         "peak memory": bytes_text(fitted["peak_rss"]),
         "seconds": round(fitted["seconds"], 1),
     }
+    if "profile" in fitted:
+        spent = fitted["profile"]["seconds"].items()
+        facts["seconds of all workers"] = {part: round(seconds, 2) for part, seconds in spent}
+    return facts
 
 
 def _revived(kind: type[T], plain: Any) -> T:

@@ -9,6 +9,7 @@ the same bits.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -18,9 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
 from genstream.errors import ComputeError, ConfigError, GenstreamError
+from genstream.learn import Abreast, in_turn
 from genstream.profile import Profile, current, mark
 from genstream.rows import Rows
 from genstream.sources import Source
+from genstream.stats import EMPTY, Tree, fold_tree
 from genstream.threads import one_blas_thread
 
 T = TypeVar("T")
@@ -34,7 +37,6 @@ MAX_TASK_CHUNKS = 64
 TASKS_PER_WORKER = 4
 # The share of its time that a worker may wait for storage before it has chunks read ahead.
 BLOCKED = 0.1
-EMPTY = "there is no chunk to fold: the source is empty"
 
 
 class Passes:
@@ -236,6 +238,16 @@ class Passes:
         ) as error:
             raise ComputeError(f"the Dask cluster lost a pass: {error}") from error
 
+    @contextlib.contextmanager
+    def abreast(self) -> Iterator[Abreast]:
+        """Within it there is a function that does numbered pieces of work on all workers."""
+        n_workers = 1 if self._remote else self.workers
+        if n_workers == 1:
+            yield in_turn
+            return
+        with one_blas_thread(), ThreadPoolExecutor(n_workers - 1) as pool:
+            yield functools.partial(_abreast_in, pool, n_workers)
+
     def map(self, work: Callable[[int, Rows], T]) -> Iterator[T]:
         """`work(chunk, rows)` of every chunk, in the order of chunks, a few of them ahead."""
         tasks = (
@@ -261,48 +273,17 @@ def _windowed(
 ) -> Iterator[T]:
     """Results in order, with no more tasks begun than the workers and one each in waiting."""
     waiting: deque[Future[T]] = deque()
+    profile = current()
     try:
         for task in tasks:
-            waiting.append(pool.submit(task))
+            waiting.append(pool.submit(_taking_part, profile, task))
             if len(waiting) >= 2 * workers:
-                yield waiting.popleft().result()
+                yield _awaited(profile, waiting.popleft(), workers)
         while waiting:
-            yield waiting.popleft().result()
+            yield _awaited(profile, waiting.popleft(), workers)
     finally:
         for future in waiting:
             future.cancel()
-
-
-class Tree:
-    """Merges what is added, in order, along the fixed binary tree, holding log2(n) of it."""
-
-    def __init__(self) -> None:
-        self._stack: list[tuple[int, Any]] = []
-
-    def add(self, value: Any) -> None:
-        """The next value."""
-        size = 1
-        while self._stack and self._stack[-1][0] == size:
-            value = self._stack.pop()[1].merge(value)
-            size *= 2
-        self._stack.append((size, value))
-
-    def total(self) -> Any:
-        """All that was added. Raises ComputeError where that is nothing."""
-        if not self._stack:
-            raise ComputeError(EMPTY)
-        _, total = self._stack.pop()
-        while self._stack:
-            total = self._stack.pop()[1].merge(total)
-        return total
-
-
-def fold_tree(values: Iterable[Any]) -> Any:
-    """Merge values in order along the fixed binary tree; see `Tree`."""
-    tree = Tree()
-    for value in values:
-        tree.add(value)
-    return tree.total()
 
 
 class _SharedTree:
@@ -389,6 +370,46 @@ def _read_for(profile: Profile | None, source: Source, chunk: int) -> Rows:
     return rows
 
 
+def _taking_part(profile: Profile | None, work: Callable[[], T]) -> T:
+    """What `work` gives, on a thread that takes part in a profile if there is one."""
+    if profile is None:
+        return work()
+    with profile.joined():
+        return work()
+
+
+def _awaited(profile: Profile | None, future: Future[T], workers: int) -> T:
+    """The result of a future, while which this thread does nothing."""
+    if profile is None:
+        return future.result()
+    with profile.handed_over(workers):
+        return future.result()
+
+
+def _abreast_in(
+    pool: ThreadPoolExecutor, n_workers: int, work: Callable[[int], T], n: int
+) -> list[T]:
+    """`work(i)` of each i below n, by this thread and those of the pool."""
+    values: dict[int, T] = {}
+    numbers = iter(range(n))
+    lock = threading.Lock()
+
+    def some() -> None:
+        while True:
+            with lock:
+                i = next(numbers, None)
+            if i is None:
+                return
+            values[i] = work(i)
+
+    profile = current()
+    futures = [pool.submit(_taking_part, profile, some) for _ in range(min(n_workers, n) - 1)]
+    some()
+    for future in futures:
+        _awaited(profile, future, n_workers)
+    return [values[i] for i in range(n)]
+
+
 def _abreast(worker: Callable[[], None], n_workers: int, stop: threading.Event) -> None:
     """Run a worker in so many threads. Whatever is raised, here or there, stops all of them at
     their next chunk, and is raised when they have ended.
@@ -397,17 +418,15 @@ def _abreast(worker: Callable[[], None], n_workers: int, stop: threading.Event) 
 
     def run() -> None:
         try:
-            with contextlib.nullcontext() if profile is None else profile.joined():
-                worker()
+            worker()
         except BaseException:
             stop.set()
             raise
 
-    waiting = contextlib.nullcontext() if profile is None else profile.handed_over(n_workers)
-    with waiting, ThreadPoolExecutor(n_workers) as pool:
+    with ThreadPoolExecutor(n_workers) as pool:
         try:
-            for future in [pool.submit(run) for _ in range(n_workers)]:
-                future.result()
+            for future in [pool.submit(_taking_part, profile, run) for _ in range(n_workers)]:
+                _awaited(profile, future, n_workers)
         finally:
             stop.set()
 

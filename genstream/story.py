@@ -9,6 +9,8 @@ E-step of any rows returns sufficient statistics, which add; the M-step sees sta
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -25,6 +27,7 @@ from genstream.families.blocks import (
     FactorWalk,
     Family,
     Index,
+    Kernel,
     Pivot,
     Walk,
     slices,
@@ -34,6 +37,12 @@ from genstream.responsibility import Key, Nearest, Responsibility, rule_of, soft
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
+
+# Kernels of parameters that somebody still holds, each with the family that prepared it. What takes
+# more bytes than this is prepared for every chunk, beside whose work that is little.
+MAX_PREPARED = 16 << 20
+_prepared: weakref.WeakKeyDictionary[Params, tuple[Family, Kernel]] = weakref.WeakKeyDictionary()
+_preparing = threading.RLock()
 
 # Log-densities this close, relative to 1 + their size, tell no two components apart.
 TWIN = 1e-9
@@ -200,8 +209,18 @@ class Story:
 
     def _walk(self, params: Params, rows: Rows) -> Walk:
         self._check(rows)
-        weights = np.maximum(params.weights, 1e-300)
-        return self.family.prepare(params.family, np.log(weights)).walk(self.readable(rows))
+        return self._kernel(params).walk(self.readable(rows))
+
+    def _kernel(self, params: Params) -> Kernel:
+        """The parameters, prepared once for all chunks of a pass on all threads."""
+        with _preparing:
+            family, kernel = _prepared.get(params, (None, None))
+            if kernel is None or family is not self.family:
+                weights = np.log(np.maximum(params.weights, 1e-300))
+                kernel = self.family.prepare(params.family, weights)
+                if sum(np.asarray(v).nbytes for _, _, v in params.leaves()) <= MAX_PREPARED:
+                    _prepared[params] = self.family, kernel
+            return kernel
 
     # Values too extreme for the arithmetic show in the objective, not as warnings on the way.
     @np.errstate(over="ignore", invalid="ignore")
