@@ -130,7 +130,8 @@ class Joinable(Walk, Protocol):
 
 
 class Kernel(Protocol):
-    """A family's parameters, prepared for a pass.
+    """A family's parameters, prepared for a pass: for all its chunks, on several threads at once,
+    so that nothing of it that shows changes once it is made.
 
     One whose walk sorts rows by what they observed has an attribute `by_pattern` that is true, and
     leads in products. One that costs much to prepare has a method `take(components)`, which gives
@@ -277,6 +278,23 @@ class Levelled(Family, Protocol):
 
     def stats_with_levels(self, schema: Schema, stats: Any) -> Monoid:
         """Statistics over that schema, in which no row had a new level."""
+
+
+@runtime_checkable
+class Splittable(Family, Protocol):
+    """A family whose components can be split in two."""
+
+    @property
+    def splits(self) -> bool:
+        """Whether there is anything along which to split one."""
+
+    def halves(
+        self, params: Any, components: Array, apart: float, rng: np.random.Generator
+    ) -> tuple[Record, Record]:
+        """Two records of some components (m,), whose even mixture has the mean and the covariance
+        of each of them, `apart` deviations from its mean along its main axis. What components
+        share stays, so that such a mixture is wider.
+        """
 
 
 class Begun:
