@@ -226,6 +226,11 @@ class ColumnSpec(Section):
         None, description="Detection limit of a real column: a value at or below it is censored."
     )
     upper: Finite | None = Field(None, description="The same for values at or above it.")
+    resolution: Annotated[Finite, Field(gt=0)] | None = Field(
+        None,
+        description="Step in which a real column is recorded: no component is narrower than the "
+        "noise of rounding to it.",
+    )
 
 
 class Drawn(Section):
@@ -311,6 +316,25 @@ class BlockSpec(Section):
     )
 
 
+class PriorSpec(Section):
+    """How strong the conjugate priors are; `weak` is what all of these leave out."""
+
+    strength: Annotated[Finite, Field(gt=0)] = Field(
+        1.0, description="Times the pseudo-rows of the weak priors."
+    )
+    spread: Annotated[Finite, Field(gt=0)] = Field(
+        1.0, description="Times the variances that they expect."
+    )
+    independence: Annotated[Finite, Field(ge=0)] = Field(
+        0.0,
+        description="Pseudo-rows that say that the columns of a component are uncorrelated; of "
+        "full and tied covariances.",
+    )
+    weights: Annotated[Finite, Field(ge=0)] | None = Field(
+        None, description="Pseudo-rows a mixing weight; left out, strength / n_components."
+    )
+
+
 class Model(Section):
     """What is fitted to the data: the story of how a row comes to be."""
 
@@ -355,7 +379,9 @@ class Model(Section):
         description="A model or run whose parameters the fit begins with; left out, many "
         "starts compete on a sample of rows.",
     )
-    prior: Literal["weak"] | None = Field("weak", description="null for maximum likelihood.")
+    prior: Literal["weak"] | PriorSpec | None = Field(
+        "weak", description="null for maximum likelihood; a mapping for stronger ones."
+    )
 
 
 class Fit(Section):
@@ -965,6 +991,8 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
             for side in ("lower", "upper")
             if getattr(spec, side) is not None and spec.kind != "real"
         ]
+        if spec.resolution is not None and spec.kind != "real":
+            found.append(((*path, "resolution"), f"a {spec.kind} column has no resolution"))
         if spec.lower is not None and spec.upper is not None and spec.lower >= spec.upper:
             found.append(((*path, "lower"), f"must be below upper, {spec.upper:g}"))
     found += _model_contradictions(model, columns)

@@ -37,6 +37,7 @@ from genstream.evaluate import (
 )
 from genstream.families.blocks import Description
 from genstream.learn import FitState, StepInfo
+from genstream.priors import Prior
 from genstream.rows import Rows
 from genstream.schema import Column
 from genstream.story import Params, Story
@@ -841,7 +842,8 @@ def _measure(story: Story) -> str:
 
 
 def _model_facts(story: Story, state: FitState) -> dict[str, str]:
-    prior = "weak conjugate priors (MAP)" if story.prior else "none (maximum likelihood)"
+    told = Prior.of(story.prior)
+    prior = "none (maximum likelihood)" if told is None else f"{told} (MAP)"
     facts = {
         "Story": _story_words(story),
         "Free parameters": f"{story.n_parameters:,}",
