@@ -15,13 +15,14 @@ ratios.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -126,10 +127,25 @@ def side_by_side(many: Sequence[Candidate], passes: Passes) -> list[FitState]:
     return found
 
 
+class Done(NamedTuple):
+    """What a way to fit all candidates took, and came to."""
+
+    seconds: float
+    busy: float
+    nbytes: int
+    states: list[FitState]
+
+    def least(self, other: Done) -> Done:
+        """Of two rounds that came to the same, what either took at least."""
+        return self._replace(
+            seconds=min(self.seconds, other.seconds), busy=min(self.busy, other.busy)
+        )
+
+
 def rounds(
     many: Sequence[Candidate], make: Callable[[Metered], Passes], source: Source, n: int
-) -> Iterator[dict[str, tuple[float, float, int, list[FitState]]]]:
-    """Seconds, CPU seconds, bytes and states of both ways, in turn."""
+) -> Iterator[dict[str, Done]]:
+    """What both ways came to and took, in turn."""
     ways = {"one by one": one_by_one, "shared": side_by_side}
     for _ in range(n):
         found = {}
@@ -138,7 +154,7 @@ def rounds(
             begin, busy = time.perf_counter(), time.process_time()
             states = way(many, make(metered))
             spent = time.perf_counter() - begin, time.process_time() - busy
-            found[name] = *spent, metered.nbytes, states
+            found[name] = Done(*spent, metered.nbytes, states)
         yield found
 
 
@@ -182,21 +198,23 @@ def main() -> None:
         for kind, make in kinds.items():
             found = list(rounds(many, make, source, chosen.rounds))
             apart, shared = (
-                (*(min(each[way][j] for each in found) for j in (0, 1)), *found[0][way][2:])
+                functools.reduce(Done.least, [each[way] for each in found])
                 for way in ("one by one", "shared")
             )
-            for one, other in zip(apart[3], shared[3], strict=True):
+            for one, other in zip(apart.states, shared.states, strict=True):
                 if one.params.digest() != other.params.digest():
                     raise SystemExit("a fit in shared passes came to other bits than alone")
-            steps = [state.step for state in apart[3]]
-            print(
-                f"| {kind} | {sum(steps)} in all, {max(steps)} at most "
-                f"| {apart[2] / 2**20:,.0f} MiB | {shared[2] / 2**20:,.0f} MiB "
-                f"| {apart[2] / shared[2]:.1f} | {apart[0]:.2f} | {shared[0]:.2f} "
-                f"| {apart[0] / shared[0]:.2f} | {apart[1]:.2f} | {shared[1]:.2f} "
-                f"| {apart[1] / shared[1]:.2f} |",
-                flush=True,
-            )
+            steps = [state.step for state in apart.states]
+            cells = [
+                kind,
+                f"{sum(steps)} in all, {max(steps)} at most",
+                f"{apart.nbytes / 2**20:,.0f} MiB",
+                f"{shared.nbytes / 2**20:,.0f} MiB",
+                f"{apart.nbytes / shared.nbytes:.1f}",
+            ]
+            for one, all_ in ((apart.seconds, shared.seconds), (apart.busy, shared.busy)):
+                cells += [f"{one:.2f}", f"{all_:.2f}", f"{one / all_:.2f}"]
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
