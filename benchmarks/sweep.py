@@ -212,8 +212,8 @@ def main() -> None:
                 f"{shared.nbytes / 2**20:,.0f} MiB",
                 f"{apart.nbytes / shared.nbytes:.1f}",
             ]
-            for one, all_ in ((apart.seconds, shared.seconds), (apart.busy, shared.busy)):
-                cells += [f"{one:.2f}", f"{all_:.2f}", f"{one / all_:.2f}"]
+            for mine, ours in ((apart.seconds, shared.seconds), (apart.busy, shared.busy)):
+                cells += [f"{mine:.2f}", f"{ours:.2f}", f"{mine / ours:.2f}"]
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
