@@ -13,6 +13,7 @@ To add one: give a module a `BENCHMARKS` (see `measure.Benchmark`) and name it i
 
 from __future__ import annotations
 
+import ast
 import importlib
 import shlex
 import subprocess
@@ -26,7 +27,7 @@ from benchmarks import measure
 from benchmarks.measure import ROOT, Benchmark, Options, Table, told
 
 # Modules whose benchmarks end in tables, in the order in which they run.
-SUITE = ("roofline", "peers", "out_of_core")
+SUITE = ("roofline", "peers", "gaps", "out_of_core", "goal", "memory")
 # Modules with a `main` that prints what it found.
 SCRIPTS = (
     *("matrix", "references", "imputation", "fashion", "optima", "passes", "schedulers"),
@@ -78,7 +79,8 @@ def listing() -> str:
         lines += [f"  {name:16} {one.what}" for name, one in benchmarks(module).items()]
     lines.append("scripts:")
     for script in SCRIPTS:
-        doc = importlib.import_module(f"benchmarks.{script.split()[0]}").__doc__ or ""
+        source = (ROOT / "benchmarks" / f"{script.split()[0]}.py").read_text()
+        doc = ast.get_docstring(ast.parse(source)) or ""
         lines.append(f"  {script:16} {doc.splitlines()[0].rstrip('.')}")
     return "\n".join(lines)
 

@@ -51,8 +51,6 @@ Array = NDArray[Any]
 Drawn = tuple[Array, dict[str, Array]]
 
 OURS = ("genstream float64", "genstream float32")
-# Seconds a contestant may take to get ready, or for one round.
-PATIENCE = 1200.0
 ABSENT = "not installed: make peers"
 
 
@@ -79,7 +77,7 @@ class Player:
     """
 
     def __init__(self, name: str, folder: Path, options: Options) -> None:
-        self.name, self.folder = name, folder
+        self.name, self.folder, self._patience = name, folder, options.patience
         kind, _ = CONTESTANTS[name]
         python = options.peers if kind.peer else Path(sys.executable)
         if not python.exists():
@@ -108,7 +106,7 @@ class Player:
         """The next line it says."""
         out: IO[str] | None = self._process.stdout
         assert out is not None
-        line = out.readline() if select.select([out], [], [], PATIENCE)[0] else ""
+        line = out.readline() if select.select([out], [], [], self._patience)[0] else ""
         if not line:
             self._process.kill()
             self._log.seek(0)
