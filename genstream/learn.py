@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -330,6 +331,18 @@ class Passes(Protocol):
     ) -> list[Any]:
         """`work(chunk, rows)` of the chunks of each range (first, last + 1), merged in the tree."""
 
+    def abreast(self) -> AbstractContextManager[Abreast]:
+        """Within it there is a function that does numbered pieces of work, side by side."""
+
+
+# `abreast(work, n)` is `[work(i) for i in range(n)]`, in whatever order it is done.
+Abreast = Callable[[Callable[[int], Any], int], list[Any]]
+
+
+def in_turn(work: Callable[[int], Any], n: int) -> list[Any]:
+    """Numbered pieces of work, one after another."""
+    return [work(i) for i in range(n)]
+
 
 @dataclass(frozen=True, eq=False)
 class Resident:
@@ -349,6 +362,9 @@ class Resident:
         self, work: Callable[[int, Rows], Any], ranges: Sequence[tuple[int, int]]
     ) -> list[Any]:
         return [work(0, self.rows) for _ in ranges]
+
+    def abreast(self) -> AbstractContextManager[Abreast]:
+        return nullcontext(in_turn)
 
 
 @dataclass(frozen=True, eq=False)
@@ -374,6 +390,22 @@ class Learner(Protocol):
 
     def step(self, story: Story, state: FitState, passes: Passes) -> tuple[FitState, StepInfo]:
         """The next state, and the line it adds to the trace."""
+
+
+@runtime_checkable
+class PassLearner(Protocol):
+    """A learner each of whose steps is one pass, which several fits may share."""
+
+    def work(self, story: Story, state: FitState) -> EStep | None:
+        """What the next step asks of every chunk; None where that step is no pass."""
+
+    def advance(
+        self, story: Story, state: FitState, stats: StoryStats, seconds: float
+    ) -> tuple[FitState, StepInfo]:
+        """The next state and its line of the trace, given what the pass of `work` came to.
+
+        `seconds` are those that the pass took.
+        """
 
 
 @dataclass(frozen=True)
@@ -433,8 +465,16 @@ class BatchEM:
 
     def step(self, story: Story, state: FitState, passes: Passes) -> tuple[FitState, StepInfo]:
         begin = time.perf_counter()
-        work = EStep(story, state.params, self.responsibility, state.seed, state.step)
-        stats: StoryStats = passes.fold(work)
+        stats: StoryStats = passes.fold(self.work(story, state))
+        return self.advance(story, state, stats, time.perf_counter() - begin)
+
+    def work(self, story: Story, state: FitState) -> EStep:
+        return EStep(story, state.params, self.responsibility, state.seed, state.step)
+
+    def advance(
+        self, story: Story, state: FitState, stats: StoryStats, seconds: float
+    ) -> tuple[FitState, StepInfo]:
+        begin = time.perf_counter()
         log_prior = story.log_prior(state.params)
         info = StepInfo(
             state.step + 1,
@@ -452,6 +492,7 @@ class BatchEM:
         leapt = state.stride is not None and bool(state.stride.leapt)
         finite = bool(np.isfinite(info.mean_objective) and np.isfinite(stats.sum_r).all())
         slack = ROUNDING[story.dtype] * (1 + abs(info.mean_objective))
+        slack += getattr(self.responsibility, "slack", 0.0)
         gain = np.inf if last is None else info.mean_objective - last.mean_objective
         if leapt and last is not None and not (finite and gain >= -slack):
             state, info = _landed_back(story, state, info, last)
@@ -486,7 +527,7 @@ class BatchEM:
             state = replace(state, params=params, outcome=Outcome.MAX_STEPS)
         if not self.drawn or state.outcome is not Outcome.RUNNING:
             state = replace(state, average=None)
-        info = replace(info, seconds=time.perf_counter() - begin)
+        info = replace(info, seconds=seconds + time.perf_counter() - begin)
         # What an online learner remembers is of statistics that are no longer here.
         return replace(state, memory=None, memo=None).after(info), info
 
@@ -591,6 +632,22 @@ class Relay:
 
     def step(self, story: Story, state: FitState, passes: Passes) -> tuple[FitState, StepInfo]:
         state, info = self.learners[state.stage].step(story, state, passes)
+        return self._handed_on(state), info
+
+    def work(self, story: Story, state: FitState) -> EStep | None:
+        learner = self.learners[state.stage]
+        return learner.work(story, state) if isinstance(learner, PassLearner) else None
+
+    def advance(
+        self, story: Story, state: FitState, stats: StoryStats, seconds: float
+    ) -> tuple[FitState, StepInfo]:
+        learner = self.learners[state.stage]
+        assert isinstance(learner, PassLearner)
+        state, info = learner.advance(story, state, stats, seconds)
+        return self._handed_on(state), info
+
+    def _handed_on(self, state: FitState) -> FitState:
+        """The state, in the next learner's hands where its own has ended."""
         ended = state.outcome in (Outcome.CONVERGED, Outcome.MAX_STEPS)
         if ended and state.stage + 1 < len(self.learners):
             state = replace(
@@ -605,7 +662,7 @@ class Relay:
                 stride=None,
                 memo=None,
             )
-        return state, info
+        return state
 
 
 def rescue(

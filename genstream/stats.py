@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.errors import CorruptError
+from genstream.errors import ComputeError, CorruptError
 
 if TYPE_CHECKING:
     import xarray
@@ -186,6 +186,44 @@ class Monoid(Record):
         return _map(self, lambda value, _: value * 0)
 
 
+class Placed:
+    """Statistics of `n_components` components, summed from those of some of them at a time.
+
+    Entries of a component go to its place; what has no `component` axis adds up.
+    """
+
+    def __init__(self, n_components: int) -> None:
+        self.n_components = n_components
+        self._form: Monoid | None = None
+        self._sums: list[Any] = []
+
+    def add(self, stats: Monoid, components: NDArray[np.intp]) -> None:
+        """Add the statistics of some components (C,), of which none is there twice."""
+        leaves = list(stats.leaves())
+        if self._form is None:
+            self._form = stats
+            self._sums = [self._nothing(value, names) for _, names, value in leaves]
+        for i, (_, names, value) in enumerate(leaves):
+            if "component" in names:
+                along = names.index("component")
+                self._sums[i][(slice(None),) * along + (components,)] += value
+            else:
+                self._sums[i] = self._sums[i] + value
+
+    def _nothing(self, value: Any, names: tuple[str, ...]) -> Any:
+        if "component" not in names:
+            return value * 0
+        shape = list(value.shape)
+        shape[names.index("component")] = self.n_components
+        return np.zeros(shape, dtype=value.dtype)
+
+    def close(self) -> Any:
+        """The sum. At least one piece must have been added."""
+        assert self._form is not None
+        sums = iter(self._sums)
+        return _map(self._form, lambda _value, _names: next(sums))
+
+
 @dataclass(frozen=True, eq=False)
 class Joint(Record):
     """Records side by side, in fields called `block0`, `block1`, ...: see `side_by_side`."""
@@ -283,3 +321,38 @@ def record_from_json(kind: type[R], data: Mapping[str, Any] | None) -> R | None:
             inner = field.metadata["record"]
             values[field.name] = record_from_json(inner, nested[field.name])
     return kind(**values)
+
+
+EMPTY = "there is no chunk to fold: the source is empty"
+
+
+class Tree:
+    """Merges what is added, in order, along the fixed binary tree, holding log2(n) of it."""
+
+    def __init__(self) -> None:
+        self._stack: list[tuple[int, Any]] = []
+
+    def add(self, value: Any) -> None:
+        """The next value."""
+        size = 1
+        while self._stack and self._stack[-1][0] == size:
+            value = self._stack.pop()[1].merge(value)
+            size *= 2
+        self._stack.append((size, value))
+
+    def total(self) -> Any:
+        """All that was added. Raises ComputeError where that is nothing."""
+        if not self._stack:
+            raise ComputeError(EMPTY)
+        _, total = self._stack.pop()
+        while self._stack:
+            total = self._stack.pop()[1].merge(total)
+        return total
+
+
+def fold_tree(values: Iterable[Any]) -> Any:
+    """Merge values in order along the fixed binary tree; see `Tree`."""
+    tree = Tree()
+    for value in values:
+        tree.add(value)
+    return tree.total()

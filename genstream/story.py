@@ -9,6 +9,8 @@ E-step of any rows returns sufficient statistics, which add; the M-step sees sta
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -16,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from genstream import compiled, nearest
 from genstream.errors import ConfigError, CorruptError, DataError
 from genstream.families import FAMILIES
 from genstream.families.blocks import (
@@ -24,14 +27,23 @@ from genstream.families.blocks import (
     FactorWalk,
     Family,
     Index,
+    Kernel,
     Pivot,
     Walk,
     slices,
 )
-from genstream.responsibility import Key, Responsibility, rule_of, soft
+from genstream.priors import Prior
+from genstream.profile import mark
+from genstream.responsibility import Key, Nearest, Responsibility, rule_of, soft, weighted_soft
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
+
+# Kernels of parameters that somebody still holds, each with the family that prepared it. What takes
+# more bytes than this is prepared for every chunk, beside whose work that is little.
+MAX_PREPARED = 16 << 20
+_prepared: weakref.WeakKeyDictionary[Params, tuple[Family, Kernel]] = weakref.WeakKeyDictionary()
+_preparing = threading.RLock()
 
 # Log-densities this close, relative to 1 + their size, tell no two components apart.
 TWIN = 1e-9
@@ -118,7 +130,8 @@ class Story:
     n_components
         K.
     prior
-        `weak`: weak conjugate priors, so that learning is MAP; None: maximum likelihood.
+        `weak`: weak conjugate priors, so that learning is MAP; a `Prior` that says how strong they
+        are; None: maximum likelihood.
     frozen
         Names of parameters that learning leaves as they are: `weights`, or what the family calls
         its own (`mean`, `covariance`, ...). Raises ConfigError where there is no such name.
@@ -127,7 +140,7 @@ class Story:
     schema: Schema
     family: Family
     n_components: int
-    prior: str | None = "weak"
+    prior: str | Prior | None = "weak"
     frozen: frozenset[str] = frozenset()
     weight_prior: float = field(init=False)
 
@@ -138,8 +151,9 @@ class Story:
             raise ConfigError(
                 f"frozen: there is no parameter {unknown[0]!r}; there are {', '.join(names)}"
             )
-        # One pseudo-row in all, spread evenly: a Dirichlet prior with exponents 1 + 1/K.
-        share = 1.0 / self.n_components if self.prior == "weak" else 0.0
+        # The weak one is worth one pseudo-row, spread evenly: Dirichlet with exponents 1 + 1/K.
+        prior = Prior.of(self.prior)
+        share = 0.0 if prior is None else prior.pseudo_rows(self.n_components)
         object.__setattr__(self, "weight_prior", share)
 
     @property
@@ -175,10 +189,30 @@ class Story:
     def anchored(self, sample: Rows) -> Story:
         """This story with pivot and prior fixed from a sample of rows."""
         self._check(sample)
-        family = self.family.anchored(
-            self.readable(sample), self.n_components, self.prior == "weak"
-        )
+        prior = Prior.of(self.prior)
+        rows, k = self.readable(sample), self.n_components
+        family: Family = self.family.anchored(rows, k, prior is not None)
+        if prior is not None:
+            family = family.of(
+                self.schema, family.options(), family.pivot, prior.applied(family.prior)
+            )
         return replace(self, family=family)
+
+    def with_prior(self, prior: Prior) -> Story:
+        """This story, anchored as it is, under a prior of another strength.
+
+        Raises ConfigError where it is one of maximum likelihood, which no sample gave a prior.
+        """
+        now = Prior.of(self.prior)
+        if now is None or self.family.pivot is None:
+            raise ConfigError("only a story that was anchored under a prior can have another one")
+        family = self.family.of(
+            self.schema,
+            self.family.options(),
+            self.family.pivot,
+            prior.applied(self.family.prior, now),
+        )
+        return replace(self, family=family, prior=prior)
 
     def vague(self) -> Params:
         """Equal components as wide as the sample, from which a start is made."""
@@ -198,8 +232,18 @@ class Story:
 
     def _walk(self, params: Params, rows: Rows) -> Walk:
         self._check(rows)
-        weights = np.maximum(params.weights, 1e-300)
-        return self.family.prepare(params.family, np.log(weights)).walk(self.readable(rows))
+        return self._kernel(params).walk(self.readable(rows))
+
+    def _kernel(self, params: Params) -> Kernel:
+        """The parameters, prepared once for all chunks of a pass on all threads."""
+        with _preparing:
+            family, kernel = _prepared.get(params, (None, None))
+            if kernel is None or family is not self.family:
+                weights = np.log(np.maximum(params.weights, 1e-300))
+                kernel = self.family.prepare(params.family, weights)
+                if sum(np.asarray(v).nbytes for _, _, v in params.leaves()) <= MAX_PREPARED:
+                    _prepared[params] = self.family, kernel
+            return kernel
 
     # Values too extreme for the arithmetic show in the objective, not as warnings on the way.
     @np.errstate(over="ignore", invalid="ignore")
@@ -216,34 +260,43 @@ class Story:
         responsibilities given from outside, which leaves the objective at 0. A rule that draws
         needs a `key` to draw by.
         """
+        if isinstance(responsibility, Nearest):
+            return self._e_step_nearest(params, rows, responsibility, key)
+        if rows.weights is not None and not rows.weights.all():
+            return self._e_step_of_weighty(params, rows, responsibility, key)
         given = responsibility if isinstance(responsibility, np.ndarray) else None
         rule = soft if isinstance(responsibility, np.ndarray) else rule_of(responsibility, key)
         walk = self._walk(params, rows)
+        fast = compiled.pays(rows.n_rows * self.n_components)
         sum_r = np.zeros(self.n_components)
         objective = weight = 0.0
         n_observed = 0
+        mark("prepare")
         for index in walk.blocks():
+            mark("features")
             log_joint = walk.score()
-            if given is None:
-                value = rule(log_joint)
-                base = walk.base()
-                if base is not None:
-                    value = value + base
+            mark("score")
+            block = None if rows.weights is None else rows.weights[index]
+            if given is None and rule is soft:
+                value = weighted_soft(log_joint, block, sum_r, fast)
             else:
-                log_joint[:] = given[index].T
-                value = np.zeros(log_joint.shape[1])
+                if given is None:
+                    value = rule(log_joint)
+                else:
+                    log_joint[:] = given[index].T
+                    value = np.zeros(log_joint.shape[1])
+                if block is not None:
+                    log_joint *= block.astype(log_joint.dtype)
+                sum_r += log_joint.sum(axis=1, dtype=np.float64)
+            base = walk.base() if given is None else None
+            if base is not None:
+                value = value + base
             n_observed += len(value)
-            if rows.weights is None:
-                objective += float(value.sum())
-                weight += len(value)
-            else:
-                block = rows.weights[index]
-                # A row of weight 0 moves nothing, even where its log-likelihood is not finite.
-                objective += float(block @ np.where(block > 0, value, 0.0))
-                weight += float(block.sum())
-                log_joint *= block.astype(log_joint.dtype)
-            sum_r += log_joint.sum(axis=1, dtype=np.float64)
+            objective += float(value.sum() if block is None else block @ value)
+            weight += len(value) if block is None else float(block.sum())
+            mark("softmax")
             walk.gather(log_joint)
+            mark("gather")
         family = walk.close()
         stats = StoryStats(rows.n_rows, rows.n_rows - n_observed, weight, objective, sum_r, family)
         if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
@@ -251,10 +304,51 @@ class Story:
             return self._in_float64().e_step(params, rows, responsibility, key)
         return stats
 
+    def _e_step_of_weighty(
+        self, params: Params, rows: Rows, responsibility: Responsibility | Array, key: Key | None
+    ) -> StoryStats:
+        """The statistics of rows of which some have weight 0: these are counted, and no more.
+
+        Multiplied by 0 one of them would still spoil all sums if it is beyond the arithmetic.
+        """
+        assert rows.weights is not None
+        heavy = np.flatnonzero(rows.weights)
+        if isinstance(responsibility, np.ndarray):
+            responsibility = responsibility[heavy]
+        stats = self.e_step(params, rows[heavy], responsibility, key)
+        unseen = 0
+        if rows.observed is not None:
+            unseen = int((~rows.observed[rows.weights == 0].any(axis=1)).sum())
+        return replace(stats, n_rows=rows.n_rows, n_unobserved=stats.n_unobserved + unseen)
+
+    def _e_step_nearest(
+        self, params: Params, rows: Rows, rule: Nearest, key: Key | None
+    ) -> StoryStats:
+        """The statistics where each row meets the components near it alone."""
+        self._check(rows)
+        seed, _, chunk = key or (0, 0, 0)
+        log_weights = np.log(np.maximum(params.weights, 1e-300))
+        found = nearest.e_step(
+            self.family, params.family, log_weights, self.readable(rows), rule, (seed, chunk)
+        )
+        stats = StoryStats(
+            rows.n_rows,
+            rows.n_rows - found.n_observed,
+            found.weight,
+            found.objective,
+            found.sum_r,
+            found.family,
+        )
+        if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
+            return self._in_float64().e_step(params, rows, rule, key)
+        return stats
+
     def maximise(self, stats: StoryStats, previous: Params) -> tuple[Params, NDArray[np.bool_]]:
         """The M-step, and (K,) which components were empty or singular and need rescue."""
         kept = self.frozen - {"weights"}
+        mark("other")
         family, faulty = self.family.maximise(stats.family, previous.family, kept)
+        mark("m_step")
         if "weights" in self.frozen:
             return Params(previous.weights, family), faulty
         weights = stats.sum_r + self.weight_prior
@@ -265,8 +359,9 @@ class Story:
     def m_step(self, stats: StoryStats, previous: Params) -> Params:
         """Parameters that maximise the expected log-posterior of the rows behind `stats`.
 
-        `weights_k = (sum_r_k + a) / sum (sum_r + a)` with `a = 1 / K` under the weak prior, else
-        0; the family's parameters as its `maximise` says. Walks no data.
+        `weights_k = (sum_r_k + a) / sum (sum_r + a)` with `a` the prior's pseudo-rows, `1 / K`
+        under the weak one and 0 without; the family's parameters as its `maximise` says. Walks no
+        data.
         """
         return self.maximise(stats, previous)[0]
 
@@ -298,9 +393,11 @@ class Story:
 
     def _posterior_blocks(self, params: Params, rows: Rows) -> Iterator[tuple[Index, Array, Array]]:
         walk = self._walk(params, rows)
+        fast = compiled.pays(rows.n_rows * self.n_components)
+        sum_r = np.zeros(self.n_components)
         for index in walk.blocks():
             log_joint = walk.score()
-            value = soft(log_joint)
+            value = weighted_soft(log_joint, None, sum_r, fast)
             base = walk.base()
             yield index, log_joint, value if base is None else value + base
 
@@ -333,7 +430,9 @@ class Story:
         entropy = np.full(rows.n_rows, -float(weights @ np.log(weights)))
         for index, block, value in self._posterior_blocks(params, rows):
             log_prob[index] = value
-            entropy[index] = -(block * np.log(block)).sum(axis=0, dtype=np.float64)
+            # What is next to nothing is exactly 0, and adds 0.
+            spread = block * np.log(np.maximum(block, np.finfo(block.dtype).tiny))
+            entropy[index] = -spread.sum(axis=0, dtype=np.float64)
         return log_prob, entropy
 
     @np.errstate(over="ignore", invalid="ignore")
@@ -522,7 +621,7 @@ class Story:
         return {
             "schema": self.schema.to_json(),
             "n_components": self.n_components,
-            "prior": self.prior,
+            "prior": self.prior.to_json() if isinstance(self.prior, Prior) else self.prior,
             "frozen": sorted(self.frozen),
             "family": {
                 "name": family.name,
@@ -545,7 +644,9 @@ class Story:
                 prior = record_from_json(family.prior_type, told["prior"])
                 family = kind.of(schema, told["options"], pivot, prior)
             frozen = frozenset(data.get("frozen", ()))
-            return cls(schema, family, data["n_components"], data["prior"], frozen)
+            told_prior = data["prior"]
+            made = Prior.of(told_prior) if isinstance(told_prior, dict) else told_prior
+            return cls(schema, family, data["n_components"], made, frozen)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorruptError(f"the stored story is not valid: {error!r}") from error
 

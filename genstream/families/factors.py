@@ -30,6 +30,7 @@ from genstream.families.blocks import (
     Description,
     Kernel,
     Pivot,
+    by_component,
     moments,
 )
 from genstream.families.factors_walk import FactorsKernel
@@ -115,6 +116,12 @@ class FactorsPrior(Record):
         share = n_components ** (2.0 / max(1, len(mean)))
         positive = np.where(variance > 0, variance, 1.0)
         return cls(mean, NOISE_SHARE * positive / share, 0.01, 3.0)
+
+    def stronger(self, strength: float, spread: float) -> FactorsPrior:
+        """`strength` times the pseudo-rows, at `spread` times the noise."""
+        scatter = self.scatter * (strength * spread)
+        dof = strength * (self.dof + 2) - 2
+        return FactorsPrior(self.mean, scatter, self.strength * strength, dof)
 
 
 @dataclass(frozen=True, eq=False)
@@ -528,8 +535,7 @@ class Factors:
         factors = rng.standard_normal((len(component), self.n_factors))
         values = rng.standard_normal((len(component), self.n_features))
         deviation = np.sqrt(self.noise(params))
-        for k in np.unique(component):
-            chosen = component == k
+        for k, chosen in by_component(component):
             signal = params.mean[k] + factors[chosen] @ params.loadings[k].T
             values[chosen] = signal + deviation[k] * values[chosen]
         return values, factors

@@ -37,6 +37,7 @@ from genstream.families.blocks import (
     Index,
     Pivot,
     block_rows,
+    by_component,
     slices,
 )
 from genstream.families.importance import mean_weights
@@ -88,6 +89,11 @@ class LogisticPrior(Record):
 
     loading_precision: float = axes()
     bias_precision: float = axes()
+
+    def stronger(self, strength: float, spread: float) -> LogisticPrior:
+        """`strength` times the precisions, for `spread` times the variance."""
+        by = strength / spread
+        return LogisticPrior(self.loading_precision * by, self.bias_precision * by)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,8 +245,7 @@ class LogisticFactors(OneKind):
         t = rng.standard_normal((len(component), self.n_factors))
         uniform = rng.random((len(component), self.schema.n_features))
         out = np.empty(uniform.shape)
-        for k in np.unique(component):
-            rows = component == k
+        for k, rows in by_component(component):
             out[rows] = uniform[rows] < expit(params.bias[k] + t[rows] @ params.loadings[k].T)
         return out, t
 

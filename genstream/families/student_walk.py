@@ -111,6 +111,10 @@ class StudentKernel:
         self.inner, self.dof, self.stats_type = inner, dof, stats_type
         self.by_pattern = isinstance(inner, GaussianKernel)
 
+    def take(self, components: Array) -> StudentKernel:
+        """The kernel of some of the components (C,)."""
+        return StudentKernel(self.inner.take(components), self.dof[components], self.stats_type)
+
     def walk(self, rows: Rows) -> StudentWalk:
         return StudentWalk(self, rows)
 

@@ -1,0 +1,127 @@
+"""Compiled loops where they pay, and whether there are any.
+
+What NumPy does slowly is done by `genstream.loops`, which Numba compiles: mostly the way from
+log-joints to responsibilities. Importing Numba costs 0.4 s, so work of fewer than `SMALL` numbers
+stays with NumPy and never asks; that is decided from shapes alone, so that the same rows in the
+same chunks always take the same way and give the same bits. Where Numba is not installed, or the
+environment variable GENSTREAM_COMPILED is 0, NumPy does everything, with the same results to
+rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+# A chunk with fewer scores (rows times components) than this is done before Numba is imported.
+SMALL = 1 << 16
+# A block of so many is compiled where what it is a part of is not known.
+SMALL_BLOCK = 1 << 14
+SWITCH = "GENSTREAM_COMPILED"
+_EVERYWHERE = np.empty(0)
+
+
+def compiled_available() -> bool:
+    """Whether compiled loops may be used: Numba is there and not switched off."""
+    return os.environ.get(SWITCH, "1") != "0" and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def version() -> str:
+    """The compiler's version, which is part of what decides the last bits; `none` without."""
+    return importlib.metadata.version("numba") if compiled_available() else "none"
+
+
+def pays(n_numbers: int, least: int = SMALL) -> bool:
+    """Whether work on so many numbers is to be compiled."""
+    return n_numbers >= least and compiled_available() and loops() is not None
+
+
+@functools.cache
+def loops() -> ModuleType | None:
+    """`genstream.loops`, or None where Numba cannot be imported after all."""
+    try:
+        return importlib.import_module("genstream.loops")
+    except ImportError:
+        return None
+
+
+def soft(log_joint: Array, weights: Array | None, sum_r: Array) -> Array:
+    """Responsibilities times row weights from log-joints (K, n), in place.
+
+    Returns the (n,) logs of the sums over k, and adds each component's sum of weighted
+    responsibilities to `sum_r` (K,). What is more than 700 nats (80 in float32) below the row's
+    peak is exactly 0. Only where `pays`.
+    """
+    found: Any = loops()
+    value = np.empty(log_joint.shape[1])
+    kernel = found.soft32 if log_joint.dtype == np.float32 else found.soft64
+    given = _EVERYWHERE if weights is None else np.ascontiguousarray(weights, dtype=np.float64)
+    if log_joint.flags.c_contiguous:
+        kernel(log_joint, given, value, sum_r)
+    else:
+        work = np.ascontiguousarray(log_joint)
+        kernel(work, given, value, sum_r)
+        log_joint[:] = work
+    return value
+
+
+def _written(name: str, values: Array, pivot: Any, out: Array, *options: Any) -> None:
+    getattr(loops(), name)(
+        np.ascontiguousarray(values), pivot.shift, 1.0 / pivot.scale, *options, out
+    )
+
+
+def pivoted(values: Array, pivot: Any, out: Array) -> Array:
+    """`y` (d, n), rows (n, d) in the pivot's coordinates, in a part of `out`.
+
+    `out` is C-ordered and of at least d rows and n columns; here and in what follows, only where
+    `pays`.
+    """
+    _written("pivoted", values, pivot, out, 0)
+    return out[: values.shape[1], : len(values)]
+
+
+def quadratic(values: Array, pivot: Any, out: Array) -> Array:
+    """`[y_i y_j (i <= j), y, 1]` of rows, as `pivoted`."""
+    d = values.shape[1]
+    _written("quadratic", values, pivot, out)
+    return out[: d * (d + 1) // 2 + d + 1, : len(values)]
+
+
+def squares(pivot: Any, together: bool, values: Array, out: Array) -> Array:
+    """`[1, y, y^2]`, or `[1, y, |y|^2]`, of rows, as `pivoted`."""
+    d = values.shape[1]
+    _written("squares", values, pivot, out, together)
+    return out[: 1 + d + (1 if together else d), : len(values)]
+
+
+def half_square(z: Array, fast: bool) -> Array:
+    """(n,) `-|z|^2 / 2` of the columns of (d, n), in float64."""
+    if not fast:
+        return np.asarray(-0.5 * np.einsum("in,in->n", z, z))
+    out = np.empty(z.shape[1])
+    cast(Any, loops()).half_square(np.ascontiguousarray(z), out)
+    return out
+
+
+def total(resp: Array, fast: bool) -> Array:
+    """(n,) sums over the components of (K, n), in float64."""
+    if not fast:
+        return np.asarray(resp.sum(axis=0, dtype=np.float64))
+    out = np.empty(resp.shape[1])
+    cast(Any, loops()).total(np.ascontiguousarray(resp), out)
+    return out
