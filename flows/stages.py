@@ -28,6 +28,7 @@ from flows.model import given_start, make_story, online_of, responsibility_of
 from flows.plan import memo_nbytes
 from flows.run import Run
 from flows.terminal import FitProgress, RowProgress, bars, bytes_text
+from genstream import compiled
 from genstream.errors import ComputeError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -326,7 +327,8 @@ def reproducibility(config: Config, data: Data) -> dict[str, Any]:
             "sha256": hashlib.sha256(json.dumps(chunks).encode()).hexdigest(),
         },
         "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in names},
+        | {name: metadata.version(name) for name in names}
+        | {"numba": compiled.version()},
         "blas": [
             f"{pool['internal_api']} {pool['version']} ({pool.get('architecture', 'unknown')})"
             for pool in threadpoolctl.threadpool_info()

@@ -33,7 +33,7 @@ from genstream.families.blocks import (
     by_component,
     moments,
 )
-from genstream.families.gaussian_walk import GaussianKernel, quadratic_rounding
+from genstream.families.gaussian_walk import GaussianKernel, prepared, quadratic_rounding
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record
@@ -249,7 +249,7 @@ class Gaussian(Begun):
         definite, before any data are touched.
         """
         mean, covariance = self.pivoted(params)
-        return GaussianKernel(
+        return prepared(
             mean,
             covariance,
             log_weights,
