@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -736,7 +735,7 @@ class ColumnsKernel:
     @cached_property
     def without_levels(self) -> ColumnsKernel:
         """The same kernel without features of levels."""
-        kernel = copy(self)
+        kernel = copy.copy(self)
         kernel.one_hot = False
         return kernel
 
