@@ -19,8 +19,9 @@ component are in the sums (`genstream.families.censored`).
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from genstream import compiled
 from genstream.families.blocks import (
     LOG_2PI,
     MAX_ROUNDING,
@@ -52,6 +54,8 @@ from genstream.stats import Monoid, Record, axes, record
 LOG_TINY = -600.0
 # Smallest variance of a real column, as a share of the pivot's variance.
 FLOOR = 1e-9
+# A variance at most this many times the floor of its column's resolution sits on it.
+ON_FLOOR = 1.01
 # A variance below this share of the raw second moment is rounding error.
 SINGULAR = 1e-14
 
@@ -116,6 +120,16 @@ class ColumnsPrior(Record):
     rate: Array = axes("count")
     level_probability: Array = axes("level")
     rows: float = axes()
+
+    def stronger(self, strength: float, spread: float) -> ColumnsPrior:
+        """`strength` times the pseudo-rows, at `spread` times the variance of real columns."""
+        return replace(
+            self,
+            scatter=self.scatter * (strength * spread),
+            strength=self.strength * strength,
+            dof=strength * (self.dof + 2) - 2,
+            rows=self.rows * strength,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -307,7 +321,8 @@ class IndependentColumns(Begun):
         `dof + n + 2` and the number of means it is about. About a frozen mean, `S` and the last
         term are `S + n (average - mean)^2` and `strength (mean - m0)^2`. Others:
         `(sum + rows * prior) / (n + rows)`. Without a prior these are the plain averages; a column
-        that a component never observed keeps its previous parameters.
+        that a component never observed keeps its previous parameters. A variance below the least
+        one of its column is the maximum at that.
         """
         prior = self.prior
         rows = prior.rows if prior else 0.0
@@ -384,7 +399,12 @@ class IndependentColumns(Begun):
         else:
             variance = scatter / np.where(n > tiny, n, 1.0)
             variance = np.where(n > tiny, variance, previous.variance / unit)
-        return centre, np.maximum(variance * unit + self.ridge, FLOOR * unit)
+        return centre, np.maximum(variance * unit + self.ridge, self._floor(unit))
+
+    def _floor(self, unit: Any) -> Any:
+        """Least variance of each real column, of all together where they share one."""
+        least = np.array([self.schema.columns[j].least_variance for j in self.real])
+        return np.maximum(FLOOR * unit, least.max() if self.spherical else least)
 
     def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
         kept: Monoid = stats.take(components)
@@ -475,6 +495,54 @@ class IndependentColumns(Begun):
         hit = x[self.level_column] == self.level_code
         levels[component] = np.where(observed[self.level_column], 0.5 * (hit + pooled), pooled)
         return self.params_type(mean, variance, probability, rate, levels)
+
+    splits: ClassVar[bool] = True
+
+    def halves(
+        self, params: Any, components: Array, apart: float, rng: np.random.Generator
+    ) -> tuple[Record, Record]:
+        """Along the real column that varies most, measured by the pivot. Without a real column, all
+        others move a share `apart` of the way to where one of them would be certain or 0, each one
+        way or the other by chance; of a categorical column the likeliest level moves against the
+        others.
+        """
+        kept = params.take(components.tolist())
+        every = np.arange(len(components))
+        if len(self.real):
+            scale = self.pivot_at.scale[self.real]
+            variance = self.variances(kept)
+            widest = (variance / scale**2).argmax(axis=1)
+            step = np.zeros_like(variance)
+            step[every, widest] = apart * np.sqrt(variance[every, widest])
+            if not self.spherical:
+                variance = variance - step**2
+                least = self._floor(scale**2)
+                kept = replace(kept, variance=np.maximum(variance, least))
+            one, other = (replace(kept, mean=kept.mean + way * step) for way in (-1.0, 1.0))
+            return one, other
+
+        def sign(value: Array) -> Array:
+            return rng.choice([-1.0, 1.0], value.shape)
+
+        room = apart * np.minimum(kept.probability, 1 - kept.probability)
+        binary, rate = sign(room) * room, sign(kept.rate) * apart * kept.rate
+        levels = kept.level_probability
+        tilt = np.zeros_like(levels)
+        for own in np.split(np.arange(levels.shape[1]), self.level_start[1:]):
+            p = levels[:, own]
+            likeliest = p == p.max(axis=1, keepdims=True, initial=0.0)
+            leaning = np.where(likeliest, p, -p) * sign(p[:, :1])
+            tilt[:, own] = apart / 2 * (leaning - p * leaning.sum(axis=1, keepdims=True))
+        one, other = (
+            replace(
+                kept,
+                probability=kept.probability + way * binary,
+                rate=kept.rate + way * rate,
+                level_probability=levels + way * tilt,
+            )
+            for way in (-1.0, 1.0)
+        )
+        return one, other
 
     def draw(
         self, params: Any, component: Array, rng: np.random.Generator
@@ -617,6 +685,7 @@ class IndependentColumns(Begun):
     def floored(self, params: Any) -> list[tuple[int, int]]:
         """(component, column position) whose variance sits on its floor or ridge."""
         floor = np.maximum(FLOOR * self.pivot_at.scale[self.real] ** 2, self.ridge) * 1.5
+        floor = np.maximum(floor, self._floor(0.0) * ON_FLOOR)
         at = np.argwhere(self.variances(params) <= floor)
         return [(int(k), int(self.real[j])) for k, j in at]
 
@@ -761,6 +830,8 @@ class ColumnsKernel:
         if not self.family.limits.none:
             return ColumnsKernel(self.family, params, log_weights)
         some = copy.copy(self)
+        # What was made of all components is not that of some.
+        some.__dict__.pop("without_levels", None)
         some.params, some.log_weights, some.n_components = params, log_weights, len(components)
         for name in ("mean", "variance", "normaliser", "about_mean", "slopes", "rounding"):
             setattr(some, name, getattr(self, name)[components])
@@ -816,6 +887,16 @@ class ColumnsKernel:
         if observed is not None:
             features[at:] = observed.T
         return features
+
+    @cached_property
+    def fast_features(self) -> Callable[[Array, Array], Array] | None:
+        """(p, n) features of complete rows (n, d) in a part of a buffer, compiled; None where there
+        are other columns than real ones without limits.
+        """
+        family = self.family
+        if len(family.real) < family.schema.n_features or not family.limits.none:
+            return None
+        return functools.partial(compiled.squares, self.real_pivot, family.spherical)
 
     def direct(self, k: int, values: Array, observed: Array | None, features: Array) -> Array:
         """Squared distances, for a mean far out in pivot units."""

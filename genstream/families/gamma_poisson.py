@@ -110,6 +110,10 @@ class GammaPoissonPrior(Record):
     rate: Array = axes("count")
     rows: float = axes()
 
+    def stronger(self, strength: float, spread: float) -> GammaPoissonPrior:  # noqa: ARG002
+        """`strength` times the pseudo-rows; a rate has no spread of its own."""
+        return replace(self, rows=self.rows * strength)
+
 
 @dataclass(frozen=True, eq=False)
 class GammaPoisson(OneKind):

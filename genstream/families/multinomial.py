@@ -79,6 +79,10 @@ class MultinomialPrior(Record):
 
     count: Array = axes("count")
 
+    def stronger(self, strength: float, spread: float) -> MultinomialPrior:  # noqa: ARG002
+        """`strength` times the pseudo-counts."""
+        return MultinomialPrior(self.count * strength)
+
 
 @dataclass(frozen=True, eq=False)
 class Multinomial(OneKind):

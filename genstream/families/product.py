@@ -36,6 +36,7 @@ from genstream.families.blocks import (
     Linear,
     LinearBlock,
     Pivot,
+    Splittable,
     block_rows,
     slices,
 )
@@ -296,6 +297,35 @@ class Product:
                 for part, theta in self._blocks(params)
             )
         )
+
+    @property
+    def _split_part(self) -> int | None:
+        """The part along which a component is split: of those that can be the one with most real
+        columns, else the first one.
+        """
+        able = [
+            i
+            for i, part in enumerate(self.parts)
+            if isinstance(part.family, Splittable) and part.family.splits
+        ]
+        real = [len(self.schema.at(part.columns).of_kind("real")) for part in self.parts]
+        return max(able, key=real.__getitem__) if able else None
+
+    @property
+    def splits(self) -> bool:
+        return self._split_part is not None
+
+    def halves(
+        self, params: Any, components: Array, apart: float, rng: np.random.Generator
+    ) -> tuple[Record, Record]:
+        """Halves of one part; all other parts have both halves in common."""
+        kept = params.take(components.tolist())
+        one, other = list(kept.blocks), list(kept.blocks)
+        i = self._split_part
+        assert i is not None
+        family = cast("Splittable", self.parts[i].family)
+        one[i], other[i] = family.halves(params.blocks[i], components, apart, rng)
+        return self.params_type(*one), self.params_type(*other)
 
     def draw(
         self, params: Any, component: Array, rng: np.random.Generator

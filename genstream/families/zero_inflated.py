@@ -61,6 +61,10 @@ class ZeroInflatedPrior(Record):
     inflation: Array = axes("count")
     rows: float = axes()
 
+    def stronger(self, strength: float, spread: float) -> ZeroInflatedPrior:  # noqa: ARG002
+        """`strength` times the pseudo-rows; a rate has no spread of its own."""
+        return replace(self, rows=self.rows * strength)
+
 
 @dataclass(frozen=True, eq=False)
 class ZeroInflated(OneKind):
