@@ -124,6 +124,7 @@ class LinearWalk(ConsecutiveWalk):
         self.linear = kernel.linear(self.gaps)
         self.width = self.linear.eta.shape[1]
         size = block_rows(self.width + kernel.n_components, kernel.dtype.itemsize)
+        size = min(size, max(1, rows.n_rows))
         super().__init__(kernel.family, kernel.params, rows, size)
         self.sums = np.zeros((kernel.n_components, self.width))
         self._allocate(size)

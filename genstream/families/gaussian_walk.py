@@ -256,7 +256,7 @@ class GaussianWalk:
         self.kernel, self.rows = kernel, rows
         k, d = kernel.n_components, kernel.n_features
         self.width = d * (d + 1) // 2 + d + 1
-        self.size = block_rows(self.width + k, kernel.dtype.itemsize)
+        self.size = min(block_rows(self.width + k, kernel.dtype.itemsize), max(1, rows.n_rows))
         self.sum_w = np.zeros(k)
         self.sum_wx = np.zeros((k, d))
         self.sum_wxx = np.zeros((d, d) if kernel.tied else (k, d, d))
