@@ -33,6 +33,7 @@ from scipy import sparse
 
 from genstream import compiled
 from genstream.families.blocks import Family, Kernel, Walk, slices
+from genstream.profile import mark
 from genstream.responsibility import Nearest, weighted_soft
 from genstream.rows import Rows
 from genstream.stats import Monoid, Placed
@@ -99,6 +100,8 @@ class Search:
         How closely to look.
     seed
         What random numbers follow from, with the chunk's size.
+    kernel
+        What the family prepared of the components, where it has already.
 
     Attributes
     ----------
@@ -115,10 +118,11 @@ class Search:
         rows: Rows,
         rule: Nearest,
         seed: tuple[int, int],
+        kernel: Kernel | None = None,
     ) -> None:
         self.family, self.params, self.log_weights = family, params, log_weights
         self.rows, self.rule = rows, rule
-        self.kernel = family.prepare(params, log_weights)
+        self.kernel = family.prepare(params, log_weights) if kernel is None else kernel
         self.every = np.arange(len(log_weights))
         self.rng = np.random.default_rng([*seed, rows.n_rows])
         self.fast = compiled.pays(rows.n_rows * len(self.every))
@@ -173,8 +177,10 @@ class Search:
         to (n,). Responsibilities are times the chunk's `weights`, and `took` (C,) adds them up.
         """
         for index in walk.blocks():
+            mark("features")
             chosen = rows[index]
             resp = walk.score()
+            mark("score")
             block = None if weights is None else weights[chosen]
             value = weighted_soft(resp, block, took, self.fast)
             base = walk.base()
@@ -242,12 +248,13 @@ def e_step(
     rows: Rows,
     rule: Nearest,
     seed: tuple[int, int] = (0, 0),
+    kernel: Kernel | None = None,
 ) -> Sums:
     """The sums of a chunk, in which each row meets the components of its cell.
 
     Takes what `Search` takes.
     """
-    search = Search(family, params, log_weights, rows, rule, seed)
+    search = Search(family, params, log_weights, rows, rule, seed, kernel)
     total = Placed(len(log_weights))
     sum_r = np.zeros(len(log_weights))
     objective = weight = 0.0
@@ -257,6 +264,7 @@ def e_step(
         nonlocal objective, weight
         took = np.zeros(len(cell.components))
         walk = search.taken(cell.components).walk(rows[cell.rows])
+        mark("prepare")
         for index, resp, value in search.scored(walk, cell.rows, took, rows.weights):
             # Said so that what is no number is below, too.
             low = ~(value >= floor)
@@ -269,11 +277,14 @@ def e_step(
             block = None if rows.weights is None else rows.weights[index]
             objective += float(value.sum() if block is None else block @ value)
             weight += len(value) if block is None else float(block.sum())
+            mark("softmax")
             walk.gather(resp)
+            mark("gather")
         total.add(walk.close(), cell.components)
         sum_r[cell.components] += took
 
     for cell in search.cells():
+        mark("lists")
         everything = len(cell.components) == len(sum_r)
         add(cell, -np.inf if everything else search.floor)
     if badly:

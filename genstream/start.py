@@ -334,6 +334,7 @@ def warm_start(
     seeding: Seeding = seed_params,
     given: Params | None = None,
     responsibility: Responsibility = soft,
+    sample: Rows | None = None,
     on_start: Callable[[int, float], None] | None = None,
 ) -> tuple[Story, FitState]:
     """An anchored story and a state from which full passes begin.
@@ -349,7 +350,8 @@ def warm_start(
     passes are as many times smaller as there are more than `MANY` components, down to one start
     of a few steps.
     `seeding` makes the parameters each short fit begins with. `given` parameters take the place of
-    starts, and `responsibility` is the rule by which the sample is fitted.
+    starts, and `responsibility` is the rule by which the sample is fitted. A `sample` that
+    `draw_sample` drew with the same number and seed saves its pass.
     `on_start(i, mean objective)` is called after each of them.
     Everything follows from `seed`. Raises DataError where the data cannot start a fit.
     """
@@ -359,7 +361,8 @@ def warm_start(
         n_init = max(1, int(n_init / fewer))
         short_steps = max(min(LEAST_STEPS, short_steps), int(short_steps * 2 / fewer))
         long_steps, refine_passes = int(long_steps / fewer), refine_passes / fewer
-    sample = draw_sample(passes, sample_rows, seed)
+    if sample is None:
+        sample = draw_sample(passes, sample_rows, seed)
     story = story.anchored(sample)
     kept = rescue_rows(sample, seed)
     if given is not None:

@@ -9,6 +9,8 @@ E-step of any rows returns sufficient statistics, which add; the M-step sees sta
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -25,14 +27,23 @@ from genstream.families.blocks import (
     FactorWalk,
     Family,
     Index,
+    Kernel,
     Pivot,
     Walk,
     slices,
 )
+from genstream.priors import Prior
+from genstream.profile import mark
 from genstream.responsibility import Key, Nearest, Responsibility, rule_of, soft, weighted_soft
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
+
+# Kernels of parameters that somebody still holds, each with the family that prepared it. What takes
+# more bytes than this is prepared for every chunk, beside whose work that is little.
+MAX_PREPARED = 16 << 20
+_prepared: weakref.WeakKeyDictionary[Params, tuple[Family, Kernel]] = weakref.WeakKeyDictionary()
+_preparing = threading.RLock()
 
 # Log-densities this close, relative to 1 + their size, tell no two components apart.
 TWIN = 1e-9
@@ -119,7 +130,8 @@ class Story:
     n_components
         K.
     prior
-        `weak`: weak conjugate priors, so that learning is MAP; None: maximum likelihood.
+        `weak`: weak conjugate priors, so that learning is MAP; a `Prior` that says how strong they
+        are; None: maximum likelihood.
     frozen
         Names of parameters that learning leaves as they are: `weights`, or what the family calls
         its own (`mean`, `covariance`, ...). Raises ConfigError where there is no such name.
@@ -128,7 +140,7 @@ class Story:
     schema: Schema
     family: Family
     n_components: int
-    prior: str | None = "weak"
+    prior: str | Prior | None = "weak"
     frozen: frozenset[str] = frozenset()
     weight_prior: float = field(init=False)
 
@@ -139,8 +151,9 @@ class Story:
             raise ConfigError(
                 f"frozen: there is no parameter {unknown[0]!r}; there are {', '.join(names)}"
             )
-        # One pseudo-row in all, spread evenly: a Dirichlet prior with exponents 1 + 1/K.
-        share = 1.0 / self.n_components if self.prior == "weak" else 0.0
+        # The weak one is worth one pseudo-row, spread evenly: Dirichlet with exponents 1 + 1/K.
+        prior = Prior.of(self.prior)
+        share = 0.0 if prior is None else prior.pseudo_rows(self.n_components)
         object.__setattr__(self, "weight_prior", share)
 
     @property
@@ -176,10 +189,30 @@ class Story:
     def anchored(self, sample: Rows) -> Story:
         """This story with pivot and prior fixed from a sample of rows."""
         self._check(sample)
-        family = self.family.anchored(
-            self.readable(sample), self.n_components, self.prior == "weak"
-        )
+        prior = Prior.of(self.prior)
+        rows, k = self.readable(sample), self.n_components
+        family: Family = self.family.anchored(rows, k, prior is not None)
+        if prior is not None:
+            family = family.of(
+                self.schema, family.options(), family.pivot, prior.applied(family.prior)
+            )
         return replace(self, family=family)
+
+    def with_prior(self, prior: Prior) -> Story:
+        """This story, anchored as it is, under a prior of another strength.
+
+        Raises ConfigError where it is one of maximum likelihood, which no sample gave a prior.
+        """
+        now = Prior.of(self.prior)
+        if now is None or self.family.pivot is None:
+            raise ConfigError("only a story that was anchored under a prior can have another one")
+        family = self.family.of(
+            self.schema,
+            self.family.options(),
+            self.family.pivot,
+            prior.applied(self.family.prior, now),
+        )
+        return replace(self, family=family, prior=prior)
 
     def vague(self) -> Params:
         """Equal components as wide as the sample, from which a start is made."""
@@ -199,8 +232,18 @@ class Story:
 
     def _walk(self, params: Params, rows: Rows) -> Walk:
         self._check(rows)
-        weights = np.maximum(params.weights, 1e-300)
-        return self.family.prepare(params.family, np.log(weights)).walk(self.readable(rows))
+        return self._kernel(params).walk(self.readable(rows))
+
+    def _kernel(self, params: Params) -> Kernel:
+        """The parameters, prepared once for all chunks of a pass on all threads."""
+        with _preparing:
+            family, kernel = _prepared.get(params, (None, None))
+            if kernel is None or family is not self.family:
+                weights = np.log(np.maximum(params.weights, 1e-300))
+                kernel = self.family.prepare(params.family, weights)
+                if sum(np.asarray(v).nbytes for _, _, v in params.leaves()) <= MAX_PREPARED:
+                    _prepared[params] = self.family, kernel
+            return kernel
 
     # Values too extreme for the arithmetic show in the objective, not as warnings on the way.
     @np.errstate(over="ignore", invalid="ignore")
@@ -228,8 +271,11 @@ class Story:
         sum_r = np.zeros(self.n_components)
         objective = weight = 0.0
         n_observed = 0
+        mark("prepare")
         for index in walk.blocks():
+            mark("features")
             log_joint = walk.score()
+            mark("score")
             block = None if rows.weights is None else rows.weights[index]
             if given is None and rule is soft:
                 value = weighted_soft(log_joint, block, sum_r, fast)
@@ -248,7 +294,9 @@ class Story:
             n_observed += len(value)
             objective += float(value.sum() if block is None else block @ value)
             weight += len(value) if block is None else float(block.sum())
+            mark("softmax")
             walk.gather(log_joint)
+            mark("gather")
         family = walk.close()
         stats = StoryStats(rows.n_rows, rows.n_rows - n_observed, weight, objective, sum_r, family)
         if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
@@ -281,7 +329,13 @@ class Story:
         seed, _, chunk = key or (0, 0, 0)
         log_weights = np.log(np.maximum(params.weights, 1e-300))
         found = nearest.e_step(
-            self.family, params.family, log_weights, self.readable(rows), rule, (seed, chunk)
+            self.family,
+            params.family,
+            log_weights,
+            self.readable(rows),
+            rule,
+            (seed, chunk),
+            self._kernel(params),
         )
         stats = StoryStats(
             rows.n_rows,
@@ -298,7 +352,9 @@ class Story:
     def maximise(self, stats: StoryStats, previous: Params) -> tuple[Params, NDArray[np.bool_]]:
         """The M-step, and (K,) which components were empty or singular and need rescue."""
         kept = self.frozen - {"weights"}
+        mark("other")
         family, faulty = self.family.maximise(stats.family, previous.family, kept)
+        mark("m_step")
         if "weights" in self.frozen:
             return Params(previous.weights, family), faulty
         weights = stats.sum_r + self.weight_prior
@@ -309,8 +365,9 @@ class Story:
     def m_step(self, stats: StoryStats, previous: Params) -> Params:
         """Parameters that maximise the expected log-posterior of the rows behind `stats`.
 
-        `weights_k = (sum_r_k + a) / sum (sum_r + a)` with `a = 1 / K` under the weak prior, else
-        0; the family's parameters as its `maximise` says. Walks no data.
+        `weights_k = (sum_r_k + a) / sum (sum_r + a)` with `a` the prior's pseudo-rows, `1 / K`
+        under the weak one and 0 without; the family's parameters as its `maximise` says. Walks no
+        data.
         """
         return self.maximise(stats, previous)[0]
 
@@ -570,7 +627,7 @@ class Story:
         return {
             "schema": self.schema.to_json(),
             "n_components": self.n_components,
-            "prior": self.prior,
+            "prior": self.prior.to_json() if isinstance(self.prior, Prior) else self.prior,
             "frozen": sorted(self.frozen),
             "family": {
                 "name": family.name,
@@ -593,7 +650,9 @@ class Story:
                 prior = record_from_json(family.prior_type, told["prior"])
                 family = kind.of(schema, told["options"], pivot, prior)
             frozen = frozenset(data.get("frozen", ()))
-            return cls(schema, family, data["n_components"], data["prior"], frozen)
+            told_prior = data["prior"]
+            made = Prior.of(told_prior) if isinstance(told_prior, dict) else told_prior
+            return cls(schema, family, data["n_components"], made, frozen)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorruptError(f"the stored story is not valid: {error!r}") from error
 
