@@ -411,7 +411,7 @@ class Fit(Section):
         "auto",
         description="How a row is shared among components: by probability; to the likeliest; to "
         "one drawn by its probability; among the likeliest few; by probability among those near "
-        "it, which alone are scored. auto: nearest from 256 components on, else soft.",
+        "it, which alone are scored. auto: nearest from 512 components on, else soft.",
     )
     top: int = Field(16, ge=1, description="Components a row may have where truncated.")
     dtype: Literal["float64", "float32"] = "float64"

@@ -30,8 +30,9 @@ Rule = Callable[[Array], Array]
 # Seed of the fit, its step and the chunk at hand.
 Key = tuple[int, int, int]
 
-# From so many components on, most are nothing to a row.
-MANY = 256
+# From so many components on, looking for those near a row pays: at half as many all are scored in
+# about the same time.
+MANY = 512
 RULES = ("soft", "hard", "sampled", "truncated", "nearest")
 
 

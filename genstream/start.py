@@ -26,8 +26,10 @@ SAMPLE_BYTES = 64 << 20
 RESCUE_ROWS = 2048
 # Rows on which distances are computed for seeding.
 SEED_ROWS = 20_000
-# From so many centres on, several are drawn at a time: so many, by those there are.
-MANY_CENTRES, AT_A_TIME = 256, 8
+# Of many centres as many are drawn at a time as there are already, divided by this.
+AT_A_TIME = 8
+# A start of many components takes fewer steps, in proportion to this many.
+FULL_STEPS = 256
 # Rows a centre on which many centres are seeded, and rows a component of a sample for many.
 SEED_ROWS_EACH, SAMPLE_ROWS_EACH = 50, 100
 # Steps of a short fit, at least.
@@ -259,7 +261,7 @@ def _from_clusters(
 ) -> Params:
     weight = sample.row_weights
     small = np.arange(len(x))
-    if story.n_components >= MANY_CENTRES:
+    if story.n_components >= MANY:
         k = story.n_components
         if len(x) > SEED_ROWS_EACH * k:
             small = np.sort(rng.choice(len(x), SEED_ROWS_EACH * k, replace=False))
@@ -280,7 +282,7 @@ def params_from_labels(
     """One M-step on a hard assignment (n,) of the sample to components, with what symmetry it
     leaves broken by the family.
     """
-    if story.n_components >= MANY_CENTRES:
+    if story.n_components >= MANY:
         return _from_many_labels(story, sample, labels, rng)
     responsibilities = np.zeros((sample.n_rows, story.n_components))
     responsibilities[np.arange(sample.n_rows), labels] = 1.0
@@ -347,16 +349,16 @@ def warm_start(
     state holds the sample's statistics, from which online EM begins.
     With many components the sample has at least `SAMPLE_ROWS_EACH` rows of each where there are as
     many, and as a step takes longer there are fewer of them: all numbers of starts, steps and
-    passes are as many times smaller as there are more than `MANY` components, down to one start
-    of a few steps.
+    passes are as many times smaller as there are more than `FULL_STEPS` components, down to one
+    start of a few steps.
     `seeding` makes the parameters each short fit begins with. `given` parameters take the place of
     starts, and `responsibility` is the rule by which the sample is fitted. A `sample` that
     `draw_sample` drew with the same number and seed saves its pass.
     `on_start(i, mean objective)` is called after each of them.
     Everything follows from `seed`. Raises DataError where the data cannot start a fit.
     """
-    fewer = max(1.0, story.n_components / MANY)
-    if fewer > 1:
+    if story.n_components >= MANY:
+        fewer = story.n_components / FULL_STEPS
         sample_rows = max(sample_rows, SAMPLE_ROWS_EACH * story.n_components)
         n_init = max(1, int(n_init / fewer))
         short_steps = max(min(LEAST_STEPS, short_steps), int(short_steps * 2 / fewer))

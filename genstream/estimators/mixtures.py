@@ -75,7 +75,7 @@ class GaussianMixture(Mixed):
         How a row is shared among components: `soft`, by probability; `nearest`, by probability
         among those near it, which alone are scored, so that many components cost little more than
         some; `hard`, `sampled` or `truncated` as in `genstream.responsibility`. `auto` is `nearest`
-        from 256 components on, and `soft` below.
+        from 512 components on, and `soft` below.
     prior
         None for maximum likelihood, `weak` for MAP under weak conjugate priors, a `Prior` for
         stronger ones.
