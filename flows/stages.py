@@ -145,7 +145,7 @@ def learner_of(config: Config, rows: int) -> Learner:
     """The learner that a configuration means for so many rows."""
     from genstream.incremental import IncrementalEM
     from genstream.learn import BatchEM
-    from genstream.responsibility import soft
+    from genstream.responsibility import climbs
     from genstream.start import default_learner
 
     options = config.fit
@@ -160,11 +160,15 @@ def learner_of(config: Config, rows: int) -> Learner:
                 memo_nbytes=memo_nbytes(config),
                 responsibility=rule,
             )
-        case "auto" if rule is soft:
+        case "auto" if climbs(rule):
             return default_learner(
-                rows, max_steps=options.max_steps, tolerance=options.tolerance, online=online
+                rows,
+                max_steps=options.max_steps,
+                tolerance=options.tolerance,
+                online=online,
+                n_components=config.model.n_components or 1,
             )
-    return BatchEM(options.max_steps, options.tolerance, rule, accelerate=rule is soft)
+    return BatchEM(options.max_steps, options.tolerance, rule, accelerate=climbs(rule))
 
 
 def note_step(run: Run, info: StepInfo, label: str = "") -> None:

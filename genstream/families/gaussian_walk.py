@@ -310,7 +310,8 @@ class GaussianWalk:
         alike = kernel.tied and rows.observed is None
         self.width = d + 2 if alike else d * (d + 1) // 2 + d + 2
         self.fast = compiled.pays(rows.n_rows * k)
-        self.size = block_rows(self.width + k, kernel.dtype.itemsize, self.fast)
+        size = block_rows(self.width + k, kernel.dtype.itemsize, self.fast)
+        self.size = min(size, max(1, rows.n_rows))
         self.sum_w = np.zeros(k)
         self.sum_wx = np.zeros((k, d))
         self.sum_wxx = np.zeros((d, d) if kernel.tied else (k, d, d))
