@@ -302,6 +302,14 @@ def columns_of(config: Config) -> dict[str, Kind | Column] | None:
     return {
         name: spec.kind
         if spec.kind == "categorical" and spec.levels is None
-        else Column(name, spec.kind, tuple(spec.levels or ()), spec.unit, spec.lower, spec.upper)
+        else Column(
+            name,
+            spec.kind,
+            tuple(spec.levels or ()),
+            spec.unit,
+            spec.lower,
+            spec.upper,
+            spec.resolution,
+        )
         for name, spec in specs.items()
     }

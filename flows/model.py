@@ -19,11 +19,15 @@ def make_story(config: Config, schema: Schema) -> Story:
 
     Raises ConfigError where it does not fit them.
     """
+    from flows.config import PriorSpec
     from genstream import stories
+    from genstream.priors import Prior
 
     model, dtype = config.model, config.fit.dtype
     k = model.n_components or 1
     frozen = tuple(model.frozen)
+    told = model.prior
+    prior = Prior.of(told.model_dump()) if isinstance(told, PriorSpec) else told
     match model.kind:
         case "mixture":
             return stories.mixture(
@@ -36,7 +40,7 @@ def make_story(config: Config, schema: Schema) -> Story:
                     stories.Block(tuple(block.columns), block.family)
                     for block in model.blocks or ()
                 ],
-                prior=model.prior,
+                prior=prior,
                 dtype=dtype,
                 frozen=frozen,
             )
@@ -47,7 +51,7 @@ def make_story(config: Config, schema: Schema) -> Story:
     assert model.n_factors is not None
     if model.kind == "factors" and set(schema.kinds) != {"real"}:
         return stories.latent_factors(
-            schema, model.n_factors, prior=model.prior, dtype=dtype, frozen=frozen
+            schema, model.n_factors, prior=prior, dtype=dtype, frozen=frozen
         )
     return stories.factors(
         schema,
@@ -55,7 +59,7 @@ def make_story(config: Config, schema: Schema) -> Story:
         k,
         noise=model.noise,
         shared_noise=model.shared_noise,
-        prior=model.prior,
+        prior=prior,
         dtype=dtype,
         frozen=frozen,
     )

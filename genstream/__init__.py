@@ -24,6 +24,7 @@ _HOME = {
     "Truncated": "responsibility",
     "hard": "responsibility",
     "soft": "responsibility",
+    "Prior": "priors",
     "Story": "story",
     "mixture": "stories",
     "fit": "learn",

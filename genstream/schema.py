@@ -33,6 +33,10 @@ class Column:
     lower, upper
         Detection limits of a real column: a value at or beyond one is censored, that is known to be
         there and no more. Independent columns heed them; elsewhere values are taken as they are.
+    resolution
+        The step in which a real column is recorded: whole minutes, hundredths of a volt. No
+        component can be narrower than the noise of rounding to such steps, `resolution^2 / 12`,
+        which Gaussians and independent columns take for the least variance.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Column:
     unit: str = ""
     lower: float | None = None
     upper: float | None = None
+    resolution: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -67,6 +72,13 @@ class Column:
                 f"column {self.name!r}: limits {self.lower} and {self.upper} must be finite, the "
                 "lower one below the upper one"
             )
+        if self.resolution is not None:
+            if self.kind != "real":
+                raise ConfigError(f"column {self.name!r}: a {self.kind} column has no resolution")
+            if not (math.isfinite(self.resolution) and self.resolution > 0):
+                raise ConfigError(
+                    f"column {self.name!r}: resolution {self.resolution} must be a positive number"
+                )
 
     @property
     def n_levels(self) -> int:
@@ -77,6 +89,11 @@ class Column:
     def limited(self) -> bool:
         """Whether the column has a detection limit."""
         return self.lower is not None or self.upper is not None
+
+    @property
+    def least_variance(self) -> float:
+        """Variance of rounding to the column's resolution; 0 where none is said."""
+        return (self.resolution or 0.0) ** 2 / 12.0
 
     def code(self, value: float | str) -> float:
         """The number that stands for a value in `Rows`: a level's position, or the number itself.
@@ -174,9 +191,9 @@ class Schema:
         return [
             {"name": c.name, "kind": c.kind, "levels": list(c.levels), "unit": c.unit}
             | {
-                side: getattr(c, side)
-                for side in ("lower", "upper")
-                if getattr(c, side) is not None
+                name: getattr(c, name)
+                for name in ("lower", "upper", "resolution")
+                if getattr(c, name) is not None
             }
             for c in self.columns
         ]
@@ -193,6 +210,7 @@ class Schema:
                     c.get("unit", ""),
                     c.get("lower"),
                     c.get("upper"),
+                    c.get("resolution"),
                 )
                 for c in columns
             )

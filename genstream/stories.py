@@ -21,12 +21,12 @@ from genstream.families.negative_binomial import NegativeBinomial
 from genstream.families.product import Part, Product
 from genstream.families.student import Student
 from genstream.families.zero_inflated import ZeroInflated
+from genstream.priors import Prior
 from genstream.schema import Kind, Schema
 from genstream.story import Story
 
 COVARIANCES = ("full", "tied", "diag", "spherical")
 DTYPES = ("float64", "float32")
-PRIORS = ("weak", None)
 # Moments of d columns are summed where those of all components fit a core's share of the cache,
 # and where their features of a block do: beyond that a pass through the latent is shorter.
 MOMENT_NUMBERS = 1 << 20
@@ -76,7 +76,7 @@ def mixture(
     tails: str = "gaussian",
     counts: Mapping[str, str] | None = None,
     blocks: Sequence[Block] = (),
-    prior: str | None = "weak",
+    prior: str | Prior | None = "weak",
     reg_covar: float = 0.0,
     dtype: str = "float64",
     frozen: Iterable[str] = (),
@@ -107,7 +107,8 @@ def mixture(
     blocks
         Columns that depend on one another, and how. Columns in no block go by their kind.
     prior
-        `weak` for MAP under weak conjugate priors, None for maximum likelihood.
+        `weak` for MAP under weak conjugate priors, a `Prior` for stronger ones, None for maximum
+        likelihood.
     reg_covar
         Added to every variance after each M-step, in squared data units.
     dtype
@@ -219,7 +220,9 @@ def _check_blocks(schema: Schema, blocks: Sequence[Block]) -> set[str]:
 def _family(kind: str, schema: Schema, reg_covar: float, dtype: str) -> Family:
     """The family of one block of columns."""
     if kind in ("full", "tied"):
-        return Gaussian(schema.n_features, kind == "tied", reg_covar, dtype)
+        floor = tuple(column.least_variance for column in schema.columns)
+        floor = floor if any(floor) else ()
+        return Gaussian(schema.n_features, kind == "tied", reg_covar, dtype, floor=floor)
     if kind == "student":
         return Student(schema.n_features, "full", reg_covar, dtype)
     if kind == "negative_binomial":
@@ -238,7 +241,7 @@ def factors(
     *,
     noise: str = "diagonal",
     shared_noise: bool = False,
-    prior: str | None = "weak",
+    prior: str | Prior | None = "weak",
     dtype: str = "float64",
     frozen: Iterable[str] = (),
     statistics: str = "auto",
@@ -260,8 +263,8 @@ def factors(
     shared_noise
         Whether all components have the same noise.
     prior
-        `weak` for MAP under weak priors of mean and noise, None for maximum likelihood, under
-        which noise may sit on its floor.
+        `weak` for MAP under weak priors of mean and noise, a `Prior` for stronger ones, None for
+        maximum likelihood, under which noise may sit on its floor.
     dtype
         Arithmetic of the E-step: `float64` or `float32`.
     frozen
@@ -299,7 +302,7 @@ def latent_factors(
     n_factors: int,
     n_components: int = 1,
     *,
-    prior: str | None = "weak",
+    prior: str | Prior | None = "weak",
     dtype: str = "float64",
     frozen: Iterable[str] = (),
 ) -> Story:
@@ -318,7 +321,7 @@ def latent_factors(
     n_components
         K, at least 1; each component has factors of its own.
     prior
-        `weak` for MAP under weak priors, None for maximum likelihood.
+        `weak` for MAP under weak priors, a `Prior` for stronger ones, None for maximum likelihood.
     dtype
         Arithmetic of the E-step over rows and columns: `float64` or `float32`.
     frozen
@@ -374,13 +377,12 @@ def kmeans(schema: Schema, n_components: int, *, dtype: str = "float64") -> Stor
     return Story(schema, family, n_components, None, frozenset({"weights"}))
 
 
-def _check_choices(n_components: int, dtype: str, prior: str | None = None) -> None:
+def _check_choices(n_components: int, dtype: str, prior: str | Prior | None = None) -> None:
     if n_components < 1:
         raise ConfigError(f"n_components is {n_components}: there must be at least 1 component")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if prior not in PRIORS:
-        raise ConfigError(f"prior {prior!r} is not one of weak, None")
+    Prior.of(prior)
 
 
 def _check_real(who: str, schema: Schema) -> None:

@@ -32,6 +32,7 @@ from genstream.families.blocks import (
     Walk,
     slices,
 )
+from genstream.priors import Prior
 from genstream.profile import mark
 from genstream.responsibility import Key, Nearest, Responsibility, rule_of, soft, weighted_soft
 from genstream.rows import Rows
@@ -129,7 +130,8 @@ class Story:
     n_components
         K.
     prior
-        `weak`: weak conjugate priors, so that learning is MAP; None: maximum likelihood.
+        `weak`: weak conjugate priors, so that learning is MAP; a `Prior` that says how strong they
+        are; None: maximum likelihood.
     frozen
         Names of parameters that learning leaves as they are: `weights`, or what the family calls
         its own (`mean`, `covariance`, ...). Raises ConfigError where there is no such name.
@@ -138,7 +140,7 @@ class Story:
     schema: Schema
     family: Family
     n_components: int
-    prior: str | None = "weak"
+    prior: str | Prior | None = "weak"
     frozen: frozenset[str] = frozenset()
     weight_prior: float = field(init=False)
 
@@ -149,8 +151,9 @@ class Story:
             raise ConfigError(
                 f"frozen: there is no parameter {unknown[0]!r}; there are {', '.join(names)}"
             )
-        # One pseudo-row in all, spread evenly: a Dirichlet prior with exponents 1 + 1/K.
-        share = 1.0 / self.n_components if self.prior == "weak" else 0.0
+        # The weak one is worth one pseudo-row, spread evenly: Dirichlet with exponents 1 + 1/K.
+        prior = Prior.of(self.prior)
+        share = 0.0 if prior is None else prior.pseudo_rows(self.n_components)
         object.__setattr__(self, "weight_prior", share)
 
     @property
@@ -186,10 +189,30 @@ class Story:
     def anchored(self, sample: Rows) -> Story:
         """This story with pivot and prior fixed from a sample of rows."""
         self._check(sample)
-        family = self.family.anchored(
-            self.readable(sample), self.n_components, self.prior == "weak"
-        )
+        prior = Prior.of(self.prior)
+        rows, k = self.readable(sample), self.n_components
+        family: Family = self.family.anchored(rows, k, prior is not None)
+        if prior is not None:
+            family = family.of(
+                self.schema, family.options(), family.pivot, prior.applied(family.prior)
+            )
         return replace(self, family=family)
+
+    def with_prior(self, prior: Prior) -> Story:
+        """This story, anchored as it is, under a prior of another strength.
+
+        Raises ConfigError where it is one of maximum likelihood, which no sample gave a prior.
+        """
+        now = Prior.of(self.prior)
+        if now is None or self.family.pivot is None:
+            raise ConfigError("only a story that was anchored under a prior can have another one")
+        family = self.family.of(
+            self.schema,
+            self.family.options(),
+            self.family.pivot,
+            prior.applied(self.family.prior, now),
+        )
+        return replace(self, family=family, prior=prior)
 
     def vague(self) -> Params:
         """Equal components as wide as the sample, from which a start is made."""
@@ -237,10 +260,10 @@ class Story:
         responsibilities given from outside, which leaves the objective at 0. A rule that draws
         needs a `key` to draw by.
         """
-        if rows.weights is not None and not rows.weights.all():
-            return self._e_step_of_weighty(params, rows, responsibility, key)
         if isinstance(responsibility, Nearest):
             return self._e_step_nearest(params, rows, responsibility, key)
+        if rows.weights is not None and not rows.weights.all():
+            return self._e_step_of_weighty(params, rows, responsibility, key)
         given = responsibility if isinstance(responsibility, np.ndarray) else None
         rule = soft if isinstance(responsibility, np.ndarray) else rule_of(responsibility, key)
         walk = self._walk(params, rows)
@@ -336,8 +359,9 @@ class Story:
     def m_step(self, stats: StoryStats, previous: Params) -> Params:
         """Parameters that maximise the expected log-posterior of the rows behind `stats`.
 
-        `weights_k = (sum_r_k + a) / sum (sum_r + a)` with `a = 1 / K` under the weak prior, else
-        0; the family's parameters as its `maximise` says. Walks no data.
+        `weights_k = (sum_r_k + a) / sum (sum_r + a)` with `a` the prior's pseudo-rows, `1 / K`
+        under the weak one and 0 without; the family's parameters as its `maximise` says. Walks no
+        data.
         """
         return self.maximise(stats, previous)[0]
 
@@ -597,7 +621,7 @@ class Story:
         return {
             "schema": self.schema.to_json(),
             "n_components": self.n_components,
-            "prior": self.prior,
+            "prior": self.prior.to_json() if isinstance(self.prior, Prior) else self.prior,
             "frozen": sorted(self.frozen),
             "family": {
                 "name": family.name,
@@ -620,7 +644,9 @@ class Story:
                 prior = record_from_json(family.prior_type, told["prior"])
                 family = kind.of(schema, told["options"], pivot, prior)
             frozen = frozenset(data.get("frozen", ()))
-            return cls(schema, family, data["n_components"], data["prior"], frozen)
+            told_prior = data["prior"]
+            made = Prior.of(told_prior) if isinstance(told_prior, dict) else told_prior
+            return cls(schema, family, data["n_components"], made, frozen)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CorruptError(f"the stored story is not valid: {error!r}") from error
 

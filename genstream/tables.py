@@ -81,7 +81,7 @@ class ColumnSpec:
 
     `levels` are fixed labels (an unseen one is an error), or None where a categorical column
     learns them in the order in which they appear; for a binary column the labels of 0 and 1.
-    `lower` and `upper` are detection limits.
+    `lower` and `upper` are detection limits, `resolution` the step it is recorded in.
     """
 
     name: str
@@ -90,6 +90,7 @@ class ColumnSpec:
     unit: str = ""
     lower: float | None = None
     upper: float | None = None
+    resolution: float | None = None
 
     @classmethod
     def of(cls, name: str, given: Kind | Column | ColumnSpec) -> ColumnSpec:
@@ -98,7 +99,13 @@ class ColumnSpec:
             return given
         if isinstance(given, Column):
             return cls(
-                given.name, given.kind, given.levels or None, given.unit, given.lower, given.upper
+                given.name,
+                given.kind,
+                given.levels or None,
+                given.unit,
+                given.lower,
+                given.upper,
+                given.resolution,
             )
         if given not in KINDS:
             raise ConfigError(f"column {name!r}: kind {given!r} is not one of {', '.join(KINDS)}")
@@ -107,7 +114,9 @@ class ColumnSpec:
     def column(self, levels: tuple[str, ...] | None = None) -> Column:
         """The column, once its levels are known; those of the specification by default."""
         known = levels if levels is not None else self.levels or ()
-        return Column(self.name, self.kind, known, self.unit, self.lower, self.upper)
+        return Column(
+            self.name, self.kind, known, self.unit, self.lower, self.upper, self.resolution
+        )
 
 
 class Encoder:

@@ -24,6 +24,7 @@ from genstream.families.blocks import Array
 from genstream.learn import BatchEM, FitState, Learner, Outcome, StepInfo, fit
 from genstream.online import OnlineEM
 from genstream.passes import Passes
+from genstream.priors import Prior
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.sources import CHUNK_ROWS, NumpySource, Source
@@ -69,7 +70,7 @@ class Face(DensityMixin, Opening):  # type: ignore[misc]
     warm_start: bool
     verbose: int
     verbose_interval: int
-    prior: str | None
+    prior: str | Prior | None
     dtype: str
     scheduler: str
     workers: int | None

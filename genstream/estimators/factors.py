@@ -15,6 +15,7 @@ from genstream.estimators.face import Face, Mixed
 from genstream.families.blocks import Array
 from genstream.families.rotation import varimax
 from genstream.learn import BatchEM, Learner
+from genstream.priors import Prior
 from genstream.schema import Schema
 from genstream.sources import CHUNK_ROWS
 from genstream.stories import factors
@@ -166,7 +167,7 @@ class _SingleFactors(LinearFactors):
         self,
         n_components: int = 1,
         *,
-        prior: str | None = None,
+        prior: str | Prior | None = None,
         tol: float = 1e-4,
         max_iter: int = 200,
         n_init: int = 1,
@@ -318,7 +319,7 @@ feature_names_in_, story_, state_, trace_, outcome_, warnings_
         n_components: int = 1,
         *,
         rotation: str | None = None,
-        prior: str | None = None,
+        prior: str | Prior | None = None,
         tol: float = 1e-4,
         max_iter: int = 200,
         n_init: int = 1,
@@ -376,7 +377,7 @@ class _MixedFactors(Mixed, LinearFactors):
         n_factors: int = 1,
         *,
         shared_noise: bool = False,
-        prior: str | None = "weak",
+        prior: str | Prior | None = "weak",
         tol: float = 1e-4,
         max_iter: int = 200,
         n_init: int = 5,
@@ -470,7 +471,7 @@ class MixtureOfPPCA(_MixedFactors):
     shared_noise
         Whether all components have the same noise.
     prior
-        `weak` for MAP under weak priors, None for maximum likelihood.
+        `weak` for MAP under weak priors, a `Prior` for stronger ones, None for maximum likelihood.
     tol, max_iter, n_init, start, frozen
         As for `PPCA`; `weights` can be frozen too.
     random_state, warm_start, verbose, verbose_interval, dtype, chunk_rows, scheduler, workers

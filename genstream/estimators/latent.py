@@ -11,6 +11,7 @@ from scipy.sparse import issparse
 
 from genstream.errors import ConfigError, DataError
 from genstream.estimators.factors import Factored, upright
+from genstream.priors import Prior
 from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS
 from genstream.stories import latent_factors
@@ -43,7 +44,7 @@ class LatentFactors(Factored):
     binarize
         Of binary columns: entries above this number are 1, all others 0. None takes 0 and 1 only.
     prior
-        `weak` for MAP under weak priors, None for maximum likelihood.
+        `weak` for MAP under weak priors, a `Prior` for stronger ones, None for maximum likelihood.
     tol, max_iter, n_init, start, frozen
         As for `PPCA`; parameters are `bias` and `loadings`, or `loadings` and `shape`.
     random_state, warm_start, verbose, verbose_interval, dtype, chunk_rows, scheduler, workers
@@ -74,7 +75,7 @@ feature_names_in_, story_, state_, trace_, outcome_, warnings_
         likelihood: str = "count",
         columns: Schema | Mapping[str, Kind | Column] | None = None,
         binarize: float | None = None,
-        prior: str | None = "weak",
+        prior: str | Prior | None = "weak",
         tol: float = 1e-4,
         max_iter: int = 200,
         n_init: int = 1,

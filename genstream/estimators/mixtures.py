@@ -15,6 +15,7 @@ from genstream.estimators.face import Mixed, generator_of, given_array
 from genstream.estimators.starts import replaced
 from genstream.families.blocks import Array
 from genstream.learn import BatchEM, Learner
+from genstream.priors import Prior
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS
@@ -70,7 +71,8 @@ class GaussianMixture(Mixed):
     verbose, verbose_interval
         1 prints that steps were done, 2 their time and gain as well, once every so many steps.
     prior
-        None for maximum likelihood, `weak` for MAP under weak conjugate priors.
+        None for maximum likelihood, `weak` for MAP under weak conjugate priors, a `Prior` for
+        stronger ones.
     dtype
         Arithmetic of the E-step, `float64` or `float32`; sums are float64 always.
     chunk_rows
@@ -127,7 +129,7 @@ class GaussianMixture(Mixed):
         warm_start: bool = False,
         verbose: int = 0,
         verbose_interval: int = 10,
-        prior: str | None = None,
+        prior: str | Prior | None = None,
         dtype: str = "float64",
         chunk_rows: int = CHUNK_ROWS,
         scheduler: str = "threads",
@@ -323,7 +325,8 @@ class StudentMixture(Mixed):
     dof
         Degrees of freedom of all components; None learns those of each, from 1 to 1000.
     prior
-        `weak` for MAP under weak conjugate priors, None for maximum likelihood.
+        `weak` for MAP under weak conjugate priors, a `Prior` for stronger ones, None for maximum
+        likelihood.
     reg_covar
         Added to the diagonal of every scale matrix after each step, in squared data units.
     tol, max_iter, n_init
@@ -358,7 +361,7 @@ feature_names_in_, story_, state_, trace_, outcome_, warnings_
         *,
         covariance_type: str = "full",
         dof: float | None = None,
-        prior: str | None = "weak",
+        prior: str | Prior | None = "weak",
         reg_covar: float = 0.0,
         tol: float = 1e-4,
         max_iter: int = 200,
@@ -478,7 +481,8 @@ class Mixture(Mixed):
     blocks
         Further columns that depend on one another given the component: `genstream.stories.Block`s.
     prior
-        `weak` for MAP under weak conjugate priors, None for maximum likelihood.
+        `weak` for MAP under weak conjugate priors, a `Prior` for stronger ones, None for maximum
+        likelihood.
     reg_covar
         Added to every variance after each step, in squared data units.
     tol, max_iter, n_init
@@ -507,7 +511,7 @@ state_, trace_, outcome_, warnings_
         tails: str = "gaussian",
         counts: Mapping[str, str] | None = None,
         blocks: Sequence[Block] = (),
-        prior: str | None = "weak",
+        prior: str | Prior | None = "weak",
         reg_covar: float = 0.0,
         tol: float = 1e-4,
         max_iter: int = 200,

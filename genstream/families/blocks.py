@@ -277,6 +277,23 @@ class Levelled(Family, Protocol):
         """Statistics over that schema, in which no row had a new level."""
 
 
+@runtime_checkable
+class Splittable(Family, Protocol):
+    """A family whose components can be split in two."""
+
+    @property
+    def splits(self) -> bool:
+        """Whether there is anything along which to split one."""
+
+    def halves(
+        self, params: Any, components: Array, apart: float, rng: np.random.Generator
+    ) -> tuple[Record, Record]:
+        """Two records of some components (m,), whose even mixture has the mean and the covariance
+        of each of them, `apart` deviations from its mean along its main axis. What components
+        share stays, so that such a mixture is wider.
+        """
+
+
 class Begun:
     """What families have in common that an M-step leaves with no symmetry to break."""
 

@@ -21,13 +21,13 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
 
 from genstream.families.blocks import (
     LOG_2PI,
@@ -36,12 +36,15 @@ from genstream.families.blocks import (
     Array,
     Begun,
     Description,
+    Index,
     Linear,
     Pivot,
     moments,
 )
 from genstream.families.censored import Limits, Tails
 from genstream.families.columns_walk import LinearWalk, log_prob_given
+from genstream.families.factorials import log_factorial
+from genstream.families.levels import look_up
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record
@@ -50,6 +53,8 @@ from genstream.stats import Monoid, Record, axes, record
 LOG_TINY = -600.0
 # Smallest variance of a real column, as a share of the pivot's variance.
 FLOOR = 1e-9
+# A variance at most this many times the floor of its column's resolution sits on it.
+ON_FLOOR = 1.01
 # A variance below this share of the raw second moment is rounding error.
 SINGULAR = 1e-14
 
@@ -114,6 +119,16 @@ class ColumnsPrior(Record):
     rate: Array = axes("count")
     level_probability: Array = axes("level")
     rows: float = axes()
+
+    def stronger(self, strength: float, spread: float) -> ColumnsPrior:
+        """`strength` times the pseudo-rows, at `spread` times the variance of real columns."""
+        return replace(
+            self,
+            scatter=self.scatter * (strength * spread),
+            strength=self.strength * strength,
+            dof=strength * (self.dof + 2) - 2,
+            rows=self.rows * strength,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,7 +320,8 @@ class IndependentColumns(Begun):
         `dof + n + 2` and the number of means it is about. About a frozen mean, `S` and the last
         term are `S + n (average - mean)^2` and `strength (mean - m0)^2`. Others:
         `(sum + rows * prior) / (n + rows)`. Without a prior these are the plain averages; a column
-        that a component never observed keeps its previous parameters.
+        that a component never observed keeps its previous parameters. A variance below the least
+        one of its column is the maximum at that.
         """
         prior = self.prior
         rows = prior.rows if prior else 0.0
@@ -382,7 +398,12 @@ class IndependentColumns(Begun):
         else:
             variance = scatter / np.where(n > tiny, n, 1.0)
             variance = np.where(n > tiny, variance, previous.variance / unit)
-        return centre, np.maximum(variance * unit + self.ridge, FLOOR * unit)
+        return centre, np.maximum(variance * unit + self.ridge, self._floor(unit))
+
+    def _floor(self, unit: Any) -> Any:
+        """Least variance of each real column, of all together where they share one."""
+        least = np.array([self.schema.columns[j].least_variance for j in self.real])
+        return np.maximum(FLOOR * unit, least.max() if self.spherical else least)
 
     def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
         kept: Monoid = stats.take(components)
@@ -473,6 +494,54 @@ class IndependentColumns(Begun):
         hit = x[self.level_column] == self.level_code
         levels[component] = np.where(observed[self.level_column], 0.5 * (hit + pooled), pooled)
         return self.params_type(mean, variance, probability, rate, levels)
+
+    splits: ClassVar[bool] = True
+
+    def halves(
+        self, params: Any, components: Array, apart: float, rng: np.random.Generator
+    ) -> tuple[Record, Record]:
+        """Along the real column that varies most, measured by the pivot. Without a real column, all
+        others move a share `apart` of the way to where one of them would be certain or 0, each one
+        way or the other by chance; of a categorical column the likeliest level moves against the
+        others.
+        """
+        kept = params.take(components.tolist())
+        every = np.arange(len(components))
+        if len(self.real):
+            scale = self.pivot_at.scale[self.real]
+            variance = self.variances(kept)
+            widest = (variance / scale**2).argmax(axis=1)
+            step = np.zeros_like(variance)
+            step[every, widest] = apart * np.sqrt(variance[every, widest])
+            if not self.spherical:
+                variance = variance - step**2
+                least = self._floor(scale**2)
+                kept = replace(kept, variance=np.maximum(variance, least))
+            one, other = (replace(kept, mean=kept.mean + way * step) for way in (-1.0, 1.0))
+            return one, other
+
+        def sign(value: Array) -> Array:
+            return rng.choice([-1.0, 1.0], value.shape)
+
+        room = apart * np.minimum(kept.probability, 1 - kept.probability)
+        binary, rate = sign(room) * room, sign(kept.rate) * apart * kept.rate
+        levels = kept.level_probability
+        tilt = np.zeros_like(levels)
+        for own in np.split(np.arange(levels.shape[1]), self.level_start[1:]):
+            p = levels[:, own]
+            likeliest = p == p.max(axis=1, keepdims=True, initial=0.0)
+            leaning = np.where(likeliest, p, -p) * sign(p[:, :1])
+            tilt[:, own] = apart / 2 * (leaning - p * leaning.sum(axis=1, keepdims=True))
+        one, other = (
+            replace(
+                kept,
+                probability=kept.probability + way * binary,
+                rate=kept.rate + way * rate,
+                level_probability=levels + way * tilt,
+            )
+            for way in (-1.0, 1.0)
+        )
+        return one, other
 
     def draw(
         self, params: Any, component: Array, rng: np.random.Generator
@@ -615,6 +684,7 @@ class IndependentColumns(Begun):
     def floored(self, params: Any) -> list[tuple[int, int]]:
         """(component, column position) whose variance sits on its floor or ridge."""
         floor = np.maximum(FLOOR * self.pivot_at.scale[self.real] ** 2, self.ridge) * 1.5
+        floor = np.maximum(floor, self._floor(0.0) * ON_FLOOR)
         at = np.argwhere(self.variances(params) <= floor)
         return [(int(k), int(self.real[j])) for k, j in at]
 
@@ -632,6 +702,13 @@ def bounded_log1m(p: Array) -> Array:
 def poisson_terms(rate: Array) -> Array:
     """(K,) size of the terms of `x log rate - rate` near `x = rate`, which cancel."""
     return np.asarray((rate * (1.0 + np.abs(bounded_log(rate)))).sum(axis=1))
+
+
+def _span(positions: Array) -> Index:
+    """Positions as a slice where they are neighbours, so that they index a view."""
+    if len(positions) and positions[-1] - positions[0] == len(positions) - 1:
+        return slice(positions[0], positions[-1] + 1)
+    return positions
 
 
 def _level_index(old: Schema, new: Schema) -> list[int]:
@@ -700,12 +777,48 @@ class ColumnsKernel:
         if (np.finfo(self.dtype).eps * counts > MAX_ROUNDING).any():
             self.dtype = np.dtype(np.float64)
         self.n_square = curvature.shape[1]
+        before = 2 * len(family.real) if not family.spherical else len(family.real) + 1
+        before += len(family.binary) + len(family.count)
+        self.level_slot = slice(before, before + len(family.level_column))
+        # Whether levels are among the features.
+        self.one_hot = True
+
+    @property
+    def by_row(self) -> bool:
+        family = self.family
+        return not (len(family.real) or (self.one_hot and len(family.level_column)))
+
+    @property
+    def level_columns(self) -> NDArray[np.intp]:
+        return self.family.level_column[self.family.level_start]
+
+    @property
+    def level_sizes(self) -> NDArray[np.intp]:
+        return np.diff(np.append(self.family.level_start, len(self.family.level_column)))
+
+    @property
+    def level_slopes(self) -> Array:
+        return self.slopes[:, self.level_slot]
+
+    @cached_property
+    def without_levels(self) -> ColumnsKernel:
+        """The same kernel without features of levels."""
+        kernel = copy(self)
+        kernel.one_hot = False
+        return kernel
+
+    @property
+    def feature_slopes(self) -> Array:
+        """The natural parameters of the features between the constant and the normalisers."""
+        if self.one_hot:
+            return self.slopes
+        return np.delete(self.slopes, self.level_slot, axis=1)
 
     def linear(self, gaps: bool) -> Linear:
         constant = self.log_weights
         if not gaps:
             constant = constant + self.normaliser.sum(axis=1)
-        pieces = [constant[:, None], self.slopes]
+        pieces = [constant[:, None], self.feature_slopes]
         if gaps:
             pieces.append(self.normaliser)
         return Linear(np.concatenate(pieces, axis=1), self.rounding, self.dtype)
@@ -722,7 +835,8 @@ class ColumnsKernel:
         return some
 
     def walk(self, rows: Rows) -> LinearWalk:
-        return LinearWalk(self, rows)
+        found = look_up(self, rows) if len(self.family.level_column) else None
+        return LinearWalk(self, rows) if found is None else found
 
     def _centred(self, values: Array, observed: Array | None) -> tuple[Array, Array]:
         """(real, n) real columns in pivot coordinates, zero where missing or censored, and which
@@ -757,9 +871,10 @@ class ColumnsKernel:
             np.multiply(y, y, out=features[at : at + real], casting="same_kind")
         at += self.n_square
         for positions in (family.binary, family.count):
-            features[at : at + len(positions)] = columns[positions]
+            features[at : at + len(positions)] = values[:, _span(positions)].T
             at += len(positions)
-        for j, code in zip(family.level_column, family.level_code, strict=True):
+        levels = zip(family.level_column, family.level_code, strict=True) if self.one_hot else ()
+        for j, code in levels:
             np.equal(columns[j], code, out=features[at], casting="unsafe")
             if observed is not None and code == 0.0:
                 features[at] *= observed[:, j]
@@ -773,7 +888,7 @@ class ColumnsKernel:
     def direct(self, k: int, values: Array, observed: Array | None, features: Array) -> Array:
         """Squared distances, for a mean far out in pivot units."""
         real = len(self.mean[k])
-        eta = np.concatenate([self.log_weights[k : k + 1], self.slopes[k]])
+        eta = np.concatenate([self.log_weights[k : k + 1], self.feature_slopes[k]])
         eta[1 : 1 + real + self.n_square] = 0.0
         eta[len(eta) - len(self.limited) :] = self.tails.log_p[k]
         log_p = eta @ features[: len(eta)]
@@ -794,13 +909,15 @@ class ColumnsKernel:
         counts = self.family.count
         if not len(counts):
             return None
-        factorials = gammaln(values[:, counts].astype(np.float64) + 1.0)
+        factorials = log_factorial(values[:, _span(counts)])
         if observed is not None:
             factorials *= observed[:, counts]
         return np.asarray(-factorials.sum(axis=1))
 
-    def statistics(self, sums: Array, gaps: bool) -> Monoid:
+    def statistics(self, sums: Array, gaps: bool, levels: Array | None = None) -> Monoid:
         family = self.family
+        if levels is not None:
+            sums = np.insert(sums, [1 + self.level_slot.start] * levels.shape[1], levels, axis=1)
         sizes = [1, len(family.real), self.n_square, len(family.binary), len(family.count)]
         sizes.append(len(family.level_column))
         edges = np.cumsum([*sizes, len(self.limited)])

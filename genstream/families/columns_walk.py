@@ -95,6 +95,12 @@ class LinearKernel(Protocol):
     @property
     def family(self) -> Filling: ...
 
+    @property
+    def by_row(self) -> bool:
+        """Whether features are hardly more than the values, so that they are best left in the order
+        of these, row by row, which a matrix product takes as well.
+        """
+
     def linear(self, gaps: bool) -> Linear:
         """Natural parameters of the features of complete blocks, or of blocks with gaps."""
 
@@ -109,6 +115,29 @@ class LinearKernel(Protocol):
 
     def statistics(self, sums: Array, gaps: bool) -> Monoid:
         """Statistics from the features' sums (K, p)."""
+
+
+class LevelledKernel(LinearKernel, Protocol):
+    """A kernel of columns of which some are categorical."""
+
+    @property
+    def level_columns(self) -> NDArray[np.intp]:
+        """(c,) positions of the categorical columns."""
+
+    @property
+    def level_sizes(self) -> NDArray[np.intp]:
+        """(c,) how many levels each has."""
+
+    @property
+    def level_slopes(self) -> Array:
+        """(K, L) what an entry of each level adds to a score."""
+
+    @property
+    def without_levels(self) -> LinearKernel:
+        """The kernel of the same rows whose features are not those of levels."""
+
+    def statistics(self, sums: Array, gaps: bool, levels: Array | None = None) -> Monoid:
+        """Statistics from the features' sums (K, p), those of levels (K, L) apart if given."""
 
 
 class LinearWalk(ConsecutiveWalk):
@@ -129,7 +158,9 @@ class LinearWalk(ConsecutiveWalk):
         self._allocate(size)
 
     def _allocate(self, n_rows: int) -> None:
-        self.build_in(np.empty((self.width, n_rows), dtype=self.kernel.dtype))
+        shape = (n_rows, self.width) if self.kernel.by_row else (self.width, n_rows)
+        buffer = np.empty(shape, dtype=self.kernel.dtype)
+        self.build_in(buffer.T if self.kernel.by_row else buffer)
 
     def build_in(self, buffer: Array) -> None:
         self._buffer = buffer

@@ -117,6 +117,12 @@ class FactorsPrior(Record):
         positive = np.where(variance > 0, variance, 1.0)
         return cls(mean, NOISE_SHARE * positive / share, 0.01, 3.0)
 
+    def stronger(self, strength: float, spread: float) -> FactorsPrior:
+        """`strength` times the pseudo-rows, at `spread` times the noise."""
+        scatter = self.scatter * (strength * spread)
+        dof = strength * (self.dof + 2) - 2
+        return FactorsPrior(self.mean, scatter, self.strength * strength, dof)
+
 
 @dataclass(frozen=True, eq=False)
 class Factors:

@@ -15,7 +15,7 @@ conditional moments (Ghahramani & Jordan 1994)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -42,6 +42,10 @@ from genstream.stats import Monoid, Record, axes, record
 SINGULAR = 1e-13
 # Variance given to a component that cannot be estimated, as a share of the pivot's variance.
 FLOOR = 1e-9
+# A variance at most this many times the floor of its column's resolution sits on it.
+ON_FLOOR = 1.01
+# Rounds in which an M-step under a prior of correlations climbs; later M-steps go on from there.
+ROUNDS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,12 +86,18 @@ class TiedStats(Monoid):
 class NormalWishart(Record):
     """Conjugate prior `covariance ~ InvWishart(diag(scatter), dof)`,
     `mean | covariance ~ N(mean, covariance / strength)`, in data units.
+
+    Times `|R|^(independence / 2)`, where `R` is the matrix of correlations within a component: an
+    LKJ prior with shape `1 + independence / 2` (Lewandowski, Kurowicka & Joe 2009), which draws
+    correlations towards 0 and leaves every scale as it is.
     """
 
     mean: Array = axes("feature")
     scatter: Array = axes("feature")
     strength: float = axes()
     dof: float = axes()
+    # States of before there was one have none.
+    independence: float = field(default=0.0, metadata={"axes": ()})
 
     @classmethod
     def weak(cls, mean: Array, variance: Array, n_components: int, dof: float) -> NormalWishart:
@@ -97,6 +107,32 @@ class NormalWishart(Record):
         share = n_components ** (2.0 / max(1, len(mean)))
         positive = np.where(variance > 0, variance, 1.0)
         return cls(mean, positive / share, 0.01, dof)
+
+    def stronger(self, strength: float, spread: float) -> NormalWishart:
+        """`strength` times the pseudo-rows, at `spread` times the covariance.
+
+        An inverse Wishart to the power s has `dof + d + 1` and `scatter` times s.
+        """
+        width = len(self.mean) + 1
+        return NormalWishart(
+            self.mean,
+            self.scatter * (strength * spread),
+            self.strength * strength,
+            strength * (self.dof + width) - width,
+            self.independence,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class NormalChiSquared(NormalWishart):
+    """The same of every column on its own: `variance ~ InvChiSquared(dof, scatter / dof)`."""
+
+    def stronger(self, strength: float, spread: float) -> NormalChiSquared:
+        scatter = self.scatter * (strength * spread)
+        dof = strength * (self.dof + 2) - 2
+        return NormalChiSquared(
+            self.mean, scatter, self.strength * strength, dof, self.independence
+        )
 
 
 class Conditional(NamedTuple):
@@ -128,6 +164,9 @@ class Gaussian(Begun):
         Arithmetic of the E-step, float64 or float32; sums are float64 always.
     pivot, prior
         Fixed by `anchored`.
+    floor
+        (d,) least variances in squared data units, or nothing: covariances are kept at or above
+        `diag(floor)` in every direction, as those of values that had such noise added.
     """
 
     n_features: int
@@ -136,6 +175,7 @@ class Gaussian(Begun):
     dtype: str = "float64"
     pivot: Pivot | None = record(Pivot)
     prior: NormalWishart | None = record(NormalWishart)
+    floor: tuple[float, ...] = ()
 
     name: ClassVar[str] = "gaussian"
     bound: ClassVar[bool] = False
@@ -145,7 +185,8 @@ class Gaussian(Begun):
 
     def options(self) -> dict[str, Any]:
         covariance = "tied" if self.tied else "full"
-        return {"covariance": covariance, "reg_covar": self.ridge, "dtype": self.dtype}
+        told = {"covariance": covariance, "reg_covar": self.ridge, "dtype": self.dtype}
+        return told | ({"floor": list(self.floor)} if self.floor else {})
 
     @classmethod
     def of(
@@ -153,7 +194,8 @@ class Gaussian(Begun):
     ) -> Gaussian:
         tied = {"full": False, "tied": True}[options["covariance"]]
         ridge, dtype = options["reg_covar"], options["dtype"]
-        return cls(schema.n_features, tied, ridge, dtype, pivot, prior)
+        floor = tuple(options.get("floor", ()))
+        return cls(schema.n_features, tied, ridge, dtype, pivot, prior, floor)
 
     def with_dtype(self, dtype: str) -> Gaussian:
         return replace(self, dtype=dtype)
@@ -230,8 +272,11 @@ class Gaussian(Begun):
         and divide by `dof + n + d + 1 + K` (`n` without a prior). The mean of the mode does not
         depend on the covariance, and the covariance is the maximum for any mean, so that either
         may be frozen. Under the constraint that no direction has a variance below `FLOOR` of the
-        pivot's, which eigenvalues are lifted to, this is still the maximum, so that EM never
-        falls; a component so lifted is singular.
+        pivot's, and covariances are at or above `diag(floor)`, this is still the maximum once
+        eigenvalues in the coordinates of the floor are lifted to it, so that EM never falls; a
+        component that is below the first is singular.
+
+        A prior of correlations has no maximum in closed form: see `_uncorrelated`.
         """
         d = self.n_features
         n = stats.sum_w
@@ -249,12 +294,22 @@ class Gaussian(Begun):
             if self.prior is not None:
                 count = count + self.prior.dof + d + (1 + len(n) if self.tied else 2)
             count = np.reshape(count, (-1, 1, 1))
-            scatter = self.modal_scatter(mean, stats)
-            covariance = scatter.reshape(-1, d, d) / count
+            scatter = self.modal_scatter(mean, stats).reshape(-1, d, d)
+            covariance = scatter / count
+            independence = self.prior.independence if self.prior is not None else 0.0
+            if independence > 0:
+                covariance = _uncorrelated(scatter, count, independence, old_covariance)
             raw = (
                 np.reshape(np.diagonal(stats.sum_wxx, axis1=-2, axis2=-1), (-1, d)) / count[..., 0]
             )
             covariance, thin = self.regular(covariance, raw)
+            if independence > 0:
+                # Lifting is the maximum of the conjugate part alone: it must not lose what rounds
+                # gained.
+                gain = _covariance_objective(covariance, scatter, count, independence)
+                kept = _covariance_objective(old_covariance, scatter, count, independence)
+                worse = gain < kept
+                covariance[worse] = np.broadcast_to(old_covariance, covariance.shape)[worse]
         params = self.unpivoted(mean, covariance)
         # Frozen leaves stay to the bit.
         params = replace(params, **{name: getattr(previous, name) for name in frozen})
@@ -298,7 +353,18 @@ class Gaussian(Begun):
         diagonal = np.arange(self.n_features)
         covariance[:, diagonal, diagonal] += self.ridge / self._pivot.scale**2
         # Below a share of the raw second moment an eigenvalue is rounding error.
-        return covariance, _lift(covariance, FLOOR + SINGULAR * raw.max(axis=1))
+        least = FLOOR + SINGULAR * raw.max(axis=1)
+        if not self.floor:
+            return covariance, _lift(covariance, least)
+        floor = np.array(self.floor) / self._pivot.scale**2
+        # What a column's own floor saves is not singular.
+        saved = covariance.copy()
+        saved[:, diagonal, diagonal] += floor
+        root = np.sqrt(np.maximum(floor, least[:, None]))
+        unit = root[:, :, None] * root[:, None, :]
+        covariance = covariance / unit
+        _lift(covariance, np.ones(len(covariance)))
+        return covariance * unit, _lift(saved, least)
 
     def keep(self, stats: Any, components: Sequence[int]) -> Monoid:
         """Tied components share one sum of `y y'`, which gives back what the others are worth in
@@ -363,7 +429,10 @@ class Gaussian(Begun):
             "ki,kij,kj->k", gap, np.broadcast_to(precision, (len(gap), *precision.shape[1:])), gap
         )
         weight = prior.dof + self.n_features + 1 + (len(gap) if self.tied else 1)
-        return float(-0.5 * (weight * log_det.sum() + trace.sum() + prior.strength * pull.sum()))
+        value = -0.5 * (weight * log_det.sum() + trace.sum() + prior.strength * pull.sum())
+        if prior.independence:
+            value += 0.5 * prior.independence * _log_det_correlation(covariance).sum()
+        return float(value)
 
     def place(self, params: Any, component: int, x: Array, observed: Array) -> Record:
         """The component moves to the row, with the vague covariance's share of the volume."""
@@ -375,6 +444,29 @@ class Gaussian(Begun):
             share = len(mean) ** (2.0 / self.n_features)
             covariance[component] = np.eye(self.n_features) / share
         return self.unpivoted(mean, covariance)
+
+    splits: ClassVar[bool] = True
+
+    def halves(
+        self,
+        params: Any,
+        components: Array,
+        apart: float,
+        rng: np.random.Generator,  # noqa: ARG002
+    ) -> tuple[Record, Record]:
+        """Along the longest axis in pivot coordinates; below a floor no covariance falls."""
+        mean, covariance = self.pivoted(params)
+        covariance = np.broadcast_to(covariance, (len(mean), *covariance.shape[1:]))[components]
+        values, vectors = np.linalg.eigh(covariance)
+        step = apart * np.sqrt(values[:, -1:]) * vectors[:, :, -1]
+        if not self.tied:
+            covariance = covariance - step[:, :, None] * step[:, None, :]
+            raw = np.diagonal(covariance, axis1=1, axis2=2)
+            covariance = replace(self, ridge=0.0).regular(covariance, raw)[0]
+        one, other = (
+            self.unpivoted(mean[components] + way * step, covariance) for way in (-1.0, 1.0)
+        )
+        return one, other
 
     def draw(
         self, params: Any, component: Array, rng: np.random.Generator
@@ -395,7 +487,8 @@ class Gaussian(Begun):
     def _narrowed(self, columns: Array) -> Gaussian:
         """The family of some of the columns, without a prior."""
         pivot = self.pivot and self.pivot.take(columns.tolist(), axis="feature")
-        return replace(self, n_features=len(columns), pivot=pivot, prior=None)
+        floor = tuple(self.floor[j] for j in columns) if self.floor else ()
+        return replace(self, n_features=len(columns), pivot=pivot, prior=None, floor=floor)
 
     def marginal(self, params: Any, columns: Array) -> tuple[Family, Record]:
         covariance = params.covariance[..., columns[:, None], columns]
@@ -463,6 +556,8 @@ class Gaussian(Begun):
         _, covariance = self.pivoted(params)
         # A direction on the floor spreads over the columns that determine one another.
         floor = np.maximum(FLOOR, self.ridge / self._pivot.scale**2) * 1.5 * self.n_features
+        if self.floor:
+            floor = np.maximum(floor, np.array(self.floor) / self._pivot.scale**2 * ON_FLOOR)
         variance = 1.0 / np.diagonal(np.linalg.inv(covariance), axis1=1, axis2=2)
         return [(int(k), int(j)) for k, j in np.argwhere(variance <= floor)]
 
@@ -471,6 +566,65 @@ def _outer(sum_w: Array, sum_wx: Array) -> Array:
     """(d, d) `sum_k sum_wx_k sum_wx_k' / sum_w_k` over components that have any weight."""
     safe = np.where(sum_w > 0, sum_w, 1.0)
     return np.asarray((sum_wx / safe[:, None]).T @ sum_wx)
+
+
+def _log_det_correlation(covariance: Array) -> Array:
+    """(C,) log-determinants of the correlations of (C, d, d) covariances; at most 0."""
+    variance = np.diagonal(covariance, axis1=1, axis2=2)
+    return np.asarray(np.linalg.slogdet(covariance)[1] - np.log(variance).sum(axis=1))
+
+
+def _covariance_objective(
+    covariance: Array, scatter: Array, count: Array, independence: float
+) -> Array:
+    """(C,) `-1/2 (count log|C| + tr(inv(C) scatter)) + independence / 2 log|R|`."""
+    trace = (np.linalg.inv(covariance) * scatter).sum(axis=(1, 2))
+    value = -0.5 * (count[:, 0, 0] * np.linalg.slogdet(covariance)[1] + trace)
+    return np.asarray(value + 0.5 * independence * _log_det_correlation(covariance))
+
+
+def _uncorrelated(scatter: Array, count: Array, independence: float, old: Array) -> Array:
+    """(C, d, d) covariances that climb `_covariance_objective` from old ones, in `ROUNDS` rounds.
+
+    With v = `independence` and N = `count`, `-v/2 sum_j log C_jj` is convex, so that its tangent at
+    D, the diagonal of the covariance before, bounds it from below (Hunter & Lange 2004). What is
+    left has its maximum where
+
+        (N - v) A + v A^2 = inv(D)^(1/2) scatter inv(D)^(1/2),   C = D^(1/2) A D^(1/2),
+
+    which is solved in the eigenvectors of the right side. No round falls. To first order a
+    correlation becomes `N / (N + v)` of the scatter's. Where v outweighs N rounds are short, and
+    those that begin at the scatter's own variances may end higher than those from the old ones.
+    """
+    own = scatter / count
+    fresh, near = (
+        _rounds(scatter, count, independence, np.diagonal(begin, axis1=1, axis2=2))
+        for begin in (own, np.broadcast_to(old, scatter.shape))
+    )
+    higher = _covariance_objective(fresh, scatter, count, independence) > (
+        _covariance_objective(near, scatter, count, independence)
+    )
+    return np.where(higher[:, None, None], fresh, near)
+
+
+def _rounds(scatter: Array, count: Array, independence: float, variance: Array) -> Array:
+    """The rounds of `_uncorrelated` from variances D (C, d)."""
+    rest = count[:, :, 0] - independence
+    for _ in range(ROUNDS):
+        root = np.sqrt(variance)
+        unit = root[:, :, None] * root[:, None, :]
+        values, vectors = np.linalg.eigh(scatter / unit)
+        values = np.maximum(values, 0.0)
+        size = np.sqrt(rest**2 + 4.0 * independence * values)
+        # Of two equal forms the one that does not cancel.
+        values = np.where(
+            rest > 0,
+            2.0 * values / np.where(rest > 0, rest + size, 1.0),
+            (size - rest) / (2.0 * independence),
+        )
+        covariance = (vectors * values[:, None, :]) @ vectors.swapaxes(1, 2) * unit
+        variance = np.diagonal(covariance, axis1=1, axis2=2)
+    return np.asarray(covariance)
 
 
 def _lift(covariance: Array, floor: Array) -> NDArray[np.bool_]:

@@ -90,6 +90,11 @@ class LogisticPrior(Record):
     loading_precision: float = axes()
     bias_precision: float = axes()
 
+    def stronger(self, strength: float, spread: float) -> LogisticPrior:
+        """`strength` times the precisions, for `spread` times the variance."""
+        by = strength / spread
+        return LogisticPrior(self.loading_precision * by, self.bias_precision * by)
+
 
 @dataclass(frozen=True, eq=False)
 class LogisticFactors(OneKind):

@@ -73,6 +73,10 @@ class NegativeBinomialPrior(Record):
     rate: Array = axes("count")
     rows: float = axes()
 
+    def stronger(self, strength: float, spread: float) -> NegativeBinomialPrior:  # noqa: ARG002
+        """`strength` times the pseudo-rows; a rate has no spread of its own."""
+        return replace(self, rows=self.rows * strength)
+
 
 @dataclass(frozen=True, eq=False)
 class NegativeBinomial(OneKind):

@@ -51,6 +51,7 @@ from genstream.families.gaussian import (
     SINGULAR,
     FullStats,
     Gaussian,
+    NormalChiSquared,
     NormalWishart,
     TiedStats,
 )
@@ -249,8 +250,11 @@ class Student(Begun):
         pivot = Pivot.of(centre, variance, common=self.covariance == "spherical")
         prior = None
         if weak_prior:
-            dof = 3.0 if self._apart else self.n_features + 2.0
-            prior = NormalWishart.weak(centre, variance, n_components, dof)
+            kind: type[NormalWishart] = NormalWishart
+            dof = self.n_features + 2.0
+            if self._apart:
+                kind, dof = NormalChiSquared, 3.0
+            prior = kind.weak(centre, variance, n_components, dof)
         return replace(self, pivot=pivot, prior=prior)
 
     def vague(self, n_components: int) -> Record:
