@@ -151,7 +151,10 @@ class TestStatistics:
     def test_the_gap_is_small(self, dtype: str) -> None:
         story, params, values = heaps(dtype=dtype)
         rows = Rows.of(values.astype(dtype))
-        found, exact = story.e_step(params, rows, Nearest(cell_rows=256)), story.e_step(params, rows)
+        found, exact = (
+            story.e_step(params, rows, Nearest(cell_rows=256)),
+            story.e_step(params, rows),
+        )
         assert -1e-4 < (exact.objective - found.objective) / len(values) < 5e-3
         assert distance(exact.family, found.family) < 0.05
 

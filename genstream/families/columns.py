@@ -19,9 +19,9 @@ component are in the sums (`genstream.families.censored`).
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from genstream import compiled
 from genstream.families.blocks import (
     LOG_2PI,
     MAX_ROUNDING,
@@ -803,7 +804,7 @@ class ColumnsKernel:
     @cached_property
     def without_levels(self) -> ColumnsKernel:
         """The same kernel without features of levels."""
-        kernel = copy(self)
+        kernel = copy.copy(self)
         kernel.one_hot = False
         return kernel
 
@@ -829,6 +830,8 @@ class ColumnsKernel:
         if not self.family.limits.none:
             return ColumnsKernel(self.family, params, log_weights)
         some = copy.copy(self)
+        # What was made of all components is not that of some.
+        some.__dict__.pop("without_levels", None)
         some.params, some.log_weights, some.n_components = params, log_weights, len(components)
         for name in ("mean", "variance", "normaliser", "about_mean", "slopes", "rounding"):
             setattr(some, name, getattr(self, name)[components])
@@ -884,6 +887,16 @@ class ColumnsKernel:
         if observed is not None:
             features[at:] = observed.T
         return features
+
+    @cached_property
+    def fast_features(self) -> Callable[[Array, Array], Array] | None:
+        """(p, n) features of complete rows (n, d) in a part of a buffer, compiled; None where there
+        are other columns than real ones without limits.
+        """
+        family = self.family
+        if len(family.real) < family.schema.n_features or not family.limits.none:
+            return None
+        return functools.partial(compiled.squares, self.real_pivot, family.spherical)
 
     def direct(self, k: int, values: Array, observed: Array | None, features: Array) -> Array:
         """Squared distances, for a mean far out in pivot units."""

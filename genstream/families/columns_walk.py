@@ -7,12 +7,13 @@ such walks share; `LinearWalk` is that of families that are linear in features o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from genstream import compiled
 from genstream.families.blocks import Array, Index, Linear, block_rows, slices
 from genstream.rows import Rows
 from genstream.stats import Monoid
@@ -85,7 +86,8 @@ class LinearKernel(Protocol):
     """Independent columns prepared for a pass, linear in features of single columns.
 
     The first feature is 1 and takes `log_weights`; the d last ones of a block with gaps are 1 where
-    a column is observed and take what an observed entry adds whatever its value.
+    a column is observed and take what an observed entry adds whatever its value. One that can build
+    the features of complete blocks in compiled loops has `fast_features(values, out)`, or None.
     """
 
     params: Any
@@ -150,9 +152,15 @@ class LinearWalk(ConsecutiveWalk):
     def __init__(self, kernel: LinearKernel, rows: Rows) -> None:
         self.kernel = kernel
         self.gaps = rows.observed is not None
+        # How features of complete blocks are built in compiled loops, if they can be.
+        self.fast: Callable[[Array, Array], Array] | None = None
+        if not self.gaps and compiled.pays(rows.n_rows * kernel.n_components):
+            self.fast = getattr(kernel, "fast_features", None)
         self.linear = kernel.linear(self.gaps)
         self.width = self.linear.eta.shape[1]
-        size = block_rows(self.width + kernel.n_components, kernel.dtype.itemsize)
+        size = block_rows(
+            self.width + kernel.n_components, kernel.dtype.itemsize, self.fast is not None
+        )
         super().__init__(kernel.family, kernel.params, rows, size)
         self.sums = np.zeros((kernel.n_components, self.width))
         self._allocate(size)
@@ -176,7 +184,10 @@ class LinearWalk(ConsecutiveWalk):
         if len(self.values) > self._buffer.shape[1]:
             self._allocate(len(self.values))
         self._exact: Array | None = None
-        self.features = self.kernel.features(self.values, self.observed, self._buffer)
+        if self.fast is not None and self._buffer.flags.c_contiguous:
+            self.features = self.fast(self.values, self._buffer)
+        else:
+            self.features = self.kernel.features(self.values, self.observed, self._buffer)
 
     def exact(self) -> Array:
         """Features in float64."""
