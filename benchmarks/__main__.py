@@ -31,7 +31,7 @@ SUITE = ("roofline", "peers", "out_of_core")
 SCRIPTS = (
     *("matrix", "references", "imputation", "fashion", "optima", "passes", "schedulers"),
     *("kills", "bad_inputs", "stream flights", "stream power", "update_kills", "races"),
-    "schedule",
+    *("schedule", "input"),
 )
 
 
