@@ -24,10 +24,13 @@ DEVELOPMENT := $(VENV)/.development
 DATA := .data/.fetched
 POWER := .data/power/about.json
 
-# What `make bench` runs; each says at its top what it measures.
-BENCHMARKS ?= matrix references speed gaps imputation fashion optima passes schedulers memory \
-	kills bad_inputs "stream flights" "stream power" \
-	update_kills races schedule
+# What `make bench` runs: names of `python -m benchmarks list`, all of them where there are none.
+BENCHMARKS ?=
+BENCH_ARGS ?=
+
+# The peers' environment, and where PyTorch's builds without GPU libraries come from.
+PEERS := .venv-peers
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # Test processes. Tests that need the Prefect server share one of them.
 JOBS ?= 2
@@ -37,14 +40,15 @@ CORE_TESTS := $(wildcard $(addprefix tests/test_,$(addsuffix .py,\
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install develop data power quickstart test test-core test-slow lint bench \
+.PHONY: help install develop data power quickstart test test-core test-slow lint bench peers \
 	requirements clean
 
 help:
 	@echo 'make quickstart   install, fetch example data, fit a mixture to real flights'
 	@echo 'make test         the tests (test-slow: the long ones; test-core: floors 0 to 2 alone)'
 	@echo 'make lint         ruff, mypy, import contracts'
-	@echo 'make bench        the benchmarks (prepares the household power data)'
+	@echo 'make bench        the benchmarks (prepares the household power data); make peers: what they'
+	@echo '                  compare with, in an environment of its own'
 	@echo 'make data         the example data; make power: the household power benchmark'
 	@echo 'make install      the virtual environment alone; make develop: with the tools'
 	@echo 'make requirements compile the hashed requirements anew; make clean: remove caches'
@@ -126,7 +130,17 @@ lint: $(DEVELOPMENT)
 	$(BIN)/lint-imports
 
 bench: $(DEVELOPMENT) $(DATA) $(POWER)
-	@for each in $(BENCHMARKS); do echo "== $$each"; $(BIN)/python -m benchmarks.$$each || exit; done
+	$(BIN)/python -m benchmarks run $(BENCHMARKS) $(BENCH_ARGS)
+
+# Peers run in processes of their own with this interpreter, and need nothing of genstream's.
+peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: requirements/peers.txt | $(VENV)/.pip
+	@echo 'installing the peers (about 2 GB)'
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install \
+		--extra-index-url $(TORCH_INDEX) -r requirements/peers.txt
+	@touch $@
 
 clean:
 	rm -rf build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

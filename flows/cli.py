@@ -17,6 +17,7 @@ from flows.command import (
     Overrides,
     RunRef,
     finish,
+    finish_sweep,
     finish_update,
     guarded,
     put,
@@ -123,6 +124,14 @@ def ingest(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
 def fit(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Ingest, fit, evaluate, publish and report, as a configuration says."""
     from flows.stages import begin
+
+    _carry_out(begin(config, overrides or ()), as_json)
+
+
+@app.command()
+def sweep(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Fit many models in shared passes, compare them, and publish the best."""
+    from flows.sweeping import begin
 
     _carry_out(begin(config, overrides or ()), as_json)
 
@@ -263,6 +272,9 @@ def _carry_out(run: Run, as_json: bool) -> None:
     if run.kind == "update":
         _update(run, with_prefect, as_json)
         return
+    if run.kind == "sweep":
+        _sweep(run, with_prefect, as_json)
+        return
     if with_prefect:
         from flows.pipeline import pipeline
 
@@ -270,6 +282,17 @@ def _carry_out(run: Run, as_json: bool) -> None:
     else:
         stages.run_stages(run, quiet=as_json)
     finish(run, as_json)
+
+
+def _sweep(run: Run, with_prefect: bool, as_json: bool) -> None:
+    from flows import sweeping
+
+    if with_prefect:
+        from flows.experiment import experiment
+
+        finish_sweep(run, experiment, as_json)
+    else:
+        finish_sweep(run, lambda _: sweeping.carry_out(run, quiet=as_json), as_json)
 
 
 def _update(run: Run, with_prefect: bool, as_json: bool) -> None:
@@ -463,12 +486,27 @@ def show(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN RUN...", help="Runs of fits; a sweep is its candidates."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Runs side by side: what was fitted, how good it is, and what it took."""
+    from flows.showing import compare as compare_runs
+
+    put(*compare_runs(runs), as_json)
+
+
+@app.command()
 def report(run: RunRef, as_json: AsJson = False) -> None:
     """Write the report of a run again."""
-    from flows import stages, updating
+    from flows import stages, sweeping, updating
 
     found = Run.find(run)
-    written = updating.report(found) if found.kind == "update" else stages.report(found)
+    write = {"update": updating.report, "sweep": sweeping.report, "fit": stages.report}
+    written = write[found.kind](found)
     put(written, written["path"], as_json)
 
 

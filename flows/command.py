@@ -1,8 +1,8 @@
 """How every command begins and ends: its arguments, its result, its exit code.
 
 Results go to stdout, all else to stderr. Exit codes: 0 done, 1 finished, but a batch was rejected
-or quarantined, 2 configuration, 3 data, 4 conflict with another writer, 5 compute lost, 6 storage,
-7 corrupt, 70 a bug, 130 and 143 interrupted.
+or quarantined, or a candidate of a sweep failed, 2 configuration, 3 data, 4 conflict with another
+writer, 5 compute lost, 6 storage, 7 corrupt, 70 a bug, 130 and 143 interrupted.
 """
 
 from __future__ import annotations
@@ -133,6 +133,29 @@ def finish_update(run: Run, flow: Callable[[str], dict[str, Any]], as_json: bool
         found = run.stage("update")
     put(found, update_text(found), as_json)
     refuse(found)
+
+
+def run_sweep(flow: Callable[[str], object]) -> None:
+    """The command line of the flow that carries a sweep out."""
+
+    def command(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+        from flows import orchestration
+        from flows.sweeping import begin
+
+        orchestration.reach()
+        finish_sweep(begin(config, overrides or ()), flow, as_json)
+
+    _single(command)
+
+
+def finish_sweep(run: Run, flow: Callable[[str], object], as_json: bool) -> None:
+    """Carry a sweep out and print what it found. Raises RefusedError where a candidate failed."""
+    from flows.showing import sweep_summary, sweep_text
+    from flows.sweeping import refuse
+
+    flow(str(run.path))
+    put(sweep_summary(run), sweep_text(run), as_json)
+    refuse(run)
 
 
 def run_existing(flow: Callable[[str], object]) -> None:

@@ -11,6 +11,8 @@ import contextlib
 import difflib
 import hashlib
 import io
+import itertools
+import json
 import math
 import os
 import re
@@ -490,6 +492,28 @@ class Schedule(Section):
     )
 
 
+MAX_CANDIDATES = 256
+"""Models of one sweep: more are a mistake, or wanted one after another."""
+
+
+class Sweep(Section):
+    """Models that are fitted side by side, in shared passes, and compared."""
+
+    over: dict[Text, Annotated[list[Any], Field(min_length=1)]] = Field(
+        min_length=1,
+        description="Keys of model and fit, such as model.n_components, each with a list of "
+        "values: every combination is a candidate.",
+        json_schema_extra=lambda schema: schema.update(propertyNames={"enum": list(_SWEPT)}),
+    )
+    by: Literal["held_out", "bic", "aic", "icl"] = Field(
+        "held_out", description="What the best one is best by."
+    )
+
+    def cells(self) -> list[dict[str, Any]]:
+        """The values of each candidate by key, in order: the last key varies fastest."""
+        return [{key: value for key, (_, value) in cell.items()} for cell in _cells(self.over)]
+
+
 class Config(Section):
     """A whole configuration."""
 
@@ -500,6 +524,7 @@ class Config(Section):
     data: Data
     model: Model
     fit: Fit = Fit()
+    sweep: Sweep | None = None
     compute: Compute = Compute()
     checkpoint: Checkpoint = Checkpoint()
     guard: Guard = Guard()
@@ -540,6 +565,19 @@ class Config(Section):
         if isinstance(source, Drawn):
             return []
         return [source] if isinstance(source, str) else list(source)
+
+    def candidates(self) -> dict[str, Config]:
+        """The configurations that a sweep is of, in the order of its grid, by what sets each apart.
+
+        Their labels are as `n_components=8, covariance=full`. None of them publishes.
+        """
+        assert self.sweep is not None
+        plain = {**self.dump(), "publish": None}
+        found = {}
+        for cell in _cells(self.sweep.over):
+            document = _Document(_with(plain, cell), "configuration")
+            found[_cell_label(cell)] = _validated(document, ())
+        return found
 
     def dump(self) -> dict[str, Any]:
         """Plain values that `validate` turns into an equal configuration."""
@@ -728,6 +766,8 @@ def _override(document: _Document, n: int, text: str) -> None:
     here = f"override {n} ({text})"
     key, equals, value = text.partition("=")
     parts = [part.strip() for part in key.split(".")]
+    if parts[:2] == ["sweep", "over"]:
+        parts[2:] = [".".join(parts[2:])] if parts[2:] else []  # its keys have a point in them
     if not equals or not all(parts):
         raise ConfigError(f"{here}: expected key=value such as model.n_components=8")
     node: Any = document.values
@@ -762,18 +802,127 @@ def _validated(document: _Document, overrides: Sequence[str]) -> Config:
         config = Config.model_validate(document.values)
     except ValidationError as error:
         problems = [_explained(document, details) for details in error.errors()]
+        problems += _value_problems(document)
         raise ConfigError("\n".join(dict.fromkeys(map(str, problems)))) from None
-    found = [
-        Problem(document.place(path), _dotted(path), message)
-        for path, message in _contradictions(config)
-    ]
+    if config.sweep is not None:
+        found = _sweep_problems(document, config)
+    else:
+        found = [
+            Problem(document.place(path), _dotted(path), message)
+            for path, message in _contradictions(config)
+        ]
     if found:
         raise ConfigError("\n".join(map(str, found)))
     return config
 
 
+# What a sweep may vary: the data, and which rows are held out, are the same for all candidates.
+_SWEPT: tuple[str, ...] = tuple(
+    f"{section}.{key}"
+    for section, kind in (("model", Model), ("fit", Fit))
+    for key in kind.model_fields
+    if (section, key) != ("fit", "seed")
+)
+
+Cell = dict[str, tuple[int, Any]]
+"""A candidate of a sweep: of each key the position of its value in the list, and the value."""
+
+
+def _cells(over: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    lists = [list(enumerate(values)) for values in over.values()]
+    return [dict(zip(over, chosen, strict=True)) for chosen in itertools.product(*lists)]
+
+
+def _cell_label(cell: Cell) -> str:
+    parts = []
+    for key, (_, value) in cell.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        parts.append(f"{key.partition('.')[2]}={text}")
+    return ", ".join(parts)
+
+
+def _with(plain: Mapping[str, Any], cell: Cell) -> dict[str, Any]:
+    """Plain values of a configuration as one candidate has them."""
+    values = {**plain, "sweep": None}
+    for key, (_, value) in cell.items():
+        section, _, name = key.partition(".")
+        inside = values.get(section)
+        values[section] = {**(inside if isinstance(inside, Mapping) else {}), name: value}
+    return values
+
+
+def _value_problems(document: _Document) -> list[Problem]:
+    """What is wrong with the keys and values that a sweep is over, each by itself."""
+    sweep = document.values.get("sweep") if isinstance(document.values, dict) else None
+    over = sweep.get("over") if isinstance(sweep, dict) else None
+    found: list[Problem] = []
+    for key, values in over.items() if isinstance(over, dict) else ():
+        path: Path_ = ("sweep", "over", key)
+        if key not in _SWEPT:
+            message = "the seed also says which rows are held out: sweep over other keys"
+            if key != "fit.seed":
+                hint = _suggest(key, _SWEPT) or "; such as model.n_components or model.covariance"
+                message = f"a sweep is over keys of model and fit{hint}"
+            found.append(Problem(document.place(path, key=True), _dotted(path), message))
+            continue
+        name = tuple(key.split("."))
+        for i, value in enumerate(values if isinstance(values, list) else ()):
+            here = document.place((*path, i))
+            if value in values[:i]:
+                found.append(Problem(here, _dotted((*path, i)), f"{_short(value)} is listed twice"))
+            try:
+                Config.model_validate(_with(document.values, {key: (i, value)}))
+            except ValidationError as error:
+                found += [
+                    Problem(here, _dotted((*path, i)), _explained(document, details).message)
+                    for details in error.errors()
+                    if _plain_path(details["loc"])[: len(name)] == name
+                ]
+    return found
+
+
+def _sweep_problems(document: _Document, config: Config) -> list[Problem]:
+    """What is wrong with a sweep, each problem where it was written.
+
+    A value that is wrong by itself is told once, at its place in the list; what is wrong only of
+    some combination, where the rest of it was written.
+    """
+    assert config.sweep is not None
+    over, found = config.sweep.over, _value_problems(document)
+    n_cells = math.prod(map(len, over.values()))
+    if n_cells > MAX_CANDIDATES:
+        message = f"these are {n_cells} candidates, and a sweep has at most {MAX_CANDIDATES}"
+        found.append(Problem(document.place(("sweep", "over")), "sweep.over", message))
+    if found:
+        return found
+    told: dict[tuple[Path_, str], Problem] = {}
+    for cell in _cells(over):
+        candidate = Config.model_validate(_with(document.values, cell))
+        for path, message in _contradictions(candidate):
+            swept = ".".join(map(str, path[:2]))
+            if swept in cell:
+                place: Path_ = ("sweep", "over", swept, cell[swept][0])
+                problem = Problem(document.place(place), _dotted(place), message)
+            else:
+                place = path
+                problem = Problem(document.place(path), _dotted(path), message)
+            # Of all combinations that have it, the first one is named.
+            named = Problem(problem.place, problem.path, f"{message} (as {_cell_label(cell)})")
+            told.setdefault((place, message), named)
+    if config.sweep.by == "held_out" and config.holdout is None and config.data.test is None:
+        path = ("sweep", "by")
+        message = "no rows are held out: set data.holdout or data.test, or compare by bic"
+        told[path, message] = Problem(document.place(path), _dotted(path), message)
+    return list(told.values())
+
+
+def _plain_path(path: Sequence[str | int]) -> Path_:
+    """Where something is wrong, as it was written: without the names of alternatives."""
+    return tuple(part for part in path if not str(part).startswith("<"))
+
+
 def _explained(document: _Document, details: ErrorDetails) -> Problem:
-    path = tuple(part for part in details["loc"] if not str(part).startswith("<"))
+    path = _plain_path(details["loc"])
     if path and path[-1] == "[key]":
         path = path[:-1]
     kind, context = details["type"], details.get("ctx", {})

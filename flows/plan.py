@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flows.config import Config, Drawn, in_place
+from flows.config import MAX_CANDIDATES, Config, Drawn, in_place
 from flows.data import at_hand, columns_of, expand, open_data
 from flows.model import make_story
 from flows.terminal import bytes_text
@@ -42,7 +44,8 @@ class Plan:
 
     `rows` and `disk` are estimates where the data are not ingested yet (`exact` is false).
     `least_memory` is what one worker needs, `place` where most is written. Sizes are in bytes;
-    `passes` is the most there can be.
+    `passes` is the most there can be. A sweep is of several `candidates`, and `groups` are those
+    of them that share passes: as many together as fit the memory.
     """
 
     rows: int
@@ -59,6 +62,8 @@ class Plan:
     disk_free: int
     exact: bool
     place: str
+    candidates: int = 1
+    groups: tuple[int, ...] = (1,)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -75,6 +80,9 @@ class Plan:
             ("memory", f"{bytes_text(self.memory)} at peak, {self.workers} workers ({limit})"),
             ("disk", f"{about}{bytes_text(self.disk)} ({bytes_text(self.disk_free)} free)"),
         ]
+        if self.candidates > 1:
+            together = " + ".join(map(str, self.groups))
+            lines.insert(2, ("sweep", f"{self.candidates} candidates, {together} in shared passes"))
         return "\n".join(f"{name:<8} {value}" for name, value in lines)
 
     def refuse_if_too_small(self) -> None:
@@ -107,27 +115,31 @@ class Extent:
     exact: bool
 
 
-def project_memory(config: Config, story: Story, extent: Extent) -> int:
-    """Peak resident memory of the process that fits, in bytes.
+def project_memory(config: Config, stories: Sequence[Story], extent: Extent) -> int:
+    """Peak resident memory of the process that fits some stories in shared passes, in bytes.
 
     It is what is imported, and the larger of two: the passes, in which each worker has chunks and
-    statistics in its hands, beside the statistics merged along the tree; and the start, which
-    takes the row sample with its temporaries.
+    the statistics of all stories in its hands, beside those merged along the tree; and the start,
+    which takes the row sample with its temporaries, of as many stories as start side by side.
     """
     from genstream.start import SAMPLE_BYTES
 
     workers = n_workers(config)
-    k, d = story.n_components, story.schema.n_features
-    params = statistics_nbytes(story)
+    d = stories[0].schema.n_features
+    params = sum(map(statistics_nbytes, stories))
     a_worker = WORKER_NBYTES + CHUNKS_HELD * extent.chunk_nbytes + 2 * params
     sample = min(extent.rows, config.fit.sample_rows, max(1000, SAMPLE_BYTES // (9 * d)))
-    start = sample * (3 * 9 * d + 3 * 8 * k)
+    side_by_side = min(workers, len(stories))
+    largest = sorted((story.n_components for story in stories), reverse=True)[:side_by_side]
+    start = sample * (3 * 9 * d * side_by_side + 3 * 8 * sum(largest))
     tree = params * (2 + extent.chunks.bit_length() + STATS_HELD)
     if config.fit.method == "incremental":
-        tree += memo_nbytes(config)
+        tree += len(stories) * memo_nbytes(config)
     fit = workers * a_worker + tree
     if n_online(config, extent.rows):
-        fit = max(fit, WORKER_NBYTES + BUFFER_CHUNKS * extent.chunk_nbytes + tree)
+        # The chunks of a buffer are read once, and put together by each story for itself.
+        a_buffer = side_by_side * (WORKER_NBYTES + BUFFER_CHUNKS * extent.chunk_nbytes)
+        fit = max(fit, a_buffer + tree)
     total = BASE_NBYTES + max(fit, start)
     if config.report:
         total += REPORT_NBYTES
@@ -136,6 +148,32 @@ def project_memory(config: Config, story: Story, extent: Extent) -> int:
     return total
 
 
+def grouped(
+    candidates: Sequence[tuple[Config, Story]], extent: Extent, limit: int | None
+) -> list[int]:
+    """How many candidates of a sweep share passes, group after group in their order.
+
+    A group is as large as the memory limit allows; a candidate that exceeds it by itself is a
+    group of its own.
+    """
+    sizes: list[int] = []
+    first = 0
+    for i in range(len(candidates)):
+        together = candidates[first : i + 1]
+        if i > first and limit is not None and _memory_of(together, extent) > limit:
+            sizes.append(i - first)
+            first = i
+    return [*sizes, len(candidates) - first]
+
+
+def _memory_of(candidates: Sequence[tuple[Config, Story]], extent: Extent) -> int:
+    """Projected memory of a group: that of its most demanding configuration, for all stories."""
+    stories = [story for _, story in candidates]
+    ways = {(c.fit.method, c.fit.sample_rows, c.fit.batch_rows): c for c, _ in candidates}
+    return max(project_memory(config, stories, extent) for config in ways.values())
+
+
+@functools.lru_cache(MAX_CANDIDATES)  # asked again and again while groups are made
 def statistics_nbytes(story: Story) -> int:
     """Bytes of the statistics of one chunk, which parameters do not exceed."""
     from genstream.rows import Rows
@@ -176,30 +214,61 @@ def make_plan(config: Config) -> Plan:
     Raises DataError where the data are not there or lack a column.
     """
     extent = _extent(config)
-    story = make_story(config, extent.schema)
-    alone = config.model_copy(update={"compute": config.compute.model_copy(update={"workers": 1})})
+    candidates = planned_candidates(config, extent.schema)
+    sizes = grouped(candidates, extent, config.compute.memory_limit)
+    ends = np.cumsum(sizes)
+    groups = [candidates[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    # With one worker, and each candidate in passes of its own.
+    alone = [[(_with_one_worker(each), story)] for each, story in candidates]
     d = extent.schema.n_features
-    state = 8 * (4 * story.n_parameters + 2048 * d)
+    states = sum(8 * (4 * story.n_parameters + 2048 * d) for _, story in candidates)
     kept = config.checkpoint.keep + (config.publish is not None)
     return Plan(
         rows=extent.rows,
         columns=d,
         chunks=extent.chunks,
         chunk_nbytes=extent.chunk_nbytes,
-        # The sample takes one pass more, the scores of fitted and held-out rows another.
-        passes=n_online(config, extent.rows)
-        + (0 if config.fit.method == "online" else config.fit.max_steps)
-        + 2,
+        passes=sum(max(_passes(each, extent.rows) for each, _ in group) for group in groups),
         pass_nbytes=extent.rows * d * extent.itemsize,
         workers=n_workers(config),
-        memory=project_memory(config, story, extent),
-        least_memory=project_memory(alone, story, extent),
+        memory=max(_memory_of(group, extent) for group in groups),
+        least_memory=max(_memory_of(group, extent) for group in alone),
         memory_limit=config.compute.memory_limit,
-        disk=extent.to_store + kept * state,
+        disk=extent.to_store + kept * states,
         disk_free=_disk_free(config),
         exact=extent.exact,
         place=config.dataset or "runs",
+        candidates=len(candidates),
+        groups=tuple(sizes),
     )
+
+
+def planned_candidates(config: Config, schema: Schema) -> list[tuple[Config, Story]]:
+    """What is fitted, with its story: the candidates of a sweep, or the one model there is.
+
+    Raises ConfigError where the columns do not bear a story.
+    """
+    if config.sweep is None:
+        return [(config, make_story(config, schema))]
+    found = []
+    for label, candidate in config.candidates().items():
+        try:
+            found.append((candidate, make_story(candidate, schema)))
+        except ConfigError as error:
+            raise ConfigError(f"sweep: the candidate {label}: {error}") from None
+    return found
+
+
+def _passes(config: Config, rows: int) -> int:
+    """The most passes that a fit takes."""
+    batch = 0 if config.fit.method == "online" else config.fit.max_steps
+    # The sample takes one pass more, the scores of fitted and held-out rows another.
+    return n_online(config, rows) + batch + 2
+
+
+def _with_one_worker(config: Config) -> Config:
+    compute = config.compute.model_copy(update={"workers": 1})
+    return config.model_copy(update={"compute": compute})
 
 
 def _extent(config: Config) -> Extent:

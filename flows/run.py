@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -29,11 +31,13 @@ from flows.config import Config, load
 from genstream.errors import ConfigError, ConflictError, CorruptError, GenstreamError, StorageError
 
 RUNS = Path("runs")
+CANDIDATES = "candidates"
+"""Folder of a sweep's run in which its candidates have runs of their own."""
 STATE = Path(".genstream")
 """Folder of what the application keeps for itself: Prefect's database, logs of crashes."""
 
 Status = Literal["running", "done", "failed", "interrupted"]
-Kind = Literal["fit", "update"]
+Kind = Literal["fit", "sweep", "update"]
 
 log = logging.getLogger("genstream")
 
@@ -92,6 +96,16 @@ class Run:
     ) -> Run:
         """A new folder for a run of a configuration. Raises ConfigError where that is wrong."""
         config = load(config_path, overrides)
+        if config.sweep is None and kind == "sweep":
+            raise ConfigError(
+                f"{config_path}: has no sweep: say what it is over, such as "
+                "sweep: {over: {model.n_components: [2, 4, 8]}}"
+            )
+        if config.sweep is not None and kind != "sweep":
+            raise ConfigError(
+                f"{config_path}: describes a sweep: `genstream sweep {config_path}` does it; for "
+                "one model of it, say sweep=null and what was swept over"
+            )
         now = datetime.now(UTC)
         run = cls(root / f"{now:%Y%m%dT%H%M%SZ}-{config.name}-{secrets.token_hex(3)}")
         run.path.mkdir(parents=True)
@@ -114,10 +128,14 @@ class Run:
     def find(cls, reference: str, root: Path = RUNS) -> Run:
         """The run a user means: a folder, an id, its beginning or end, or `last`.
 
+        A candidate of a sweep is a run of its own, known by its folder or as `ID/candidates/NAME`.
+
         Raises ConfigError where none or several match.
         """
         if (Path(reference) / "run.json").is_file():
             return cls(Path(reference))
+        if (root / reference / "run.json").is_file():
+            return cls(root / reference)
         runs = {run.id: run for run in cls.all(root)}
         if reference == "last" and runs:
             # Names tell runs of one second apart by chance only.
@@ -140,13 +158,55 @@ class Run:
 
     @property
     def id(self) -> str:
-        """Name of the folder."""
-        return self.path.resolve().name
+        """Name of the folder; of a candidate, behind that of the sweep."""
+        path = self.path.resolve()
+        if path.parent.name == CANDIDATES:
+            return f"{path.parent.parent.name}/{CANDIDATES}/{path.name}"
+        return path.name
+
+    def candidate(self, number: int, label: str, config: Config) -> Run:
+        """The run of one candidate of this sweep, made where it is not there yet."""
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", label).strip("-.")[:60]
+        run = Run(self.path / CANDIDATES / f"{number:03d}-{name}")
+        if (run.path / "run.json").exists():
+            return run
+        run.path.mkdir(parents=True, exist_ok=True)
+        for file in ("config.yaml", "resolved.yaml"):
+            _write(run.path / file, config.to_yaml())
+        run.update(
+            id=run.id,
+            name=config.name,
+            kind="fit",
+            label=label,
+            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            status="running",
+            reason="",
+            process=_this_process(),
+        )
+        return run
+
+    @property
+    def candidates(self) -> list[Run]:
+        """The runs of the candidates of a sweep, in their order."""
+        return [Run(path.parent) for path in sorted(self.path.glob(f"{CANDIDATES}/*/run.json"))]
+
+    def begun(self) -> None:
+        """This process is at work on the run."""
+        self.update(status="running", reason="", process=_this_process())
+
+    def ended(self, reason: str = "") -> None:
+        """The run is done, or failed for a reason."""
+        self.update(
+            status="failed" if reason else "done",
+            reason=reason,
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
 
     @property
     def config(self) -> Config:
         """The resolved configuration."""
-        return load(self.path / "resolved.yaml")
+        path = (self.path / "resolved.yaml").resolve()
+        return _resolved(path, path.stat().st_mtime_ns) if path.exists() else load(path)
 
     @property
     def kind(self) -> Kind:
@@ -254,11 +314,17 @@ class Run:
                 )
             raise
         else:
-            self.update(status="done", finished=datetime.now(UTC).isoformat(timespec="seconds"))
+            self.ended()
         finally:
             log.setLevel(level)
             log.removeHandler(handler)
             handler.close()
+
+
+@functools.lru_cache(1024)
+def _resolved(path: Path, _changed: int) -> Config:
+    """A configuration of which the candidates of a sweep ask again and again."""
+    return load(path)
 
 
 def _write(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ def summary(run: Run) -> dict[str, Any]:
 
 def summary_text(run: Run) -> str:
     """What a run found, and what to type next."""
+    if run.kind == "sweep":
+        return sweep_text(run)
     if run.stage("update"):
         return f"run       {run.id}\n{update_text(run.stage('update'))}"
     config = run.config
@@ -101,6 +104,97 @@ def update_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def run_row(run: Run) -> dict[str, Any]:
+    """A run of a fit as a line of a table: what it is, how good, and what it took."""
+    info, model = run.info(), run.config.model
+    fitted, scores = run.stage("fit"), run.stage("evaluate")
+    test, train = scores.get("held_out") or {}, scores.get("train") or {}
+    found = scores.get("criteria") or {}
+    return {
+        "run": run.id,
+        "kind": model.kind,
+        "n_components": model.n_components,
+        "n_parameters": found.get("n_parameters"),
+        "held_out": test.get("mean_loglik"),
+        "standard_error": test.get("standard_error"),
+        "train": train.get("mean_loglik"),
+        "bic": found.get("bic"),
+        "aic": found.get("aic"),
+        "icl": found.get("icl"),
+        "outcome": fitted.get("outcome"),
+        "steps": fitted.get("steps"),
+        "passes": fitted.get("passes"),
+        "seconds": fitted.get("seconds"),
+        "status": run.status,
+        "reason": info["reason"],
+    }
+
+
+SCORES = ("held_out", "standard_error", "bic", "aic", "icl", "steps", "passes", "seconds")
+"""Columns of a table of runs that are compared."""
+
+
+def candidate_rows(run: Run) -> list[dict[str, Any]]:
+    """A line a candidate of a sweep: what sets it apart, its scores, and what it took."""
+    return [{"candidate": each.info()["label"], **run_row(each)} for each in run.candidates]
+
+
+def sweep_summary(run: Run) -> dict[str, Any]:
+    """What a sweep found, as plain values."""
+    return {**summary(run), "candidates": candidate_rows(run)}
+
+
+def sweep_text(run: Run) -> str:
+    """What a sweep found: a line a candidate, the best one, and what sharing saved."""
+    found = sweep_summary(run)
+    fitted, scores = run.stage("fit"), run.stage("evaluate")
+    rows = [
+        {**row, "": "*" if row["run"] == scores.get("best") else ""} for row in found["candidates"]
+    ]
+    lines = [("run", run.id)]
+    if run.status in ("failed", "interrupted"):
+        lines.append(("status", f"{run.status} {run.info()['reason']}".strip()))
+    if fitted:
+        saved = fitted["bytes_alone"] / max(fitted["bytes_read"], 1)
+        what = (
+            f"{fitted['candidates']} candidates in {fitted['passes']:g} passes over "
+            f"{fitted['rows']:,} rows in {fitted['seconds']:.1f} s, peak memory "
+            f"{bytes_text(fitted['peak_rss'])}"
+        )
+        read = f"{bytes_text(fitted['bytes_read'])}, 1/{saved:.1f} of one by one"
+        lines += [("fit", what), ("read", read)]
+    if scores.get("best"):
+        lines.append(("best", f"{scores['best']} (*), by {scores['by']}"))
+    if run.stage("publish").get("model"):
+        published = run.stage("publish")
+        lines.append(("model", f"{published['model']}, version {published['version']}"))
+    if run.stage("report"):
+        lines.append(("report", run.stage("report")["path"]))
+    shown = table(rows, ["", "candidate", *SCORES, "outcome"]) + "\n\n" if rows else ""
+    failed = [f"failed    {r['candidate']}: {r['reason']}" for r in rows if r["status"] == "failed"]
+    return shown + "\n".join([*(f"{name:<9} {value}" for name, value in lines), *failed])
+
+
+def compare(references: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Runs side by side; a sweep stands for its candidates.
+
+    Raises ConfigError where a run is none of a fit.
+    """
+    runs: list[Run] = []
+    for reference in references:
+        run = Run.find(reference)
+        if run.kind == "update":
+            raise ConfigError(f"run {run.id} is an update: only fits are compared")
+        runs += run.candidates if run.kind == "sweep" else [run]
+    rows = [run_row(run) for run in runs]
+    told = {json.dumps(run.read_json("repro.json").get("held_out"), sort_keys=True) for run in runs}
+    same = len(told) == 1
+    text = table(rows, ["run", "kind", "n_components", *SCORES, "status"])
+    if not same:
+        text += "\n\nnote: these runs held different rows out: only those of one data set compare"
+    return {"runs": rows, "same_held_out": same}, text
+
+
 def _mean(score: dict[str, Any]) -> str:
     mean, error = score["mean_loglik"], score["standard_error"]
     return f"{mean:.4f} ± {error:.4f} nats a row ({score['n_rows']:,} rows)"
@@ -129,7 +223,7 @@ def show_anything(what: str) -> tuple[dict[str, Any], str]:
         raise ConfigError(
             f"{what!r} is no folder of a model or dataset, and no run: `genstream runs` lists runs"
         ) from None
-    return summary(run), summary_text(run)
+    return sweep_summary(run) if run.kind == "sweep" else summary(run), summary_text(run)
 
 
 def _kind(folder: Path) -> str:

@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flows.config import Compute, Config, Drawn, load
+from flows.config import Compute, Config, Drawn, Publish, load
 from flows.data import Data, files_of, ingest_data, open_data
 from flows.model import given_start, make_story, online_of, responsibility_of
 from flows.plan import memo_nbytes
@@ -31,10 +31,13 @@ from flows.terminal import FitProgress, RowProgress, bars, bytes_text
 from genstream.errors import ComputeError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from genstream.evaluate import HeldOut, PredictiveCheck
     from genstream.learn import FitState, Learner, StepInfo
     from genstream.passes import Passes
+    from genstream.rows import Rows
+    from genstream.schema import Schema
     from genstream.sources import Source
-    from genstream.story import Story
+    from genstream.story import Params, Story
 
 T = TypeVar("T")
 OnStep = Callable[["FitState", "StepInfo"], None]
@@ -91,9 +94,10 @@ def cluster(compute: Compute) -> Iterator[None]:
         yield
 
 
-def _passes(
+def passes_over(
     source: Source, compute: Compute, on_progress: Callable[[int, int], None] | None = None
 ) -> Passes:
+    """Passes over a source, computed where the configuration says."""
     from genstream.passes import Passes
 
     return Passes(
@@ -162,39 +166,74 @@ def learner_of(config: Config, rows: int) -> Learner:
     return BatchEM(options.max_steps, options.tolerance, rule, accelerate=rule is soft)
 
 
+def note_step(run: Run, info: StepInfo, label: str = "") -> None:
+    """Keep a line of a fit's trace among the metrics of its run, and in the log."""
+    run.append_metrics(
+        {
+            "step": info.step,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "mean_loglik": info.mean_loglik,
+            "mean_objective": info.mean_objective,
+            "seconds": info.seconds,
+            "rows_per_s": info.n_rows / max(info.seconds, 1e-9),
+            "peak_rss": peak_memory(),
+            "events": list(info.events),
+        }
+    )
+    of = f"{label}: " if label else ""
+    log.info("%sstep %d: mean log-likelihood %.6f", of, info.step, info.mean_loglik)
+    for event in info.events:
+        log.warning("%sstep %d: %s", of, info.step, event)
+
+
+def begin_fit(
+    config: Config,
+    schema: Schema,
+    passes: Passes,
+    *,
+    sample: Rows | None = None,
+    on_start: Callable[[int, float], None] | None = None,
+) -> tuple[Story, FitState]:
+    """The story of a configuration and the state from which its full passes begin."""
+    from genstream import start
+
+    story = make_story(config, schema)
+    return start.warm_start(
+        story,
+        passes,
+        given=given_start(config, story),
+        responsibility=responsibility_of(config),
+        n_init=config.fit.n_init,
+        seed=config.fit.seed,
+        sample_rows=config.fit.sample_rows,
+        sample=sample,
+        on_start=on_start,
+    )
+
+
 def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dict[str, Any]:
     """Fit the model of a run, from its newest checkpoint or from a warm start.
 
     Raises ComputeError where the log-likelihood ceased to be finite. Whatever else is raised, and
     whenever, the last finished step is saved first.
     """
-    from genstream import learn, start, store
+    from genstream import learn, store
     from genstream.sources import n_rows
 
     config = run.config
     data = open_data(config, pinned(run))
-    record = _reproducibility(config, data)
-    _check_unchanged(run, record)
+    record = reproducibility(config, data)
+    check_unchanged(run, record)
     run.write_json("repro.json", record)
     options = config.fit
     begin = time.monotonic()
     with cluster(config.compute), bars(quiet) as progress:
         shown = FitProgress(progress, options.max_steps, options.tolerance)
-        passes = _passes(data.train, config.compute, shown.on_rows)
+        passes = passes_over(data.train, config.compute, shown.on_rows)
         found = store.load_checkpoint(run.checkpoint)
         if found is None:
             log.info("start from a sample of at most %d rows", options.sample_rows)
-            story = make_story(config, data.train.schema)
-            story, state = start.warm_start(
-                story,
-                passes,
-                given=given_start(config, story),
-                responsibility=responsibility_of(config),
-                n_init=options.n_init,
-                seed=options.seed,
-                sample_rows=options.sample_rows,
-                on_start=shown.on_start,
-            )
+            story, state = begin_fit(config, data.train.schema, passes, on_start=shown.on_start)
             store.save_checkpoint(run.checkpoint, story, state, keep=config.checkpoint.keep)
         else:
             story, state = found
@@ -207,20 +246,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
             nonlocal rows_done, pass_seconds
             rows_done += info.n_rows
             pass_seconds += info.seconds
-            line = {
-                "step": info.step,
-                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "mean_loglik": info.mean_loglik,
-                "mean_objective": info.mean_objective,
-                "seconds": info.seconds,
-                "rows_per_s": info.n_rows / max(info.seconds, 1e-9),
-                "peak_rss": peak_memory(),
-                "events": list(info.events),
-            }
-            run.append_metrics(line)
-            log.info("step %d: mean log-likelihood %.6f", info.step, info.mean_loglik)
-            for event in info.events:
-                log.warning("step %d: %s", info.step, event)
+            note_step(run, info)
 
         try:
             state = learn.fit(
@@ -234,25 +260,34 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
             checkpoints.close()
     if state.outcome is learn.Outcome.NONFINITE:
         raise ComputeError(f"the fit ended at step {state.step}: {state.outcome.advice}")
+    seconds = time.monotonic() - begin
+    facts = fit_facts(state, pass_rows, seconds, rows_done / max(pass_seconds, 1e-9))
+    read = (rows_done + pass_rows) * row_nbytes(config, data)
+    return run.record("fit", {**facts, "bytes_read": read})
+
+
+def row_nbytes(config: Config, data: Data) -> int:
+    """Bytes of a row as a pass reads it."""
     itemsize = 4 if config.data.dtype == "float32" and config.dataset else 8
-    return run.record(
-        "fit",
-        {
-            "outcome": state.outcome.value,
-            "advice": state.outcome.advice,
-            "steps": state.step,
-            # Online and incremental EM take steps that are parts of a pass.
-            "passes": round(sum(info.n_rows for info in state.trace) / max(pass_rows, 1), 2),
-            "rows": pass_rows,
-            "mean_loglik": state.trace[-1].mean_loglik,
-            "n_unobserved": state.trace[-1].n_unobserved,
-            "seconds": time.monotonic() - begin,
-            "rows_per_s": rows_done / max(pass_seconds, 1e-9),
-            "bytes_read": (rows_done + pass_rows) * data.train.schema.n_features * itemsize,
-            "peak_rss": peak_memory(),
-            "digest": state.params.digest(),
-        },
-    )
+    return data.train.schema.n_features * itemsize
+
+
+def fit_facts(state: FitState, pass_rows: int, seconds: float, rows_per_s: float) -> dict[str, Any]:
+    """What is recorded of a fit that ended."""
+    return {
+        "outcome": state.outcome.value,
+        "advice": state.outcome.advice,
+        "steps": state.step,
+        # Online and incremental EM take steps that are parts of a pass.
+        "passes": round(sum(info.n_rows for info in state.trace) / max(pass_rows, 1), 2),
+        "rows": pass_rows,
+        "mean_loglik": state.trace[-1].mean_loglik,
+        "n_unobserved": state.trace[-1].n_unobserved,
+        "seconds": seconds,
+        "rows_per_s": rows_per_s,
+        "peak_rss": peak_memory(),
+        "digest": state.params.digest(),
+    }
 
 
 def peak_memory() -> int:
@@ -270,7 +305,7 @@ def peak_memory() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _reproducibility(config: Config, data: Data) -> dict[str, Any]:
+def reproducibility(config: Config, data: Data) -> dict[str, Any]:
     """What decides every bit of a fit."""
     import threadpoolctl
 
@@ -297,7 +332,8 @@ def _reproducibility(config: Config, data: Data) -> dict[str, Any]:
     }
 
 
-def _check_unchanged(run: Run, record: dict[str, Any]) -> None:
+def check_unchanged(run: Run, record: dict[str, Any]) -> None:
+    """Raise DataError where a run began with other data than `record` names."""
     before = run.read_json("repro.json")
     for key in ("data", "held_out", "chunking"):
         if before and json.loads(json.dumps(record[key])) != before[key]:
@@ -314,7 +350,8 @@ def _check_unchanged(run: Run, record: dict[str, Any]) -> None:
 # --- evaluate, publish, report -------------------------------------------------------------------
 
 
-def _fitted(run: Run) -> tuple[Story, FitState]:
+def fitted_model(run: Run) -> tuple[Story, FitState]:
+    """The model of a run, as its newest checkpoint has it. Raises ConfigError where none is."""
     from genstream.store import load_checkpoint
 
     found = load_checkpoint(run.checkpoint)
@@ -327,40 +364,58 @@ def evaluate(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     """Score the rows fitted and the rows held out, and compare drawn rows with real ones."""
     import numpy as np
 
-    from genstream.evaluate import criteria, held_out, predictive_check
+    from genstream.evaluate import held_out, predictive_check
 
     config = run.config
     data = open_data(config, pinned(run))
-    story, state = _fitted(run)
+    story, state = fitted_model(run)
     params = state.params
     with cluster(config.compute), bars(quiet) as progress:
         train = held_out(
-            story, params, _passes(data.train, config.compute, RowProgress(progress, "score"))
+            story, params, passes_over(data.train, config.compute, RowProgress(progress, "score"))
         )
         test = None
         if data.held_out is not None and any(data.held_out.chunk_rows):
             on_rows = RowProgress(progress, "score held-out rows")
-            test = held_out(story, params, _passes(data.held_out, config.compute, on_rows))
+            test = held_out(story, params, passes_over(data.held_out, config.compute, on_rows))
     rng = np.random.default_rng([config.fit.seed, 3])
     unseen = data.held_out if test is not None and data.held_out is not None else data.train
     check = predictive_check(story, params, unseen, rng)
+    return record_scores(run, story, params, train, test, check)
+
+
+def record_scores(
+    run: Run,
+    story: Story,
+    params: Params,
+    train: HeldOut,
+    test: HeldOut | None,
+    check: PredictiveCheck,
+) -> dict[str, Any]:
+    """Record how well a fitted model explains the rows fitted and held out."""
+    from genstream.evaluate import criteria
+
     scores = {
         "bound": story.bound,
         "train": train.to_json(),
         "held_out": None if test is None else test.to_json(),
         "criteria": criteria(story, train).to_json(),
     }
-    if isinstance(config.data.source, Drawn):
+    source = run.config.data.source
+    if isinstance(source, Drawn):
         from flows.draw import recovery
 
-        scores["recovery"] = recovery(config.data.source, params).to_json()
+        scores["recovery"] = recovery(source, params).to_json()
     run.write_json("evaluation.json", {**scores, "check": check.to_json()})
     return run.record("evaluate", {**scores, "peak_rss": peak_memory()})
 
 
-def publish(run: Run) -> dict[str, Any]:
-    """Make the fitted model the champion of its folder, once however often it is called."""
-    target = run.config.publish
+def publish(run: Run, target: Publish | None = None) -> dict[str, Any]:
+    """Make the fitted model the champion of its folder, once however often it is called.
+
+    `target` is where to, if not where the run's own configuration says.
+    """
+    target = target or run.config.publish
     if target is None:
         return {}
     import numpy as np
@@ -371,7 +426,7 @@ def publish(run: Run) -> dict[str, Any]:
     from genstream.updates import most_held
 
     config = run.config
-    story, state = _fitted(run)
+    story, state = fitted_model(run)
     data = open_data(config, pinned(run))
     batches, columns = fitted_batches(config, pinned(run))
     held = None
@@ -404,7 +459,7 @@ def report(run: Run) -> dict[str, Any]:
         raise ConfigError(f"run {run.id} was not evaluated yet: `genstream resume {run.id}`")
     config, info = run.config, run.info()
     data = open_data(config, pinned(run))
-    story, state = _fitted(run)
+    story, state = fitted_model(run)
     rng = np.random.default_rng([config.fit.seed, 4])
     fitted = run.stage("fit")
     written = write_report(
@@ -413,7 +468,7 @@ def report(run: Run) -> dict[str, Any]:
             title=config.name,
             story=story,
             state=state,
-            data=_data_facts(config, data),
+            data=data_facts(config, data),
             train=_revived(HeldOut, found["train"]),
             test=_revived(HeldOut, found["held_out"]) if found["held_out"] else None,
             check=_revived(PredictiveCheck, found["check"]),
@@ -426,7 +481,8 @@ def report(run: Run) -> dict[str, Any]:
     return run.record("report", {"path": str(written)})
 
 
-def _data_facts(config: Config, data: Data) -> dict[str, object]:
+def data_facts(config: Config, data: Data) -> dict[str, object]:
+    """What a report says of the data."""
     source = config.data.source
     facts: dict[str, object] = {
         "source": f"{source.gigabytes:g} GiB drawn from a known story"

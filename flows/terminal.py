@@ -106,6 +106,44 @@ class FitProgress:
         )
 
 
+class SweepProgress:
+    """One bar for the pass that several fits share.
+
+    `on_rows` is what `Passes` reports to, `on_start` what `warm_start` calls, `begin` tells how
+    many fits there are and `on_step` is called after a step of each.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID = progress.add_task("sample", total=None, note="")
+        self._running: set[int] = set()
+        self._started = 0
+
+    def on_rows(self, done: int, total: int) -> None:
+        """Rows of the running pass that are done."""
+        self._progress.update(self._task, completed=done, total=total)
+
+    def on_start(self, _start: int, _mean_objective: float) -> None:
+        """A start of some fit was tried on the sample."""
+        self._started += 1
+        self._progress.update(self._task, description=f"start {self._started}", completed=0)
+
+    def begin(self, n_fits: int) -> None:
+        """So many fits begin."""
+        self._running = set(range(n_fits))
+
+    def on_step(self, i: int, state: FitState, info: StepInfo) -> None:
+        """A step of fit `i` is done."""
+        if state.outcome.value != "running":
+            self._running.discard(i)
+        self._progress.update(
+            self._task,
+            description=f"step {info.step}",
+            completed=0,
+            note=f"{len(self._running)} candidates still learn",
+        )
+
+
 def expected_steps(objectives: list[float], tolerance: float, at_most: int) -> int:
     """Steps until the gain falls below `tolerance`, if gains shrink at their last ratio."""
     if len(objectives) < 3 or at_most <= 0:

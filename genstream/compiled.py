@@ -15,7 +15,7 @@ import importlib.metadata
 import importlib.util
 import os
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +66,7 @@ def soft(log_joint: Array, weights: Array | None, sum_r: Array) -> Array:
     responsibilities to `sum_r` (K,). What is more than 700 nats (80 in float32) below the row's
     peak is exactly 0. Only where `pays`.
     """
-    found = loops()
-    assert found is not None
+    found: Any = loops()
     value = np.empty(log_joint.shape[1])
     kernel = found.soft32 if log_joint.dtype == np.float32 else found.soft64
     given = _EVERYWHERE if weights is None else np.ascontiguousarray(weights, dtype=np.float64)
@@ -78,3 +77,51 @@ def soft(log_joint: Array, weights: Array | None, sum_r: Array) -> Array:
         kernel(work, given, value, sum_r)
         log_joint[:] = work
     return value
+
+
+def _written(name: str, values: Array, pivot: Any, out: Array, *options: Any) -> None:
+    getattr(loops(), name)(
+        np.ascontiguousarray(values), pivot.shift, 1.0 / pivot.scale, *options, out
+    )
+
+
+def pivoted(values: Array, pivot: Any, out: Array) -> Array:
+    """`y` (d, n), rows (n, d) in the pivot's coordinates, in a part of `out`.
+
+    `out` is C-ordered and of at least d rows and n columns; here and in what follows, only where
+    `pays`.
+    """
+    _written("pivoted", values, pivot, out, 0)
+    return out[: values.shape[1], : len(values)]
+
+
+def quadratic(values: Array, pivot: Any, out: Array) -> Array:
+    """`[y_i y_j (i <= j), y, 1]` of rows, as `pivoted`."""
+    d = values.shape[1]
+    _written("quadratic", values, pivot, out)
+    return out[: d * (d + 1) // 2 + d + 1, : len(values)]
+
+
+def squares(pivot: Any, together: bool, values: Array, out: Array) -> Array:
+    """`[1, y, y^2]`, or `[1, y, |y|^2]`, of rows, as `pivoted`."""
+    d = values.shape[1]
+    _written("squares", values, pivot, out, together)
+    return out[: 1 + d + (1 if together else d), : len(values)]
+
+
+def half_square(z: Array, fast: bool) -> Array:
+    """(n,) `-|z|^2 / 2` of the columns of (d, n), in float64."""
+    if not fast:
+        return np.asarray(-0.5 * np.einsum("in,in->n", z, z))
+    out = np.empty(z.shape[1])
+    cast(Any, loops()).half_square(np.ascontiguousarray(z), out)
+    return out
+
+
+def total(resp: Array, fast: bool) -> Array:
+    """(n,) sums over the components of (K, n), in float64."""
+    if not fast:
+        return np.asarray(resp.sum(axis=0, dtype=np.float64))
+    out = np.empty(resp.shape[1])
+    cast(Any, loops()).total(np.ascontiguousarray(resp), out)
+    return out

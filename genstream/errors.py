@@ -11,7 +11,7 @@ class GenstreamError(Exception):
 
 
 class RefusedError(GenstreamError):
-    """All was looked at, but some batches were refused: the model is as it was without them."""
+    """All was done, but for batches that were refused or candidates of a sweep that failed."""
 
     exit_code = 1
 

@@ -7,6 +7,7 @@ compares drawn rows with real ones looks at a random sample of rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from genstream.schema import Column
 from genstream.sources import Source
 from genstream.stats import Monoid, axes
 from genstream.story import Params, Story
+from genstream.sweeps import fold_each
 
 Array = NDArray[np.float64]
 
@@ -137,7 +139,27 @@ def held_out(story: Story, params: Params, passes: Passes) -> HeldOut:
     The rows may be held out or those of the fit. Raises DataError where no row with a positive
     weight has anything observed.
     """
-    sums: ScoreSums = passes.fold(ScoreRows(story, params))
+    return _of_sums(story, passes.fold(ScoreRows(story, params)))
+
+
+def held_out_many(
+    models: Sequence[tuple[Story, Params]], passes: Passes
+) -> list[HeldOut | Exception]:
+    """What `held_out` says of each of several models, all in one pass.
+
+    In the place of a model that cannot score the rows is what it raised.
+    """
+    sums, _ = fold_each(passes, [ScoreRows(story, params) for story, params in models])
+    found: list[HeldOut | Exception] = []
+    for (story, _), each in zip(models, sums, strict=True):
+        try:
+            found.append(each if isinstance(each, Exception) else _of_sums(story, each))
+        except DataError as error:
+            found.append(error)
+    return found
+
+
+def _of_sums(story: Story, sums: ScoreSums) -> HeldOut:
     if not sums.sum_w > 0:
         raise DataError(
             f"none of the {sums.n_rows} rows to score has an observed entry and a positive weight"
@@ -394,8 +416,19 @@ def predictive_check(
     heeded there; drawn rows have no gaps, so that a column whose gaps depend on its value may
     differ for that reason alone.
     """
-    n_wanted = max(1_000, min(n_rows, MAX_SAMPLE_NUMBERS // story.schema.n_features))
-    rows = sample_rows(source, n_wanted, rng)
+    return check_rows(story, params, rows_to_check(source, rng, n_rows=n_rows), rng)
+
+
+def rows_to_check(source: Source, rng: np.random.Generator, *, n_rows: int = 20_000) -> Rows:
+    """The rows that `predictive_check` compares drawn ones with."""
+    n_wanted = max(1_000, min(n_rows, MAX_SAMPLE_NUMBERS // source.schema.n_features))
+    return sample_rows(source, n_wanted, rng)
+
+
+def check_rows(
+    story: Story, params: Params, rows: Rows, rng: np.random.Generator
+) -> PredictiveCheck:
+    """What `predictive_check` says, of rows that were sampled already."""
     drawn = story.draw(params, rows.n_rows, rng).values
     weights, observed = rows.row_weights, rows.is_observed
     if not weights.sum() > 0:

@@ -155,6 +155,7 @@ class IncrementalEM:
         drawn = isinstance(self.responsibility, Sampled)
         if state.memo is not None and not drawn:
             slack = ROUNDING[story.dtype] * (1 + abs(info.mean_objective))
+            slack += getattr(self.responsibility, "slack", 0.0)
             gain = info.mean_objective - trace[-1].mean_objective
             if story.monotone and gain < -slack - 2 * story.rounding(state.params):
                 return Outcome.DECREASED

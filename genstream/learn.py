@@ -476,6 +476,7 @@ class BatchEM:
         leapt = state.stride is not None and bool(state.stride.leapt)
         finite = bool(np.isfinite(info.mean_objective) and np.isfinite(stats.sum_r).all())
         slack = ROUNDING[story.dtype] * (1 + abs(info.mean_objective))
+        slack += getattr(self.responsibility, "slack", 0.0)
         gain = np.inf if last is None else info.mean_objective - last.mean_objective
         if leapt and last is not None and not (finite and gain >= -slack):
             state, info = _landed_back(story, state, info, last)

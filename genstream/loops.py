@@ -191,3 +191,84 @@ def soft32(log_joint: Any, weights: Any, value: Any, sum_r: Any) -> None:
                 total[i] *= np.float32(weights[start + i])
         for k in range(K):
             sum_r[k] += _scale_sum(log_joint[k, start:stop], total)
+
+
+# Features of a block of rows (n, d), C-ordered, in pivot coordinates `y = (x - shift) * inverse`:
+# one row of `out`, C-ordered and at least n wide, a feature. `y` is rounded to the arithmetic of
+# `out` once it is computed.
+
+
+@_compiled()
+def pivoted(x: Any, shift: Any, inverse: Any, at: int, out: Any) -> None:
+    """`y`, from row `at` on."""
+    n, d = x.shape
+    for i in range(d):
+        s, f = shift[i], inverse[i]
+        row = out[at + i]
+        for r in range(n):
+            row[r] = (x[r, i] - s) * f
+
+
+@_compiled()
+def _product(a: Any, b: Any, out: Any) -> None:
+    for r in range(out.shape[0]):
+        out[r] = a[r] * b[r]
+
+
+@_compiled()
+def _add_square(a: Any, out: Any) -> None:
+    for r in range(out.shape[0]):
+        out[r] += a[r] * a[r]
+
+
+@_compiled()
+def quadratic(x: Any, shift: Any, inverse: Any, out: Any) -> None:
+    """`[y_i y_j (i <= j), y, 1]`."""
+    n, d = x.shape
+    first = d * (d + 1) // 2
+    pivoted(x, shift, inverse, first, out)
+    out[first + d, :n] = 1.0
+    at = 0
+    for i in range(d):
+        for j in range(i, d):
+            _product(out[first + i, :n], out[first + j, :n], out[at, :n])
+            at += 1
+
+
+@_compiled()
+def squares(x: Any, shift: Any, inverse: Any, together: bool, out: Any) -> None:
+    """`[1, y, y^2]`, or with the squares of all columns `together` `[1, y, |y|^2]`."""
+    n, d = x.shape
+    out[0, :n] = 1.0
+    pivoted(x, shift, inverse, 1, out)
+    if together:
+        out[1 + d, :n] = 0.0
+    for i in range(d):
+        if together:
+            _add_square(out[1 + i, :n], out[1 + d, :n])
+        else:
+            _product(out[1 + i, :n], out[1 + i, :n], out[1 + d + i, :n])
+
+
+@_compiled()
+def _add_to(x: Any, out: Any) -> None:
+    for r in range(out.shape[0]):
+        out[r] += x[r]
+
+
+@_compiled()
+def total(x: Any, out: Any) -> None:
+    """(n,) float64 sums over the rows of a C-ordered (K, n)."""
+    out[:] = 0.0
+    for k in range(x.shape[0]):
+        _add_to(x[k], out)
+
+
+@_compiled()
+def half_square(z: Any, out: Any) -> None:
+    """(n,) `|z|^2 / -2` of the columns of a C-ordered (d, n)."""
+    out[:] = 0.0
+    for i in range(z.shape[0]):
+        _add_square(z[i], out)
+    for r in range(out.shape[0]):
+        out[r] *= -0.5

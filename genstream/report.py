@@ -1,4 +1,4 @@
-"""Reports of a fit and of an update: one HTML file each, readable without a network.
+"""Reports of a fit, of a sweep and of an update: one HTML file each, readable without a network.
 
 Figures are drawn by matplotlib as SVG and set into the page, where they take its text colour, so
 that they are readable on a light and on a dark screen. Whatever grows with the number of components
@@ -946,6 +946,175 @@ def _page(content: ReportInput) -> dict[str, Any]:
         "fit_words": _fit_words(content.train, content.test),
         "criteria": fits,
         "check": _checks(content.check) if content.check is not None else None,
+        "reproducibility": list(_flat(content.reproducibility)),
+        "version": __version__,
+    }
+
+
+# --- the report of a sweep -----------------------------------------------------------------------
+
+# What candidates are compared by: its name, and whether more is better.
+CRITERIA = {
+    "held_out": ("held-out log-likelihood", True),
+    "bic": ("BIC", False),
+    "aic": ("AIC", False),
+    "icl": ("ICL", False),
+}
+
+
+@dataclass(frozen=True)
+class SweepInput:
+    """All that the report of a sweep shows.
+
+    Parameters
+    ----------
+    title
+        Name of the run.
+    keys
+        What the sweep is over, as `n_components`.
+    cells
+        Of each candidate the value of every key.
+    rows
+        Of each candidate, in the same order: `candidate` (its label), `held_out` and
+        `standard_error`, `train` (nats a row), `bic`, `aic`, `icl`, `n_parameters`, `steps`,
+        `seconds`, `outcome`, `status` and `reason`; None where it has none.
+    by
+        What the best one is best by: a key of `CRITERIA`.
+    best
+        The label of that candidate.
+    data, reproducibility
+        As of `ReportInput`.
+    cost
+        Of the fit: `passes` and `passes_alone`, `bytes_read` and `bytes_alone`, `seconds`.
+    created
+        When the sweep ended.
+    """
+
+    title: str
+    keys: Sequence[str]
+    cells: Sequence[Sequence[Any]]
+    rows: Sequence[Mapping[str, Any]]
+    by: str = "held_out"
+    best: str | None = None
+    data: Mapping[str, object] = field(default_factory=dict)
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    reproducibility: Mapping[str, object] = field(default_factory=dict)
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+def write_sweep_report(path: str | Path, content: SweepInput) -> Path:
+    """Write the report of a sweep, as `write_report` does that of a fit."""
+    return _write(Path(path), render_sweep_report(content))
+
+
+def render_sweep_report(content: SweepInput) -> str:
+    """The report of a sweep as the text of one HTML page."""
+    return _render("sweep.html.j2", _sweep_page(content))
+
+
+def sweep_png(content: SweepInput) -> bytes | None:
+    """The picture of the criterion over what was swept as a PNG on white; None of one candidate."""
+    if not _drawable(content, content.by):
+        return None
+    with _figure(6.0, 3.2) as (figure, axes):
+        _draw_sweep(axes, content, content.by)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=96, facecolor="white")
+        return buffer.getvalue()
+
+
+def _drawable(content: SweepInput, what: str) -> bool:
+    return sum(row[what] is not None for row in content.rows) > 1
+
+
+def _sweep_axis(content: SweepInput) -> int:
+    """Which key runs along the figure: the first whose values are numbers, else the first."""
+    for j in range(len(content.keys)):
+        values = {cell[j] for cell in content.cells}
+        if len(values) > 1 and all(isinstance(v, int | float) for v in values):
+            return j
+    return 0
+
+
+def _draw_sweep(axes: Axes, content: SweepInput, what: str) -> None:
+    """A criterion along one key, a line for each combination of the others."""
+    along = _sweep_axis(content)
+    values = list(dict.fromkeys(cell[along] for cell in content.cells))
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for cell, row in zip(content.cells, content.rows, strict=True):
+        if row[what] is None:
+            continue
+        label = ", ".join(str(v) for j, v in enumerate(cell) if j != along)
+        x = float(cell[along]) if numbers else float(values.index(cell[along]))
+        error = row["standard_error"] if what == "held_out" else None
+        lines.setdefault(label, []).append((x, float(row[what]), float(error or 0.0)))
+    for n, (label, points) in enumerate(list(lines.items())[: len(PALETTE)]):
+        x, y, error = np.array(sorted(points)).T
+        axes.errorbar(
+            x, y, error, color=PALETTE[n], lw=1.6, marker="o", ms=3.5, capsize=2,
+            label=_one_line(label),
+        )  # fmt: skip
+    if numbers and min(values) > 0 and max(values) >= 8 * min(values):
+        axes.set_xscale("log", base=2)
+        axes.minorticks_off()
+    if numbers and len(values) <= 12:
+        axes.set_xticks(values, [number(float(v)) for v in values])
+    elif not numbers:
+        axes.set_xticks(range(len(values)), [_one_line(str(v)) for v in values])
+    axes.set_xlabel(_one_line(content.keys[along]))
+    name = CRITERIA[what][0]
+    axes.set_ylabel(f"{name}, nats a row" if what == "held_out" else name)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.grid(visible=True, alpha=0.2)
+    if len(lines) > 1:
+        axes.legend(loc="best", framealpha=0)
+
+
+def _sweep_picture(content: SweepInput, what: str) -> Picture | None:
+    if not _drawable(content, what):
+        return None
+    name, more = CRITERIA[what]
+    with _figure(4.6, 2.9) as (figure, axes):
+        _draw_sweep(axes, content, what)
+        shown = [row for row in content.rows if row[what] is not None]
+        best = (max if more else min)(shown, key=lambda row: row[what])
+        caption = f"{'More' if more else 'Less'} is better."
+        if what == "held_out":
+            caption += " Bars are standard errors of the mean over rows."
+        alt = f"{name} of {len(shown)} candidates, the best {number(best[what], 6)} ("
+        return Picture(_svg(figure), f"{alt}{best['candidate']}).", caption)
+
+
+def _sweep_page(content: SweepInput) -> dict[str, Any]:
+    """What the template shows."""
+    best = next((row for row in content.rows if row["candidate"] == content.best), None)
+    cards = [("candidates", str(len(content.rows)), "models compared")]
+    if best is not None:
+        value = best[content.by]
+        cards.append(("best", number(value, 6), f"{CRITERIA[content.by][0]}"))
+    cost = content.cost
+    if cost:
+        alone = cost["passes_alone"] / max(cost["passes"], 1e-9)
+        cards.append(("passes", number(cost["passes"]), f"{alone:.1f} times fewer than apart"))
+        cards.append(("seconds", number(cost["seconds"]), "of learning, starts included"))
+    pictures = [(CRITERIA[what][0], _sweep_picture(content, what)) for what in CRITERIA]
+    return {
+        "title": content.title,
+        "what": "Report of a sweep",
+        "created": content.created.strftime("%Y-%m-%d %H:%M %Z"),
+        "headline": cards,
+        "warnings": [
+            f"{row['candidate']} failed: {_one_line(str(row['reason']), MAX_TEXT)}"
+            for row in content.rows
+            if row["status"] == "failed"
+        ][:MAX_WARNINGS],
+        "n_warnings_left": 0,
+        "best": content.best,
+        "by": CRITERIA[content.by][0],
+        "rows": content.rows,
+        "pictures": [(name, picture) for name, picture in pictures if picture is not None],
+        "data": list(_flat(content.data)),
         "reproducibility": list(_flat(content.reproducibility)),
         "version": __version__,
     }

@@ -112,14 +112,15 @@ class Nearest:
     """Soft responsibilities among the components that matter near a row, which alone are scored:
     see `genstream.nearest`, by which a story follows this rule.
 
-    The objective is a bound on the log-likelihood, as a rule within 0.005 nats a row. Lists of
+    The objective is a bound on the log-likelihood, as a rule within 0.003 nats a row. Lists of
     components change from step to step, so that it may fall by as much as `slack`. With few
     components or rows everything is scored, and the rule is `soft`.
 
     Parameters
     ----------
     least
-        A component matters where it has more than this share of the responsibility for a row.
+        A component matters where it has more than this share of the responsibility for a row. So
+        small a share stands for more elsewhere in the cell.
     checked
         Share of the rows, the worst explained ones, that are scored under all components.
     cell_rows
@@ -131,7 +132,7 @@ class Nearest:
         Where a number is out of its range.
     """
 
-    least: float = 1e-3
+    least: float = 1e-5
     checked: float = 0.02
     cell_rows: int = 1024
 

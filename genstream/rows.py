@@ -65,8 +65,9 @@ class Rows:
             # NumPy would read dates as nanoseconds, and a missing date as a very early one.
             raise DataError(f"values of type {array.dtype} are not numbers")
         if array.dtype not in (np.float32, np.float64):
+            # What float32 holds exactly, such as bytes, takes no more room than it needs.
             try:
-                array = array.astype(np.float64)
+                array = array.astype(_exact(array.dtype))
             except (TypeError, ValueError, OverflowError) as error:
                 raise DataError(f"values of type {array.dtype} are not numbers: {error}") from None
         if array.ndim != 2:
@@ -250,6 +251,12 @@ def _gaps_apart(
     return array, observed
 
 
+def _exact(dtype: np.dtype[Any]) -> type[np.floating[Any]]:
+    """The smallest of float32 and float64 that holds numbers of a type exactly, if any does."""
+    exact = dtype.kind != "O" and np.can_cast(dtype, np.float32)
+    return np.float32 if exact else np.float64
+
+
 def _checked_sparse(values: Any, first_row: int, names: Sequence[str] | None) -> Any:
     """A sparse array as CSR of float32 or float64, sorted and without doubles."""
     if values.dtype.kind not in "biuf":
@@ -258,7 +265,7 @@ def _checked_sparse(values: Any, first_row: int, names: Sequence[str] | None) ->
         raise DataError(f"expected a 2D array of rows and columns, got {values.ndim} dimensions")
     stored = sparse.csr_array(values)
     if stored.dtype not in (np.float32, np.float64):
-        stored = stored.astype(np.float64)
+        stored = stored.astype(_exact(stored.dtype))
     if not stored.has_canonical_format:
         if stored is values or np.shares_memory(stored.data, values.data):
             stored = stored.copy()

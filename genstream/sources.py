@@ -142,7 +142,7 @@ class ArraySource:
         self.name = name
         rows, features = _checked_shape(name, shape, dtype)
         self.schema = _schema_for(name, features, schema)
-        self.dtype = np.dtype(np.float32 if dtype in _SMALL_FLOATS else np.float64)
+        self.dtype = np.dtype(np.float32 if dtype in _SMALL else np.float64)
         if isinstance(chunk_rows, int):
             if chunk_rows < 1:
                 raise ConfigError(f"chunk_rows must be at least 1, not {chunk_rows}")
@@ -239,7 +239,7 @@ class NumpySource(ArraySource):
         name: str = "array",
     ) -> None:
         if isinstance(array, np.ma.MaskedArray):
-            small = array.dtype in _SMALL_FLOATS
+            small = array.dtype in _SMALL
             array = np.ma.filled(array.astype(np.float32 if small else np.float64), np.nan)
         stored: Any = array if sparse.issparse(array) else None
         self.array: Any = np.asarray(array) if stored is None else sparse.csr_array(stored)
@@ -507,7 +507,8 @@ def mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return mixed
 
 
-_SMALL_FLOATS = (np.float16, np.float32)
+# What float32 holds exactly.
+_SMALL = (np.bool_, np.int8, np.uint8, np.int16, np.uint16, np.float16, np.float32)
 
 
 def _checked_shape(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, int]:

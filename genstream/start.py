@@ -202,6 +202,7 @@ def warm_start(
     seeding: Seeding = seed_params,
     given: Params | None = None,
     responsibility: Responsibility = soft,
+    sample: Rows | None = None,
     on_start: Callable[[int, float], None] | None = None,
 ) -> tuple[Story, FitState]:
     """An anchored story and a state from which full passes begin.
@@ -213,11 +214,13 @@ def warm_start(
     where `long_steps` are no more than the short ones, there is no more than the short fits. The
     state holds the sample's statistics, from which online EM begins.
     `seeding` makes the parameters each short fit begins with. `given` parameters take the place of
-    starts, and `responsibility` is the rule by which the sample is fitted.
+    starts, and `responsibility` is the rule by which the sample is fitted. A `sample` that
+    `draw_sample` drew with the same number and seed saves its pass.
     `on_start(i, mean objective)` is called after each of them.
     Everything follows from `seed`. Raises DataError where the data cannot start a fit.
     """
-    sample = draw_sample(passes, sample_rows, seed)
+    if sample is None:
+        sample = draw_sample(passes, sample_rows, seed)
     story = story.anchored(sample)
     kept = rescue_rows(sample, seed)
     if given is not None:

@@ -25,7 +25,7 @@ from genstream.stories import mixture
 from genstream.story import Params, Story
 
 Array = NDArray[Any]
-SMALL = Nearest(cell_rows=64)
+SMALL = Nearest(cell_rows=128)
 
 
 def crowd(name: str, n_rows: int, **options: Any) -> tuple[Story, Params, Rows]:
@@ -41,7 +41,7 @@ def crowd(name: str, n_rows: int, **options: Any) -> tuple[Story, Params, Rows]:
 
 
 @cache
-def heaps(k: int = 512, d: int = 6, n: int = 30_000, dtype: str = "float64") -> Any:
+def heaps(k: int = 512, d: int = 6, n: int = 40_000, dtype: str = "float64") -> Any:
     """Rows of many Gaussians, which overlap, and the story and parameters they are drawn from."""
     rng = np.random.default_rng([k, d])
     story = mixture(Schema.real(d), k, dtype=dtype)
@@ -117,9 +117,9 @@ class TestStatistics:
         assert plain.weight == 2000.0
 
     def test_they_add_over_chunks(self) -> None:
-        story, params, values = heaps(128, 4, 20_000)
+        story, params, values = heaps(128, 4, 12_000)
         whole = story.e_step(params, Rows.of(values), SMALL)
-        pieces = [story.e_step(params, Rows.of(each), SMALL) for each in np.split(values, [6000])]
+        pieces = [story.e_step(params, Rows.of(each), SMALL) for each in np.split(values, [5000])]
         total = pieces[0].merge(pieces[1])
         exact = story.e_step(params, Rows.of(values))
         assert total.weight == whole.weight
@@ -129,7 +129,7 @@ class TestStatistics:
             assert found.sum_r.sum() == pytest.approx(len(values))
 
     def test_few_rows_or_components_are_scored_as_ever(self) -> None:
-        story, params, values = heaps(128, 4, 20_000)
+        story, params, values = heaps(128, 4, 12_000)
         few = Rows.of(values[: 2 * SMALL.cell_rows - 1])
         assert distance(story.e_step(params, few), story.e_step(params, few, SMALL)) < 1e-9
         narrow = replace(story, n_components=SHORT)
@@ -151,7 +151,10 @@ class TestStatistics:
     def test_the_gap_is_small(self, dtype: str) -> None:
         story, params, values = heaps(dtype=dtype)
         rows = Rows.of(values.astype(dtype))
-        found, exact = story.e_step(params, rows, Nearest(cell_rows=256)), story.e_step(params, rows)
+        found, exact = (
+            story.e_step(params, rows, Nearest(cell_rows=256)),
+            story.e_step(params, rows),
+        )
         assert -1e-4 < (exact.objective - found.objective) / len(values) < 5e-3
         assert distance(exact.family, found.family) < 0.05
 
@@ -194,10 +197,10 @@ def among_lists(story: Story, params: Params, rows: Rows, rule: Nearest) -> Arra
 
 class TestLearning:
     def test_lists_follow_from_parameters_rows_and_seed(self) -> None:
-        story, _, values = heaps(128, 4, 20_000)
+        story, _, values = heaps(128, 4, 12_000)
         params = begun(story, values)
         found = [
-            passes_over(story, values, chunk=5000, workers=workers).fold(
+            passes_over(story, values, chunk=3000, workers=workers).fold(
                 EStep(story, params, SMALL, seed=3, step=step)
             )
             for workers, step in ((1, 0), (3, 0), (2, 9))
@@ -206,18 +209,18 @@ class TestLearning:
         assert oracles.identical(found[0], found[2])
 
     def test_em_by_lists_ends_where_em_does(self) -> None:
-        story, _, values = heaps(128, 4, 20_000)
+        story, _, values = heaps(128, 4, 12_000)
         rows = Rows.of(values)
         start = FitState(begun(story, values))
         ends = []
         for rule in (soft, SMALL):
-            state = fit(story, BatchEM(15, 0.0, rule), Resident(rows), start)
+            state = fit(story, BatchEM(10, 0.0, rule), Resident(rows), start)
             assert state.outcome is Outcome.MAX_STEPS
             ends.append(story.log_prob(state.params, rows).mean())
         assert abs(ends[0] - ends[1]) < 0.01
 
     def test_a_fall_by_other_lists_is_no_fall(self) -> None:
-        story, params, values = heaps(128, 4, 20_000)
+        story, params, values = heaps(128, 4, 12_000)
         state = FitState(params)
         rough = Nearest(cell_rows=64, checked=0.0)
         state = fit(story, BatchEM(12, 1e-7, rough), Resident(Rows.of(values)), state)
@@ -227,18 +230,18 @@ class TestLearning:
         "learner",
         [
             BatchEM(10, 1e-4, SMALL, accelerate=True),
-            OnlineEM(batch_rows=2000, max_passes=3, responsibility=SMALL),
+            OnlineEM(batch_rows=1500, max_passes=2, responsibility=SMALL),
             IncrementalEM(max_passes=5, tasks=8, responsibility=SMALL),
         ],
     )
     def test_every_learner_takes_it(self, learner: Any) -> None:
-        story, _, values = heaps(128, 4, 20_000)
+        story, _, values = heaps(128, 4, 12_000)
         state = FitState(begun(story, values))
         rows = Rows.of(values)
         before = story.log_prob(state.params, rows).mean()
         state = fit(story, learner, passes_over(story, values, chunk=2500), state)
         assert state.outcome in (Outcome.MAX_STEPS, Outcome.CONVERGED)
-        assert story.log_prob(state.params, rows).mean() > before + 1.0
+        assert story.log_prob(state.params, rows).mean() > before + 0.5
 
     def test_it_has_a_name_and_limits(self) -> None:
         assert named("nearest") == Nearest()

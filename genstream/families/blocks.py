@@ -31,6 +31,9 @@ UNSEEN = 1e-16
 NARROWEST = 1e-120
 # Larger than one core's own cache: shorter blocks make threads wait for the interpreter's lock.
 BLOCK_BYTES = 1 << 23
+# Compiled loops do not hold it, and a block near that cache's size costs a quarter less. Where 256
+# rows of features are larger still (full covariances of 64 columns) no size is better than those.
+FAST_BLOCK_BYTES = 1 << 20
 MIN_BLOCK, MAX_BLOCK = 256, 4096
 
 
@@ -376,10 +379,17 @@ def moments(rows: Rows) -> tuple[Array, Array, Array]:
     return mean, np.where(constant, 0.0, variance), total
 
 
-def block_rows(n_lanes: int, itemsize: int) -> int:
-    """Rows in a block, so that `n_lanes` numbers a row stay within the last cache."""
-    rows = BLOCK_BYTES // max(1, n_lanes * itemsize)
+def block_rows(n_lanes: int, itemsize: int, fast: bool = False) -> int:
+    """Rows in a block, so that `n_lanes` numbers a row stay within the last cache, or nearer where
+    they are built by `fast`, compiled loops.
+    """
+    rows = (FAST_BLOCK_BYTES if fast else BLOCK_BYTES) // max(1, n_lanes * itemsize)
     return int(np.clip(1 << max(0, rows.bit_length() - 1), MIN_BLOCK, MAX_BLOCK))
+
+
+def part(buffer: Array, n: int) -> Array:
+    """The first numbers of a C-ordered buffer (m, size) as a C-ordered (m, n)."""
+    return buffer.reshape(-1)[: len(buffer) * n].reshape(len(buffer), n)
 
 
 def slices(n_rows: int, size: int) -> Iterator[slice]:
@@ -428,7 +438,7 @@ class Linear:
 
     def score(self, features: Array, exact: Callable[[], Array], out: Array) -> Array:
         """(K, n) of `eta . T`; `exact` gives the float64 features where they are needed."""
-        log_p = out[:, : features.shape[1]]
+        log_p = part(out, features.shape[1])
         np.matmul(self.eta, features, out=log_p)
         if self.fine.size:
             log_p[self.fine] = self.fine_eta @ exact()
@@ -436,7 +446,7 @@ class Linear:
 
     def gather(self, features: Array, exact: Callable[[], Array], resp: Array) -> Array:
         """(K, p) float64 of `resp @ T.T`."""
-        sums = (resp @ features.T).astype(np.float64)
+        sums = (resp @ features.T).astype(np.float64, copy=False)
         if self.fine.size:
             sums[self.fine] = resp[self.fine].astype(np.float64) @ exact().T
         return sums

@@ -19,16 +19,17 @@ component are in the sums (`genstream.families.censored`).
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
 
+from genstream import compiled
 from genstream.families.blocks import (
     LOG_2PI,
     MAX_ROUNDING,
@@ -36,12 +37,15 @@ from genstream.families.blocks import (
     Array,
     Begun,
     Description,
+    Index,
     Linear,
     Pivot,
     moments,
 )
 from genstream.families.censored import Limits, Tails
 from genstream.families.columns_walk import LinearWalk, log_prob_given
+from genstream.families.factorials import log_factorial
+from genstream.families.levels import look_up
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record
@@ -701,6 +705,13 @@ def poisson_terms(rate: Array) -> Array:
     return np.asarray((rate * (1.0 + np.abs(bounded_log(rate)))).sum(axis=1))
 
 
+def _span(positions: Array) -> Index:
+    """Positions as a slice where they are neighbours, so that they index a view."""
+    if len(positions) and positions[-1] - positions[0] == len(positions) - 1:
+        return slice(positions[0], positions[-1] + 1)
+    return positions
+
+
 def _level_index(old: Schema, new: Schema) -> list[int]:
     """Where each level of the new schema stood among the old ones, -1 for new levels."""
     index: list[int] = []
@@ -767,12 +778,48 @@ class ColumnsKernel:
         if (np.finfo(self.dtype).eps * counts > MAX_ROUNDING).any():
             self.dtype = np.dtype(np.float64)
         self.n_square = curvature.shape[1]
+        before = 2 * len(family.real) if not family.spherical else len(family.real) + 1
+        before += len(family.binary) + len(family.count)
+        self.level_slot = slice(before, before + len(family.level_column))
+        # Whether levels are among the features.
+        self.one_hot = True
+
+    @property
+    def by_row(self) -> bool:
+        family = self.family
+        return not (len(family.real) or (self.one_hot and len(family.level_column)))
+
+    @property
+    def level_columns(self) -> NDArray[np.intp]:
+        return self.family.level_column[self.family.level_start]
+
+    @property
+    def level_sizes(self) -> NDArray[np.intp]:
+        return np.diff(np.append(self.family.level_start, len(self.family.level_column)))
+
+    @property
+    def level_slopes(self) -> Array:
+        return self.slopes[:, self.level_slot]
+
+    @cached_property
+    def without_levels(self) -> ColumnsKernel:
+        """The same kernel without features of levels."""
+        kernel = copy.copy(self)
+        kernel.one_hot = False
+        return kernel
+
+    @property
+    def feature_slopes(self) -> Array:
+        """The natural parameters of the features between the constant and the normalisers."""
+        if self.one_hot:
+            return self.slopes
+        return np.delete(self.slopes, self.level_slot, axis=1)
 
     def linear(self, gaps: bool) -> Linear:
         constant = self.log_weights
         if not gaps:
             constant = constant + self.normaliser.sum(axis=1)
-        pieces = [constant[:, None], self.slopes]
+        pieces = [constant[:, None], self.feature_slopes]
         if gaps:
             pieces.append(self.normaliser)
         return Linear(np.concatenate(pieces, axis=1), self.rounding, self.dtype)
@@ -783,13 +830,16 @@ class ColumnsKernel:
         if not self.family.limits.none:
             return ColumnsKernel(self.family, params, log_weights)
         some = copy.copy(self)
+        # What was made of all components is not that of some.
+        some.__dict__.pop("without_levels", None)
         some.params, some.log_weights, some.n_components = params, log_weights, len(components)
         for name in ("mean", "variance", "normaliser", "about_mean", "slopes", "rounding"):
             setattr(some, name, getattr(self, name)[components])
         return some
 
     def walk(self, rows: Rows) -> LinearWalk:
-        return LinearWalk(self, rows)
+        found = look_up(self, rows) if len(self.family.level_column) else None
+        return LinearWalk(self, rows) if found is None else found
 
     def _centred(self, values: Array, observed: Array | None) -> tuple[Array, Array]:
         """(real, n) real columns in pivot coordinates, zero where missing or censored, and which
@@ -824,9 +874,10 @@ class ColumnsKernel:
             np.multiply(y, y, out=features[at : at + real], casting="same_kind")
         at += self.n_square
         for positions in (family.binary, family.count):
-            features[at : at + len(positions)] = columns[positions]
+            features[at : at + len(positions)] = values[:, _span(positions)].T
             at += len(positions)
-        for j, code in zip(family.level_column, family.level_code, strict=True):
+        levels = zip(family.level_column, family.level_code, strict=True) if self.one_hot else ()
+        for j, code in levels:
             np.equal(columns[j], code, out=features[at], casting="unsafe")
             if observed is not None and code == 0.0:
                 features[at] *= observed[:, j]
@@ -837,10 +888,20 @@ class ColumnsKernel:
             features[at:] = observed.T
         return features
 
+    @cached_property
+    def fast_features(self) -> Callable[[Array, Array], Array] | None:
+        """(p, n) features of complete rows (n, d) in a part of a buffer, compiled; None where there
+        are other columns than real ones without limits.
+        """
+        family = self.family
+        if len(family.real) < family.schema.n_features or not family.limits.none:
+            return None
+        return functools.partial(compiled.squares, self.real_pivot, family.spherical)
+
     def direct(self, k: int, values: Array, observed: Array | None, features: Array) -> Array:
         """Squared distances, for a mean far out in pivot units."""
         real = len(self.mean[k])
-        eta = np.concatenate([self.log_weights[k : k + 1], self.slopes[k]])
+        eta = np.concatenate([self.log_weights[k : k + 1], self.feature_slopes[k]])
         eta[1 : 1 + real + self.n_square] = 0.0
         eta[len(eta) - len(self.limited) :] = self.tails.log_p[k]
         log_p = eta @ features[: len(eta)]
@@ -861,13 +922,15 @@ class ColumnsKernel:
         counts = self.family.count
         if not len(counts):
             return None
-        factorials = gammaln(values[:, counts].astype(np.float64) + 1.0)
+        factorials = log_factorial(values[:, _span(counts)])
         if observed is not None:
             factorials *= observed[:, counts]
         return np.asarray(-factorials.sum(axis=1))
 
-    def statistics(self, sums: Array, gaps: bool) -> Monoid:
+    def statistics(self, sums: Array, gaps: bool, levels: Array | None = None) -> Monoid:
         family = self.family
+        if levels is not None:
+            sums = np.insert(sums, [1 + self.level_slot.start] * levels.shape[1], levels, axis=1)
         sizes = [1, len(family.real), self.n_square, len(family.binary), len(family.count)]
         sizes.append(len(family.level_column))
         edges = np.cumsum([*sizes, len(self.limited)])

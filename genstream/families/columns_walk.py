@@ -7,12 +7,13 @@ such walks share; `LinearWalk` is that of families that are linear in features o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from genstream import compiled
 from genstream.families.blocks import Array, Index, Linear, block_rows, slices
 from genstream.rows import Rows
 from genstream.stats import Monoid
@@ -85,7 +86,8 @@ class LinearKernel(Protocol):
     """Independent columns prepared for a pass, linear in features of single columns.
 
     The first feature is 1 and takes `log_weights`; the d last ones of a block with gaps are 1 where
-    a column is observed and take what an observed entry adds whatever its value.
+    a column is observed and take what an observed entry adds whatever its value. One that can build
+    the features of complete blocks in compiled loops has `fast_features(values, out)`, or None.
     """
 
     params: Any
@@ -94,6 +96,12 @@ class LinearKernel(Protocol):
 
     @property
     def family(self) -> Filling: ...
+
+    @property
+    def by_row(self) -> bool:
+        """Whether features are hardly more than the values, so that they are best left in the order
+        of these, row by row, which a matrix product takes as well.
+        """
 
     def linear(self, gaps: bool) -> Linear:
         """Natural parameters of the features of complete blocks, or of blocks with gaps."""
@@ -111,6 +119,29 @@ class LinearKernel(Protocol):
         """Statistics from the features' sums (K, p)."""
 
 
+class LevelledKernel(LinearKernel, Protocol):
+    """A kernel of columns of which some are categorical."""
+
+    @property
+    def level_columns(self) -> NDArray[np.intp]:
+        """(c,) positions of the categorical columns."""
+
+    @property
+    def level_sizes(self) -> NDArray[np.intp]:
+        """(c,) how many levels each has."""
+
+    @property
+    def level_slopes(self) -> Array:
+        """(K, L) what an entry of each level adds to a score."""
+
+    @property
+    def without_levels(self) -> LinearKernel:
+        """The kernel of the same rows whose features are not those of levels."""
+
+    def statistics(self, sums: Array, gaps: bool, levels: Array | None = None) -> Monoid:
+        """Statistics from the features' sums (K, p), those of levels (K, L) apart if given."""
+
+
 class LinearWalk(ConsecutiveWalk):
     """A walk whose blocks are scored and gathered by one matrix product each.
 
@@ -121,15 +152,23 @@ class LinearWalk(ConsecutiveWalk):
     def __init__(self, kernel: LinearKernel, rows: Rows) -> None:
         self.kernel = kernel
         self.gaps = rows.observed is not None
+        # How features of complete blocks are built in compiled loops, if they can be.
+        self.fast: Callable[[Array, Array], Array] | None = None
+        if not self.gaps and compiled.pays(rows.n_rows * kernel.n_components):
+            self.fast = getattr(kernel, "fast_features", None)
         self.linear = kernel.linear(self.gaps)
         self.width = self.linear.eta.shape[1]
-        size = block_rows(self.width + kernel.n_components, kernel.dtype.itemsize)
+        size = block_rows(
+            self.width + kernel.n_components, kernel.dtype.itemsize, self.fast is not None
+        )
         super().__init__(kernel.family, kernel.params, rows, size)
         self.sums = np.zeros((kernel.n_components, self.width))
         self._allocate(size)
 
     def _allocate(self, n_rows: int) -> None:
-        self.build_in(np.empty((self.width, n_rows), dtype=self.kernel.dtype))
+        shape = (n_rows, self.width) if self.kernel.by_row else (self.width, n_rows)
+        buffer = np.empty(shape, dtype=self.kernel.dtype)
+        self.build_in(buffer.T if self.kernel.by_row else buffer)
 
     def build_in(self, buffer: Array) -> None:
         self._buffer = buffer
@@ -145,7 +184,10 @@ class LinearWalk(ConsecutiveWalk):
         if len(self.values) > self._buffer.shape[1]:
             self._allocate(len(self.values))
         self._exact: Array | None = None
-        self.features = self.kernel.features(self.values, self.observed, self._buffer)
+        if self.fast is not None and self._buffer.flags.c_contiguous:
+            self.features = self.fast(self.values, self._buffer)
+        else:
+            self.features = self.kernel.features(self.values, self.observed, self._buffer)
 
     def exact(self) -> Array:
         """Features in float64."""

@@ -45,6 +45,7 @@ from genstream.families.blocks import (
     moments,
     slices,
 )
+from genstream.families.factorials import log_factorial
 from genstream.families.importance import mean_weights
 from genstream.families.negative_binomial import inverse_log_minus_psi
 from genstream.families.one_kind import OneKind
@@ -614,7 +615,7 @@ class GammaPoissonWalk:
 
     def base(self) -> Array:
         """`-sum log x!` over the observed counts of each row."""
-        return -np.asarray(self.counts.sums(gammaln(self.counts.values.astype(np.float64) + 1.0)))
+        return -np.asarray(self.counts.sums(log_factorial(self.counts.values)))
 
     def gather(self, resp: Array) -> None:
         # Rows with nothing observed would count towards the shapes.

@@ -26,7 +26,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.families.blocks import LOG_2PI, Array, Index, Linear, Pivot, block_rows, slices
+from genstream import compiled
+from genstream.families.blocks import (
+    LOG_2PI,
+    Array,
+    Index,
+    Linear,
+    Pivot,
+    block_rows,
+    part,
+    slices,
+)
 from genstream.families.lanes import LaneBlock, Lanes, lane_rows
 from genstream.families.patterns import Patterns
 from genstream.rows import Rows
@@ -256,7 +266,8 @@ class GaussianWalk:
         self.kernel, self.rows = kernel, rows
         k, d = kernel.n_components, kernel.n_features
         self.width = d * (d + 1) // 2 + d + 1
-        self.size = block_rows(self.width + k, kernel.dtype.itemsize)
+        self.fast = compiled.pays(rows.n_rows * k)
+        self.size = block_rows(self.width + k, kernel.dtype.itemsize, self.fast)
         self.sum_w = np.zeros(k)
         self.sum_wx = np.zeros((k, d))
         self.sum_wxx = np.zeros((d, d) if kernel.tied else (k, d, d))
@@ -485,6 +496,7 @@ class _PatternBlock:
         self.pivot = Pivot(walk.kernel.pivot.shift[self.seen], walk.kernel.pivot.scale[self.seen])
         self.whole = o == walk.kernel.n_features
         self._exact: Array | None = None
+        self._y: Array | None = None
 
         self.constant = marginal.peak[:, None]
         self.n_observed = o
@@ -492,12 +504,21 @@ class _PatternBlock:
 
     def load(self, values: Array, y: Array, features: Array) -> None:
         """Take rows (n, d) at hand, in buffers of at least (o, n) and (width, n)."""
-        self.y = self.pivot.block(
-            values if self.whole else values[:, self.seen], y[: len(self.seen)]
-        )
-        y = self.y if features.dtype == np.float64 else self.y.astype(features.dtype)
-        self.features = fill_features(y, features[: self.width])
-        self._exact = None
+        self.values = values if self.whole else values[:, self.seen]
+        self._room, self._y, self._exact = y[: len(self.seen)], None, None
+        features = features[: self.width]
+        if self.walk.fast and features.flags.c_contiguous:
+            self.features = compiled.quadratic(self.values, self.pivot, features)
+        else:
+            y = self.y if features.dtype == np.float64 else self.y.astype(features.dtype)
+            self.features = fill_features(y, features)
+
+    @property
+    def y(self) -> Array:
+        """(o, n) observed columns in pivot coordinates, in float64."""
+        if self._y is None:
+            self._y = self.pivot.block(self.values, self._room)
+        return self._y
 
     def exact(self) -> Array:
         """Features in float64."""
@@ -559,47 +580,53 @@ class _TiedBlock:
         self.marginal = walk.kernel.complete
         self.linear = walk.kernel.tied_linear
         k, d = walk.kernel.n_components, walk.kernel.n_features
-        self.sums = np.zeros((k, d + 1))
-        self.second = np.zeros((d, d))
         # A precision that one component needs all must have: they share the quadratic term.
         self.exactly = bool(self.linear.fine.size)
-        self.width = d + 1
+        # One feature more, for what all components share of a score.
+        eta = self.linear.whole if self.exactly else self.linear.eta
+        self.eta = np.column_stack([eta, np.ones(k, eta.dtype)])
+        self.width = d + 2
+        self.sums = np.zeros((k, d + 1))
+        self.second = np.zeros((d, d))
         self.constant = self.marginal.peak[:, None]
         self.n_observed = d
 
     def load(self, values: Array, y: Array, features: Array) -> None:
-        """Take rows (n, d) at hand, in buffers of at least (d, n) and (d + 1, n)."""
-        self.y = self.kernel.pivot.block(values, y)
-        d, n = self.y.shape
-        features = np.empty((d + 1, n)) if self.exactly else features[: d + 1, :n]
-        features[:d] = self.y
-        features[d] = 1.0
-        self.features = features
+        """Take rows (n, d) at hand, in buffers of at least (d, n) and (d + 2, n)."""
+        n, d = values.shape
+        pivot = self.kernel.pivot
+        if self.exactly:
+            features = np.empty((d + 2, n))
+        features = features[: d + 2]
+        self.features = features[:, :n]
+        if self.walk.fast and y.flags.c_contiguous and features.flags.c_contiguous:
+            self.y = compiled.pivoted(values, pivot, features)
+            if features.dtype != np.float64:
+                self.y = compiled.pivoted(values, pivot, y)
+        else:
+            self.y = self.features[:d] = pivot.block(values, y)
+        self.features[d] = 1.0
+        self.z = self.kernel.whiten[0] @ self.y
+        self.features[d + 1] = compiled.half_square(self.z, self.walk.fast)
 
     def score(self) -> Array:
-        n = self.y.shape[1]
-        log_p = self.walk.log_p[:, :n]
-        z = self.kernel.whiten[0] @ self.y
+        log_p = part(self.walk.log_p, self.y.shape[1])
         if self.linear.direct.size:
             zero = self.marginal.peak
             for k, mean in enumerate(self.kernel.mean):
-                gap = z - (self.kernel.whiten[0] @ mean)[:, None]
+                gap = self.z - (self.kernel.whiten[0] @ mean)[:, None]
                 log_p[k] = zero[k] - 0.5 * np.einsum("in,in->n", gap, gap)
             return log_p
-        common = -0.5 * np.einsum("in,in->n", z, z)
         if self.exactly:
-            slope = self.kernel.mean @ self.kernel.precision[0]
-            constant = self.marginal.constant((slope * self.kernel.mean).sum(axis=1))
-            log_p[:] = slope @ self.y + constant[:, None] + common
-            return log_p
-        np.matmul(self.linear.eta, self.features, out=log_p)
-        log_p += common.astype(log_p.dtype)
+            log_p[:] = self.eta @ self.features
+        else:
+            np.matmul(self.eta, self.features, out=log_p)
         return log_p
 
     def gather(self, resp: Array, scaled: Array | None = None) -> None:
         resp = resp if scaled is None else scaled
-        self.sums += resp.astype(self.features.dtype, copy=False) @ self.features.T
-        weight = resp.sum(axis=0, dtype=np.float64)
+        self.sums += resp.astype(self.features.dtype, copy=False) @ self.features[:-1].T
+        weight = compiled.total(resp, self.walk.fast)
         self.second += (self.y * weight) @ self.y.T
 
     def filled(self, resp: Array, drawn: Array | None) -> Array:  # noqa: ARG002

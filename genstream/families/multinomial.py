@@ -31,7 +31,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from scipy.special import gammaln
 
 from genstream.families.blocks import (
     MAX_ROUNDING,
@@ -45,6 +44,7 @@ from genstream.families.blocks import (
 )
 from genstream.families.columns import LOG_TINY, bounded_log
 from genstream.families.columns_walk import ConsecutiveWalk, LinearWalk, log_prob_given
+from genstream.families.factorials import log_factorial
 from genstream.families.one_kind import OneKind
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -279,6 +279,8 @@ def _scattered(n: Array, probability: Array, rng: np.random.Generator) -> Array:
 class MultinomialKernel:
     """Multinomial rows prepared for a pass."""
 
+    by_row = True
+
     def __init__(self, family: Multinomial, params: Any, log_weights: Array) -> None:
         self.family, self.params, self.log_weights = family, params, log_weights
         self.dtype = np.dtype(family.dtype)
@@ -323,10 +325,10 @@ class MultinomialKernel:
         if sparse.issparse(values):
             stored: Any = values
             factorials = stored.astype(np.float64)
-            factorials.data = gammaln(factorials.data + 1.0)
+            factorials.data = log_factorial(factorials.data)
         else:
-            factorials = gammaln(values.astype(np.float64) + 1.0)
-        return np.asarray(gammaln(_totals(values) + 1.0) - _totals(factorials))
+            factorials = log_factorial(values)
+        return np.asarray(log_factorial(_totals(values)) - _totals(factorials))
 
     def statistics(self, sums: Array, gaps: bool) -> Monoid:
         del gaps

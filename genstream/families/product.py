@@ -41,6 +41,7 @@ from genstream.families.blocks import (
     slices,
 )
 from genstream.families.columns_walk import log_prob_given
+from genstream.families.levels import LookUpWalk
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Joint, JointStats, Monoid, Record, side_by_side
@@ -488,7 +489,7 @@ class ProductWalk:
 
     Among the parts that sort rows by pattern and have gaps in the chunk the widest leads: its
     blocks are the product's, and after them come blocks of the rows of which it has nothing. Where
-    there is none, blocks are consecutive rows.
+    there is none, one that sorts rows by their levels leads, and else blocks are consecutive rows.
     """
 
     def __init__(self, kernel: ProductKernel, rows: Rows) -> None:
@@ -504,6 +505,9 @@ class ProductWalk:
             if getattr(inner, "by_pattern", False) and pieces[b].observed is not None
         }
         self.leader = max(sorting, key=sorting.__getitem__) if sorting else None
+        if self.leader is None:
+            levelled = (b for b, walk in enumerate(self.walks) if isinstance(walk, LookUpWalk))
+            self.leader = next(levelled, None)
         # Features of parts that sort come last: their number changes with the pattern.
         last = sorted(sorting, key=lambda b: b != self.leader)
         self.order = [b for b in range(len(self.parts)) if b not in sorting] + last
@@ -533,13 +537,13 @@ class ProductWalk:
     def blocks(self) -> Iterator[Index]:
         useful = None if self.observed is None else self.observed.any(axis=1)
         if self.leader is not None:
-            assert self.observed is not None
-            assert useful is not None
             lead = self.walks[self.leader]
             lead.size = self.size
             for chosen in lead.blocks():
                 self._load(chosen, self.leader)
                 yield chosen
+            if self.observed is None or useful is None:
+                return
             useful &= ~self.observed[:, self.parts[self.leader].index].any(axis=1)
         index = None if useful is None or useful.all() else np.flatnonzero(useful)
         for piece in slices(self.n_rows if index is None else len(index), self.size):
@@ -567,6 +571,7 @@ class ProductWalk:
             at = {}
         self.linear_blocks: list[LinearBlock] = list(at.values())
         self.apart = [walk for b, walk in enumerate(self.walks) if b not in at]
+        self.levelled = [self.walks[b] for b in at if isinstance(self.walks[b], LookUpWalk)]
         if not at:
             return
         linears = [block.linear for block in self.linear_blocks]
@@ -606,6 +611,8 @@ class ProductWalk:
         if self.linear_blocks:
             assert self.linear is not None
             log_p = self.linear.score(self.features, self.exact, self.log_p)
+            for one in self.levelled:
+                one.look_up(log_p)
         for walk in self.apart:
             more = walk.score()
             if log_p is None:
@@ -633,6 +640,8 @@ class ProductWalk:
             pieces = np.split(sums, self.edges[:-1], axis=1)
             for block, piece in zip(self.linear_blocks, pieces, strict=True):
                 block.add(piece)
+            for one in self.levelled:
+                one.take_in(own)
         for walk in self.apart:
             walk.gather(resp)
 

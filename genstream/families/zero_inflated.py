@@ -21,11 +21,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
 
 from genstream.families.blocks import MAX_ROUNDING, UNSEEN, Array, Description, Linear, moments
 from genstream.families.columns import bounded_log, bounded_log1m, poisson_terms
 from genstream.families.columns_walk import LinearWalk
+from genstream.families.factorials import log_factorial
 from genstream.families.one_kind import OneKind
 from genstream.rows import Rows
 from genstream.stats import Monoid, Record, axes
@@ -211,6 +211,8 @@ class ZeroInflatedKernel:
     gaps have a row of ones more where a column is observed.
     """
 
+    by_row = True
+
     def __init__(self, family: ZeroInflated, params: Any, log_weights: Array) -> None:
         self.family, self.params, self.log_weights = family, params, log_weights
         self.dtype = np.dtype(family.dtype)
@@ -259,7 +261,7 @@ class ZeroInflatedKernel:
     def base(self, values: Array, observed: Array | None) -> Array | None:
         """`-sum log x!` over the observed counts of each row; a missing entry is a 0."""
         del observed
-        return np.asarray(-gammaln(values.astype(np.float64) + 1.0).sum(axis=1))
+        return np.asarray(-log_factorial(values).sum(axis=1))
 
     def statistics(self, sums: Array, gaps: bool) -> Monoid:
         d = self.family.schema.n_features

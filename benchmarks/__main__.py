@@ -1,0 +1,146 @@
+"""One entry to all benchmarks.
+
+    python -m benchmarks list
+    python -m benchmarks run [NAME ...] [--rounds R] [--quick] [--json FILE] [--markdown FILE]
+
+A name is a benchmark, the module it is in (`peers`: all comparisons with peers), `suite` (all that
+end in tables) or a script (`"stream flights"`), whose own options may follow its name in quotes.
+Without a name everything runs. Exits with 1 where a benchmark failed.
+
+To add one: give a module a `BENCHMARKS` (see `measure.Benchmark`) and name it in `SUITE`, or a
+`main` and name it in `SCRIPTS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import measure
+from benchmarks.measure import ROOT, Benchmark, Options, Table, told
+
+# Modules whose benchmarks end in tables, in the order in which they run.
+SUITE = ("roofline", "peers", "out_of_core")
+# Modules with a `main` that prints what it found.
+SCRIPTS = (
+    *("matrix", "references", "imputation", "fashion", "optima", "passes", "schedulers"),
+    *("kills", "bad_inputs", "stream flights", "stream power", "update_kills", "races"),
+    "schedule",
+)
+
+
+def benchmarks(module: str) -> dict[str, Benchmark]:
+    """The benchmarks of a module of the suite, by name."""
+    found: dict[str, Benchmark] = importlib.import_module(f"benchmarks.{module}").BENCHMARKS
+    return found
+
+
+def chosen(names: Sequence[str]) -> tuple[dict[str, Benchmark], list[str]]:
+    """Benchmarks and scripts that the names stand for; all of them where there are none.
+
+    Raises
+    ------
+    SystemExit
+        Where a name stands for nothing.
+    """
+    known = {module: benchmarks(module) for module in SUITE}
+    every = {name: one for module in known.values() for name, one in module.items()}
+    if not names:
+        return every, list(SCRIPTS)
+    picked: dict[str, Benchmark] = {}
+    scripts = []
+    modules = {script.split()[0] for script in SCRIPTS}
+    for name in names:
+        if name == "suite":
+            picked |= every
+        elif name in known:
+            picked |= known[name]
+        elif name in every:
+            picked[name] = every[name]
+        elif name.split()[:1] and name.split()[0] in {*modules, *SUITE, "speed"}:
+            scripts.append(name)
+        else:
+            raise SystemExit(f"there is no benchmark {name!r}: python -m benchmarks list")
+    return picked, scripts
+
+
+def listing() -> str:
+    """All names, each with what it measures."""
+    lines = []
+    for module in SUITE:
+        lines.append(f"{module}:")
+        lines += [f"  {name:16} {one.what}" for name, one in benchmarks(module).items()]
+    lines.append("scripts:")
+    for script in SCRIPTS:
+        doc = importlib.import_module(f"benchmarks.{script.split()[0]}").__doc__ or ""
+        lines.append(f"  {script:16} {doc.splitlines()[0].rstrip('.')}")
+    return "\n".join(lines)
+
+
+def run(names: Sequence[str], options: Options, files: dict[str, Path | None]) -> bool:
+    """Run what the names stand for, print it, and write the files; whether nothing failed."""
+    picked, scripts = chosen(names)
+    facts: dict[str, Any] = measure.machine() | measure.peer_versions(options.peers)
+    tables: list[Table] = []
+    begin = time.monotonic()
+    good = True
+    for benchmark in picked.values():
+        tables.append(benchmark.run(options))
+        measure.say(tables[-1])
+        write(tables, facts | {"minutes": (time.monotonic() - begin) / 60}, options, files)
+    for script in scripts:
+        told(f"== {script}")
+        command = [sys.executable, "-m", *shlex.split(f"benchmarks.{script}")]
+        good &= subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+    return good
+
+
+def write(
+    tables: Sequence[Table], facts: dict[str, Any], options: Options, files: dict[str, Path | None]
+) -> None:
+    """Write what there is so far, so that a run that is cut short leaves its results."""
+    place = files["markdown"]
+    if place is not None:
+        notes = [
+            f"Medians of up to {options.rounds} rounds in turns, {options.threads} threads each."
+            + (" **A quick run on few rows: no figures to go by.**" if options.quick else ""),
+        ]
+        place.write_text(measure.markdown(tables, facts, notes))
+    place = files["json"]
+    if place is not None:
+        place.write_text(measure.as_json(tables, facts))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the options, and list or run."""
+    default = Options()
+    options = measure.parser(__doc__)
+    verbs = options.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("list", help="all benchmarks")
+    runs = verbs.add_parser("run", help="run some, or all")
+    runs.add_argument("names", nargs="*")
+    runs.add_argument("--rounds", type=int, default=default.rounds)
+    runs.add_argument("--budget", type=float, default=default.budget, help="s a contestant a case")
+    runs.add_argument("--threads", type=int, default=default.threads)
+    runs.add_argument("--quick", action="store_true", help="few rows: to see that all runs")
+    runs.add_argument("--whole", action="store_true", help="also what takes hours")
+    runs.add_argument("--peers", type=Path, default=default.peers, help="the peers' interpreter")
+    runs.add_argument("--json", type=Path)
+    runs.add_argument("--markdown", type=Path)
+    told_options = vars(options.parse_args(arguments))
+    if told_options.pop("verb") == "list":
+        print(listing())
+        return 0
+    names = told_options.pop("names")
+    files = {kind: told_options.pop(kind) for kind in ("json", "markdown")}
+    return 0 if run(names, Options(**told_options), files) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""Rows in a dataset on disk beside the same rows in memory, and one Dask worker beside two.
+
+    python -m benchmarks run out_of_core
+
+A pass is one E-step over all rows. Datasets are written as ingest writes them; their files are in
+the page cache, so that what is measured is reading, checking and decoding, and not the disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import roofline
+from benchmarks.contestants import Task, clock
+from benchmarks.measure import Bar, Benchmark, Options, Table, alternate, median, ratio, told
+from benchmarks.peers import overlapping
+from genstream.families.columns import ColumnsParams
+from genstream.families.gaussian import FullParams
+from genstream.passes import Passes
+from genstream.rows import Rows
+from genstream.schema import Schema
+from genstream.sources import NumpySource
+from genstream.stories import mixture
+from genstream.story import Params, Story
+
+Array = NDArray[Any]
+
+COMPUTE = Task("gaussian", "full", 16)
+COMPUTE_SHAPE = (1_000_000, 16)
+READ = Task("gaussian", "diag", 2)
+READ_SHAPE = (4_000_000, 32)
+
+
+def model(task: Task, shape: tuple[int, int], dtype: str) -> tuple[Story, Params, Array]:
+    """Story and parameters of a task, and rows of some type drawn for it."""
+    n_rows, d = shape
+    x, start = overlapping(d, task.n_components)(task, n_rows)
+    schema = Schema.real(d)
+    story = mixture(schema, task.n_components, covariance=task.covariance, dtype=dtype)
+    none = np.zeros((task.n_components, 0))
+    family: Any = (
+        FullParams(start["mean"], start["covariance"])
+        if task.covariance == "full"
+        else ColumnsParams(start["mean"], start["covariance"], none, none, none)
+    )
+    params = Params(start["weights"], family)
+    return story.anchored(Rows.of(x[:50_000])), params, x.astype(dtype)
+
+
+def one_pass(story: Story, params: Params, passes: Passes) -> float:
+    """Seconds of an E-step over all rows."""
+    work = functools.partial(_e_step, story, params)
+    return clock(lambda: passes.fold(work))
+
+
+def _e_step(story: Story, params: Params, chunk: int, rows: Rows) -> Any:
+    del chunk
+    return story.e_step(params, rows)
+
+
+def against_memory(options: Options) -> Table:
+    """A pass that computes more than it reads: from a dataset, and from an array."""
+    told("out of core: compute-bound")
+    n_rows = options.rows(COMPUTE_SHAPE[0])
+    story, params, x = model(COMPUTE, (n_rows, COMPUTE_SHAPE[1]), "float64")
+    with tempfile.TemporaryDirectory() as top:
+        stored = roofline.write_dataset(Path(top) / "dataset", x)
+        turns: dict[str, Callable[[], float]] = {
+            name: functools.partial(
+                one_pass, story, params, Passes(source, workers=options.threads)
+            )
+            for name, source in (("in memory", NumpySource(x)), ("dataset on disk", stored))
+        }
+        for turn in turns.values():
+            turn()
+        taken = alternate(turns, 2 * options.rounds)
+    slower = ratio(taken["dataset on disk"], taken["in memory"])
+    rows = [
+        {"rows are": name, "s a pass": median(seconds), "rows/s": n_rows / median(seconds)}
+        for name, seconds in taken.items()
+    ]
+    what = f"out of core against in memory, full d = 16 K = 16 float64, {n_rows:,} rows"
+    return Table(
+        "out-of-core",
+        "Out of core against in memory, where computing bounds a pass",
+        rows,
+        [f"{n_rows:,} x 16 rows, K = 16, full covariance, float64."],
+        [Bar(f"{what}: times as long", 1.2, slower, at_most=True)],
+    )
+
+
+def read_bound(options: Options) -> Table:
+    """A pass that reads more than it computes, beside reading alone."""
+    told("out of core: read-bound")
+    n_rows = options.rows(READ_SHAPE[0])
+    story, params, x = model(READ, (n_rows, READ_SHAPE[1]), "float32")
+    nbytes = x.nbytes
+    with tempfile.TemporaryDirectory() as top:
+        folder = Path(top) / "dataset"
+        stored = roofline.write_dataset(folder, x)
+        passes = Passes(stored, workers=options.threads)
+        ways = roofline.zarr_readers(folder, stored, options.threads)
+        turns: dict[str, Callable[[], float]] = {
+            "zarr-python, chunk by chunk": lambda: roofline.once(ways[0], options.threads),
+            "genstream's reader": lambda: roofline.once(ways[1], options.threads),
+            "a pass": lambda: one_pass(story, params, passes),
+        }
+        for turn in turns.values():
+            turn()
+        taken = alternate(turns, 2 * options.rounds)
+    rows = [
+        {"what": name, "seconds": median(seconds), "GB/s": nbytes / median(seconds) / 1e9}
+        for name, seconds in taken.items()
+    ]
+    share = ratio(taken["zarr-python, chunk by chunk"], taken["a pass"])
+    what = f"read-bound, diagonal d = 32 K = 2 float32, {n_rows:,} rows: share of the zarr rate"
+    return Table(
+        "read-bound",
+        "Out of core, where reading bounds a pass",
+        rows,
+        [f"{n_rows:,} x 32 rows, K = 2, diagonal covariance, float32; {options.threads} threads."],
+        [Bar(what, 0.7, share)],
+    )
+
+
+def dask_workers(options: Options) -> Table:
+    """A pass over a dataset by one Dask worker process and by two, one thread each."""
+    import distributed
+
+    told("Dask workers")
+    n_rows = options.rows(COMPUTE_SHAPE[0])
+    story, params, x = model(COMPUTE, (n_rows, COMPUTE_SHAPE[1]), "float64")
+    taken: dict[int, list[float]] = {}
+    with tempfile.TemporaryDirectory() as top:
+        stored = roofline.write_dataset(Path(top) / "dataset", x)
+        clusters = {
+            n: distributed.LocalCluster(
+                n_workers=n,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                silence_logs=logging.ERROR,
+            )
+            for n in (1, 2)
+        }
+        clients = {n: distributed.Client(cluster) for n, cluster in clusters.items()}
+        # The same tasks for both.
+        passes = Passes(stored, scheduler="distributed", workers=2)
+
+        def turn(n: int) -> float:
+            with clients[n].as_current():
+                return one_pass(story, params, passes)
+
+        try:
+            turns = {str(n): functools.partial(turn, n) for n in clusters}
+            for each in turns.values():
+                each()
+            found = alternate(turns, 2 * options.rounds)
+            taken = {int(n): seconds for n, seconds in found.items()}
+        finally:
+            for n, cluster in clusters.items():
+                clients[n].close()
+                cluster.close()
+    rows = [
+        {"workers": n, "s a pass": median(seconds), "rows/s": n_rows / median(seconds)}
+        for n, seconds in taken.items()
+    ]
+    what = f"two Dask workers against one, full d = 16 K = 16 float64, {n_rows:,} rows"
+    return Table(
+        "dask-workers",
+        "Dask workers, a process with one thread each",
+        rows,
+        [f"{n_rows:,} x 16 rows of a dataset on disk, K = 16, full covariance, float64."],
+        [Bar(f"{what}: times as fast", 1.8, ratio(taken[1], taken[2]))],
+    )
+
+
+BENCHMARKS = {
+    "out-of-core": Benchmark("a dataset on disk beside rows in memory", against_memory),
+    "read-bound": Benchmark("a pass that hardly computes beside reading alone", read_bound),
+    "dask-workers": Benchmark("one Dask worker beside two", dask_workers),
+}
