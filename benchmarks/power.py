@@ -145,7 +145,7 @@ def loaded(model: str, n_rows: int | None) -> tuple[Space, dict[str, Array]]:
     return space, {part: space.rows(rows) for part, rows in parts.items()}
 
 
-def story_of(model: str, schema: Schema, n_components: int, prior: Prior) -> Story:
+def story_of(schema: Schema, n_components: int, prior: Prior) -> Story:
     """The model, whose Gaussian columns have full covariances."""
     return mixture(schema, n_components, covariance="full", prior=prior, dtype="float32")
 
@@ -213,9 +213,7 @@ def main() -> None:
         print(f"K={story.n_components}: sample {value:.4f} nats a row, {clock}", flush=True)
 
     prior = Prior(1.0, independence=32.0, weights=0.0)
-    story, state = grow(
-        story_of(chosen.model, schema, k, prior), passes, seed=chosen.seed, on_stage=staged
-    )
+    story, state = grow(story_of(schema, k, prior), passes, seed=chosen.seed, on_stage=staged)
     best = Kept(-np.inf, story, state)
     n_passes = looks = 0
 
@@ -235,9 +233,10 @@ def main() -> None:
             (value,) = scores(story, [state.params], held_out)
         if value > best.value:
             best = Kept(value, story, state)
+        learned = state.trace[-1].mean_loglik + gain if state.trace else np.nan
         print(
-            f"{name} {n_passes}: train {state.trace[-1].mean_loglik + gain:.4f}, validation "
-            f"{value + gain:.4f}, {story.prior}, {clock}",
+            f"{name} {n_passes}: train {learned:.4f}, validation {value + gain:.4f}, "
+            f"{story.prior}, {clock}",
             flush=True,
         )
 
