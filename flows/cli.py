@@ -121,11 +121,25 @@ def ingest(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
 
 
 @app.command()
-def fit(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def fit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time of learning went (on stderr).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Ingest, fit, evaluate, publish and report, as a configuration says."""
     from flows.stages import begin
 
-    _carry_out(begin(config, overrides or ()), as_json)
+    run = begin(config, overrides or ())
+    if profile:
+        run.update(profile=True)
+    _carry_out(run, as_json)
+    if profile:
+        from genstream.profile import profile_text
+
+        typer.echo(f"\n{profile_text(run.stage('fit')['profile'])}", err=True)
 
 
 @app.command()

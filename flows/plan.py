@@ -28,8 +28,9 @@ BASE_NBYTES = 190 << 20
 PREFECT_NBYTES = 80 << 20
 REPORT_NBYTES = 60 << 20
 WORKER_NBYTES = 32 << 20
-# Decoded chunks a worker holds at once: as read, as checked, and a part of it on the way.
-CHUNKS_HELD = 3
+# Decoded chunks a worker holds at once: the one it works on, and the next one, read ahead where
+# storage is slow: as read, as checked, and a part of it on the way.
+CHUNKS_HELD = 4
 # Chunks that online EM holds: a buffer as read, the same put together, and a chunk on the way.
 BUFFER_CHUNKS = 2 * 4 + 1
 # Statistics beside those of a pass: three that a leap needs, and what it makes of them.

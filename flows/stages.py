@@ -231,10 +231,13 @@ def begin_fit(
 def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dict[str, Any]:
     """Fit the model of a run, from its newest checkpoint or from a warm start.
 
+    Where `run.json` says `profile`, what is found says where the time went, too.
+
     Raises ComputeError where the log-likelihood ceased to be finite. Whatever else is raised, and
     whenever, the last finished step is saved first.
     """
     from genstream import learn, store
+    from genstream.profile import Profile
     from genstream.sources import n_rows
 
     config = run.config
@@ -244,7 +247,8 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
     run.write_json("repro.json", record)
     options = config.fit
     begin = time.monotonic()
-    with cluster(config.compute), bars(quiet) as progress:
+    profile = Profile() if run.info().get("profile") else None
+    with cluster(config.compute), bars(quiet) as progress, profile or contextlib.nullcontext():
         shown = FitProgress(progress, options.max_steps, options.tolerance)
         passes = passes_over(data.train, config.compute, shown.on_rows)
         found = store.load_checkpoint(run.checkpoint)
@@ -280,7 +284,8 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
     seconds = time.monotonic() - begin
     facts = fit_facts(state, pass_rows, seconds, rows_done / max(pass_seconds, 1e-9))
     read = (rows_done + pass_rows) * row_nbytes(config, data)
-    return run.record("fit", {**facts, "bytes_read": read})
+    told = {} if profile is None else {"profile": profile.to_json()}
+    return run.record("fit", {**facts, "bytes_read": read, **told})
 
 
 def row_nbytes(config: Config, data: Data) -> int:
@@ -517,11 +522,15 @@ def data_facts(config: Config, data: Data) -> dict[str, object]:
 def _fit_facts(fitted: dict[str, Any]) -> dict[str, object]:
     if not fitted:
         return {}
-    return {
+    facts: dict[str, object] = {
         "parameters": f"sha256 {fitted['digest']}",
         "peak memory": bytes_text(fitted["peak_rss"]),
         "seconds": round(fitted["seconds"], 1),
     }
+    if "profile" in fitted:
+        spent = fitted["profile"]["seconds"].items()
+        facts["seconds of all workers"] = {part: round(seconds, 2) for part, seconds in spent}
+    return facts
 
 
 def _revived(kind: type[T], plain: Any) -> T:

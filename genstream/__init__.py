@@ -29,6 +29,7 @@ _HOME = {
     "mixture": "stories",
     "fit": "learn",
     "Passes": "passes",
+    "Profile": "profile",
     "warm_start": "start",
     "default_learner": "start",
     "open_source": "tables",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -330,6 +331,18 @@ class Passes(Protocol):
     ) -> list[Any]:
         """`work(chunk, rows)` of the chunks of each range (first, last + 1), merged in the tree."""
 
+    def abreast(self) -> AbstractContextManager[Abreast]:
+        """Within it there is a function that does numbered pieces of work, side by side."""
+
+
+# `abreast(work, n)` is `[work(i) for i in range(n)]`, in whatever order it is done.
+Abreast = Callable[[Callable[[int], Any], int], list[Any]]
+
+
+def in_turn(work: Callable[[int], Any], n: int) -> list[Any]:
+    """Numbered pieces of work, one after another."""
+    return [work(i) for i in range(n)]
+
 
 @dataclass(frozen=True, eq=False)
 class Resident:
@@ -349,6 +362,9 @@ class Resident:
         self, work: Callable[[int, Rows], Any], ranges: Sequence[tuple[int, int]]
     ) -> list[Any]:
         return [work(0, self.rows) for _ in ranges]
+
+    def abreast(self) -> AbstractContextManager[Abreast]:
+        return nullcontext(in_turn)
 
 
 @dataclass(frozen=True, eq=False)

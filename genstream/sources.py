@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from genstream.errors import ConfigError, CorruptError, DataError, StorageError
+from genstream.profile import mark
 from genstream.rows import Rows
 from genstream.schema import Schema
 
@@ -160,7 +161,11 @@ class ArraySource:
 
     def read(self, i: int) -> Rows:
         """Chunk `i`; see `Source.read`."""
-        return self._rows(i, self._take(self._starts[i], self._starts[i + 1]))
+        taken = self._take(self._starts[i], self._starts[i + 1])
+        mark("read")
+        rows = self._rows(i, taken)
+        mark("decode")
+        return rows
 
     def _rows(self, i: int, taken: Any) -> Rows:
         first, last = self._starts[i], self._starts[i + 1]
@@ -453,7 +458,11 @@ class Split:
 
     def read(self, i: int) -> Rows:
         """The rows of chunk `i` that belong to this part."""
-        return self.source.read(i)[self._chosen(i)]
+        rows = self.source.read(i)
+        mark("read")
+        rows = rows[self._chosen(i)]
+        mark("decode")
+        return rows
 
     def origin(self, i: int) -> tuple[Piece, ...]:
         """The runs of neighbouring rows of chunk `i` that belong to this part."""

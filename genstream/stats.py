@@ -10,14 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.errors import CorruptError
+from genstream.errors import ComputeError, CorruptError
 
 if TYPE_CHECKING:
     import xarray
@@ -321,3 +321,38 @@ def record_from_json(kind: type[R], data: Mapping[str, Any] | None) -> R | None:
             inner = field.metadata["record"]
             values[field.name] = record_from_json(inner, nested[field.name])
     return kind(**values)
+
+
+EMPTY = "there is no chunk to fold: the source is empty"
+
+
+class Tree:
+    """Merges what is added, in order, along the fixed binary tree, holding log2(n) of it."""
+
+    def __init__(self) -> None:
+        self._stack: list[tuple[int, Any]] = []
+
+    def add(self, value: Any) -> None:
+        """The next value."""
+        size = 1
+        while self._stack and self._stack[-1][0] == size:
+            value = self._stack.pop()[1].merge(value)
+            size *= 2
+        self._stack.append((size, value))
+
+    def total(self) -> Any:
+        """All that was added. Raises ComputeError where that is nothing."""
+        if not self._stack:
+            raise ComputeError(EMPTY)
+        _, total = self._stack.pop()
+        while self._stack:
+            total = self._stack.pop()[1].merge(total)
+        return total
+
+
+def fold_tree(values: Iterable[Any]) -> Any:
+    """Merge values in order along the fixed binary tree; see `Tree`."""
+    tree = Tree()
+    for value in values:
+        tree.add(value)
+    return tree.total()

@@ -9,6 +9,8 @@ E-step of any rows returns sufficient statistics, which add; the M-step sees sta
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -25,15 +27,23 @@ from genstream.families.blocks import (
     FactorWalk,
     Family,
     Index,
+    Kernel,
     Pivot,
     Walk,
     slices,
 )
 from genstream.priors import Prior
+from genstream.profile import mark
 from genstream.responsibility import Key, Nearest, Responsibility, rule_of, soft, weighted_soft
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
+
+# Kernels of parameters that somebody still holds, each with the family that prepared it. What takes
+# more bytes than this is prepared for every chunk, beside whose work that is little.
+MAX_PREPARED = 16 << 20
+_prepared: weakref.WeakKeyDictionary[Params, tuple[Family, Kernel]] = weakref.WeakKeyDictionary()
+_preparing = threading.RLock()
 
 # Log-densities this close, relative to 1 + their size, tell no two components apart.
 TWIN = 1e-9
@@ -222,8 +232,18 @@ class Story:
 
     def _walk(self, params: Params, rows: Rows) -> Walk:
         self._check(rows)
-        weights = np.maximum(params.weights, 1e-300)
-        return self.family.prepare(params.family, np.log(weights)).walk(self.readable(rows))
+        return self._kernel(params).walk(self.readable(rows))
+
+    def _kernel(self, params: Params) -> Kernel:
+        """The parameters, prepared once for all chunks of a pass on all threads."""
+        with _preparing:
+            family, kernel = _prepared.get(params, (None, None))
+            if kernel is None or family is not self.family:
+                weights = np.log(np.maximum(params.weights, 1e-300))
+                kernel = self.family.prepare(params.family, weights)
+                if sum(np.asarray(v).nbytes for _, _, v in params.leaves()) <= MAX_PREPARED:
+                    _prepared[params] = self.family, kernel
+            return kernel
 
     # Values too extreme for the arithmetic show in the objective, not as warnings on the way.
     @np.errstate(over="ignore", invalid="ignore")
@@ -251,8 +271,11 @@ class Story:
         sum_r = np.zeros(self.n_components)
         objective = weight = 0.0
         n_observed = 0
+        mark("prepare")
         for index in walk.blocks():
+            mark("features")
             log_joint = walk.score()
+            mark("score")
             block = None if rows.weights is None else rows.weights[index]
             if given is None and rule is soft:
                 value = weighted_soft(log_joint, block, sum_r, fast)
@@ -271,7 +294,9 @@ class Story:
             n_observed += len(value)
             objective += float(value.sum() if block is None else block @ value)
             weight += len(value) if block is None else float(block.sum())
+            mark("softmax")
             walk.gather(log_joint)
+            mark("gather")
         family = walk.close()
         stats = StoryStats(rows.n_rows, rows.n_rows - n_observed, weight, objective, sum_r, family)
         if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
@@ -321,7 +346,9 @@ class Story:
     def maximise(self, stats: StoryStats, previous: Params) -> tuple[Params, NDArray[np.bool_]]:
         """The M-step, and (K,) which components were empty or singular and need rescue."""
         kept = self.frozen - {"weights"}
+        mark("other")
         family, faulty = self.family.maximise(stats.family, previous.family, kept)
+        mark("m_step")
         if "weights" in self.frozen:
             return Params(previous.weights, family), faulty
         weights = stats.sum_r + self.weight_prior

@@ -7,6 +7,7 @@ statistics along the same fixed tree as if it were alone, so that it comes to th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -15,7 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from genstream.learn import FitState, Learner, Outcome, Passes, PassLearner, Relay, StepInfo
+from genstream.learn import (
+    Abreast,
+    FitState,
+    Learner,
+    Outcome,
+    Passes,
+    PassLearner,
+    Relay,
+    StepInfo,
+    in_turn,
+)
 from genstream.online import OnlineEM
 from genstream.rows import Rows
 from genstream.story import Story
@@ -142,6 +153,10 @@ class _ReadOnce:
 
     def fold_tasks(self, work: Work, ranges: Sequence[tuple[int, int]]) -> list[Any]:
         return self.passes.fold_tasks(work, ranges)
+
+    def abreast(self) -> contextlib.AbstractContextManager[Abreast]:
+        # Fits are side by side already.
+        return contextlib.nullcontext(in_turn)
 
 
 Taken = tuple[FitState, StepInfo]

@@ -130,7 +130,8 @@ class Joinable(Walk, Protocol):
 
 
 class Kernel(Protocol):
-    """A family's parameters, prepared for a pass.
+    """A family's parameters, prepared for a pass: for all its chunks, on several threads at once,
+    so that nothing of it that shows changes once it is made.
 
     One whose walk sorts rows by what they observed has an attribute `by_pattern` that is true, and
     leads in products. One that costs much to prepare has a method `take(components)`, which gives

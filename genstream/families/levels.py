@@ -119,7 +119,7 @@ class LookUpWalk(LinearWalk):
         # What is missing says nothing: the last column stays zero.
         self.table = np.pad(kernel.level_slopes, ((0, 0), (0, 1))).astype(kernel.dtype)
         self.level_sums = np.zeros(self.table.shape)
-        self.by_code = compiled.pays(rows.n_rows * kernel.n_components)
+        self.compiled = compiled.pays(rows.n_rows * kernel.n_components)
 
     def blocks(self) -> Iterator[Index]:
         order = self.found.order
@@ -144,7 +144,7 @@ class LookUpWalk(LinearWalk):
 
     def look_up(self, log_p: Array) -> None:
         """Add to scores (K, n) of the block at hand what its levels add."""
-        if self.by_code and log_p.dtype == self.table.dtype:
+        if self.compiled and log_p.dtype == self.table.dtype:
             _loops().add_levels(log_p, self.table, self.levels, self.edges)
             return
         added = self.table[:, self.levels].sum(axis=2)
@@ -153,7 +153,7 @@ class LookUpWalk(LinearWalk):
 
     def take_in(self, resp: Array) -> None:
         """Add to the sums of levels those of the block's weights (K, n)."""
-        if self.by_code:
+        if self.compiled:
             _loops().sum_levels(resp, self.level_sums, self.levels, self.edges)
             return
         if not len(self.levels):

@@ -1,0 +1,170 @@
+"""Profiles: every second of every worker has a name, and nothing is noted where nobody asked."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from genstream.errors import ConfigError
+from genstream.learn import BatchEM, FitState, Relay, fit
+from genstream.online import OnlineEM
+from genstream.passes import Passes
+from genstream.profile import PARTS, Profile, current, mark, profile_text
+from genstream.rows import Rows
+from genstream.schema import Schema
+from genstream.sources import NumpySource, Split
+from genstream.start import warm_start
+from genstream.store import append_batch
+from genstream.stories import mixture
+
+ROWS = 60_000
+
+
+@pytest.fixture(scope="module")
+def values() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((ROWS, 4)) * [1, 2, 3, 4]
+
+
+def checked(found: Profile) -> dict[str, float]:
+    """The seconds of a profile, known to be those of all its workers."""
+    assert set(found.seconds) <= set(PARTS)
+    assert all(seconds >= 0 for seconds in found.seconds.values())
+    assert sum(found.seconds.values()) == pytest.approx(found.wall * found.workers, rel=0.05)
+    return found.seconds
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_parts_of_a_fit_sum_to_the_time_of_all_workers(workers: int, values: np.ndarray) -> None:
+    passes = Passes(NumpySource(values, chunk_rows=7000), workers=workers)
+    learner = Relay((OnlineEM(batch_rows=20_000), BatchEM(3, 0.0)))
+    with Profile() as found:
+        story, state = warm_start(mixture(Schema.real(4), 6), passes, sample_rows=5000)
+        fit(story, learner, passes, state)
+    assert found.workers == workers
+    seconds = checked(found)
+    for part in ("read", "decode", "prepare", "features", "score", "softmax", "gather", "m_step"):
+        assert seconds[part] > 0
+    assert current() is None
+
+
+def test_a_profile_changes_no_bit(values: np.ndarray) -> None:
+    passes = Passes(NumpySource(values, chunk_rows=7000), workers=2)
+    story, state = warm_start(mixture(Schema.real(4), 3), passes, sample_rows=5000)
+    plain = fit(story, BatchEM(3, 0.0), passes, state)
+    with Profile():
+        told = fit(story, BatchEM(3, 0.0), passes, state)
+    assert told.params.digest() == plain.params.digest()
+
+
+class Sleepy(NumpySource):
+    def read(self, i: int) -> Rows:
+        time.sleep(0.01)
+        return super().read(i)
+
+
+class Nothing:
+    def merge(self, other: Any) -> Any:
+        return self
+
+
+def test_waiting_for_storage_is_told_from_work() -> None:
+    source = Sleepy(np.zeros((10, 1)), chunk_rows=1)
+    with Profile() as found:
+        Passes(source, scheduler="synchronous").fold(lambda chunk, rows: Nothing())
+    seconds = checked(found)
+    assert seconds["read"] >= 0.1
+    assert found.ahead == 0
+
+    def work(chunk: int, rows: Rows) -> Nothing:
+        time.sleep(0.01)
+        mark("score")
+        return Nothing()
+
+    with Profile() as found:
+        Passes(source, workers=1).fold(work)
+    assert checked(found)["score"] >= 0.1
+    # All but the first chunks were read meanwhile, by another thread.
+    assert found.ahead > 0.05
+
+
+def test_workers_without_work_wait() -> None:
+    with Profile() as found:
+        Passes(NumpySource(np.zeros((2, 1)), chunk_rows=1), workers=2).fold(
+            lambda chunk, rows: time.sleep(0.2 * chunk) or Nothing()
+        )
+    assert found.workers == 2
+    assert checked(found)["wait"] > 0.15
+
+
+def test_threads_are_told_apart(values: np.ndarray) -> None:
+    """Two fits side by side, one of them profiled."""
+    passes = Passes(NumpySource(values, chunk_rows=7000), workers=2)
+    story, state = warm_start(mixture(Schema.real(4), 3), passes, sample_rows=5000)
+    other = threading.Thread(target=fit, args=(story, BatchEM(6, 0.0), passes, state))
+    with Profile() as found:
+        other.start()
+        time.sleep(0.05)
+    other.join()
+    assert set(found.seconds) == {"other", "wait"}
+    assert found.workers == 1
+
+
+def test_one_profile_a_thread() -> None:
+    with Profile(), pytest.raises(ConfigError, match="already"):
+        Profile().__enter__()
+
+
+def test_stored_chunks_split_and_all(values: np.ndarray, tmp_path: Path) -> None:
+    schema = Schema.real(4)
+    dataset, _ = append_batch(tmp_path / "d", "b", [Rows.of(values)], lambda: schema)
+    source = Split(dataset.source(), "train", 0.1)
+    story = mixture(schema, 2).anchored(Rows.of(values[:1000]))
+    with Profile() as found:
+        fit(story, BatchEM(2, 0.0), Passes(source, workers=2), FitState(story.vague()))
+    seconds = checked(found)
+    assert seconds["read"] > 0
+    assert seconds["decode"] > 0
+
+
+def test_as_text_and_as_json() -> None:
+    with Profile() as found:
+        time.sleep(0.02)
+        mark("score")
+    plain = json.loads(json.dumps(found.to_json()))
+    assert plain["workers"] == 1
+    assert list(plain["seconds"]) == [part for part in PARTS if part in plain["seconds"]]
+    text = profile_text(plain)
+    assert text == found.to_text()
+    assert text.splitlines()[0].startswith("score")
+    assert "in all" in text
+
+
+def test_the_command_tells_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    np.savetxt("x.csv", rng.standard_normal((400, 2)), delimiter=",", header="a,b", comments="")
+    Path("c.yaml").write_text(
+        "version: 1\nname: t\ndata: {source: x.csv, dataset: d, columns: {a: real, b: real}}\n"
+        "model: {kind: mixture, n_components: 2}\nfit: {max_steps: 3}\nreport: true\n"
+        "orchestrate: none\n"
+    )
+    app(["fit", "c.yaml", "--profile", "--json"], standalone_mode=False)
+    told = capsys.readouterr()
+    found = json.loads(told.out)["stages"]["fit"]["profile"]
+    assert sum(found["seconds"].values()) == pytest.approx(
+        found["wall"] * found["workers"], rel=0.05
+    )
+    assert found["seconds"]["m_step"] > 0
+    assert profile_text(found) in told.err
+    (report,) = Path("runs").glob("*/report.html")
+    assert "seconds of all workers" in report.read_text()
