@@ -18,13 +18,13 @@ standardised columns. Published neural densities: Real NVP -0.02, MAF 0.14, MAF 
     watts. The noise is 1 W wide, so that half of the line is empty; the column is cut into steps of
     2 W, each of which is one of two halves (a binary column) and a place that noise fills evenly.
 
-The route is that of `genstream.splitting`: few components on a sample, split until there are K; then
-incremental EM on all rows, whose first passes gain most; then accelerated batch EM, whose later
-ones do. Of Gaussians each row meets the components near it, in the last passes all. How strong the
-prior is, is chosen on the validation rows (`genstream.tuning`), as is the model kept; test rows are
-looked at once, at the end. The time of day is in undithered whole minutes, so that its variance has
-a floor of 1/12 square minutes in every component; the share of components that sit on it is
-printed.
+The route is that of `genstream.splitting`: few components on a sample, split until there are K.
+Then comes incremental EM on all rows, whose first passes gain most, and accelerated batch EM, whose
+later ones do. Of Gaussians each row meets the components near it, in the last passes all. How
+strong the prior is, is chosen on the validation rows (`genstream.tuning`), as is the model kept;
+test rows are looked at once, at the end. The time of day is in undithered whole minutes, so that its
+variance has a floor of 1/12 square minutes in every component; the share of components that sit on
+it is printed.
 """
 
 from __future__ import annotations
