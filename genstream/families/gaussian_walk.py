@@ -51,12 +51,14 @@ from genstream.families.blocks import (
 )
 from genstream.families.lanes import LaneBlock, Lanes, lane_rows
 from genstream.families.patterns import Patterns
-from genstream.rows import Rows
+from genstream.rows import Rows, pick
 from genstream.stats import Monoid
 
 # Patterns with fewer scores (rows times components) than this in a chunk are worked on in lanes:
 # what a pattern costs once is then more than lanes cost beyond matrix products.
 FREQUENT = 4096
+# What a kernel keeps of patterns it has met, in bytes.
+MARGINALS_NBYTES = 32 << 20
 
 
 class GaussianKernel:
@@ -93,6 +95,22 @@ class GaussianKernel:
         if not tied and 2 * self.complete.linear.fine.size > self.n_components:
             self.dtype = np.dtype(np.float64)
             self.complete = Marginal(self, np.ones(self.n_features, dtype=bool))
+        self._marginals: dict[bytes, Marginal] = {}
+
+    def marginal(self, pattern: NDArray[np.bool_]) -> Marginal:
+        """The marginal of a pattern (d,), factored once for all chunks; of very many patterns, of
+        the first ones that fit `MARGINALS_NBYTES`.
+        """
+        key = pattern.tobytes()
+        found = self._marginals.get(key)
+        if found is None:
+            # Threads that come to a pattern at once each make what is the same to the bit.
+            found = Marginal(self, pattern)
+            k, d = self.mean.shape
+            nbytes = 8 * (3 * self.covariance.size + k * (3 * d + d * (d + 3)))
+            if len(self._marginals) * nbytes < MARGINALS_NBYTES:
+                self._marginals[key] = found
+        return found
 
     @cached_property
     def tied_linear(self) -> Linear:
@@ -114,6 +132,7 @@ class GaussianKernel:
         else:
             for name in ("covariance", "factor", "whiten", "precision", "log_det"):
                 setattr(some, name, getattr(self, name)[components])
+        some._marginals = {}
         some.complete = Marginal(some, np.ones(self.n_features, dtype=bool))
         some.complete.linear = self.complete.linear.take(components)
         return some
@@ -320,7 +339,8 @@ class GaussianWalk:
         alike = kernel.tied and rows.observed is None
         self.width = d + 2 if alike else d * (d + 1) // 2 + d + 2
         self.fast = compiled.pays(rows.n_rows * k)
-        self.size = block_rows(self.width + k, kernel.dtype.itemsize, self.fast)
+        size = block_rows(self.width + k, kernel.dtype.itemsize, self.fast)
+        self.size = min(size, max(1, rows.n_rows))
         self.sum_w = np.zeros(k)
         self.sum_wx = np.zeros((k, d))
         self.sum_wxx = np.zeros((d, d) if kernel.tied else (k, d, d))
@@ -365,7 +385,7 @@ class GaussianWalk:
         for chosen in self._lanes(found.order, width):
             self.lanes.clear()
             block = self._lane_block(found.of_row[chosen])
-            block.load(self.rows.values[chosen])
+            block.load(pick(self.rows.values, chosen))
             self.block, self.index = block, chosen
             yield chosen
 
@@ -373,7 +393,7 @@ class GaussianWalk:
         found = self.patterns
         if found.width[pattern] == self.kernel.n_features:
             return self.kernel.complete
-        return Marginal(self.kernel, found.observed[pattern])
+        return self.kernel.marginal(found.observed[pattern])
 
     def _work(self, marginal: Marginal) -> _PatternBlock | _TiedBlock:
         if marginal.n_observed == self.kernel.n_features and self.kernel.tied:
@@ -386,7 +406,7 @@ class GaussianWalk:
         n = self.rows.n_rows if index is None else len(index)
         for piece in slices(n, self.size):
             chosen: Index = piece if index is None else index[piece]
-            work.load(self.rows.values[chosen], self.y, self.features)
+            work.load(pick(self.rows.values, chosen), self.y, self.features)
             self.block, self.index = work, chosen
             yield chosen
         work.finish()
@@ -407,7 +427,7 @@ class GaussianWalk:
         return LaneBlock(self.lanes, self._weak, self.patterns.observed[present], own)
 
     def load(self, index: Index) -> None:
-        values = self.rows.values[index]
+        values = pick(self.rows.values, index)
         n = len(values)
         if self.log_p.shape[1] < n:
             self.log_p = np.empty((len(self.log_p), n), dtype=self.kernel.dtype)
@@ -431,12 +451,12 @@ class GaussianWalk:
             chosen = np.flatnonzero(of_row == p)
             known = self._works.get(int(p))
             marginal = self._marginal(int(p)) if known is None else known.marginal
-            self._load_frequent(int(p), marginal, chosen, values[chosen])
+            self._load_frequent(int(p), marginal, chosen, pick(values, chosen))
         width = np.where(frequent, 0, found.width[of_row])
         self.lanes.clear()
         for chosen in self._lanes(np.arange(n), width):
             block = self._lane_block(of_row[chosen])
-            block.load(values[chosen])
+            block.load(pick(values, chosen))
             self.block.parts.append((chosen, block))
         nothing = np.flatnonzero(found.width[of_row] == 0)
         if len(nothing):
