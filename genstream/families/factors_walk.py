@@ -36,7 +36,7 @@ from genstream.families.blocks import (
 )
 from genstream.families.lanes import lane_inverse
 from genstream.families.patterns import Patterns
-from genstream.rows import Rows
+from genstream.rows import Rows, pick
 from genstream.stats import Monoid
 
 # A component this many nats below a row's best one is not scored again: what it would get of the
@@ -402,14 +402,14 @@ class FactorsWalk:
         n = self.rows.n_rows if index is None else len(index)
         for piece in slices(n, self.size):
             self.index = piece if index is None else index[piece]
-            work.load(self.rows.values[self.index])
+            work.load(pick(self.rows.values, self.index))
             self.block = work
             yield self.index
         work.finish()
 
     def _load_lanes(self, index: Index) -> None:
         block = LaneBlock(self, self.rows.is_observed[index])
-        block.load(self.rows.values[index])
+        block.load(pick(self.rows.values, index))
         self.block, self.index = block, index
 
     def load(self, index: Index) -> None:
@@ -419,7 +419,7 @@ class FactorsWalk:
             return
         if self._whole is None:
             self._whole = self.pattern_block(self, self.kernel.complete)
-        self._whole.load(self.rows.values[index])
+        self._whole.load(pick(self.rows.values, index))
         self.block, self.index = self._whole, index
 
     @property
