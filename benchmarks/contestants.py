@@ -532,6 +532,7 @@ class Spark(Contestant):
             SparkSession.builder.master(f"local[{threads}]")
             .config("spark.ui.enabled", "false")
             .config("spark.driver.memory", "8g")
+            .config("spark.local.dir", tempfile.gettempdir())
             .config("spark.driver.host", "127.0.0.1")
             .config("spark.driver.bindAddress", "127.0.0.1")
             .config("spark.sql.execution.arrow.pyspark.enabled", "true")

@@ -88,7 +88,8 @@ class Player:
         self._process = subprocess.Popen(
             [str(python), "-m", "benchmarks.contestants", name, str(folder)],
             cwd=ROOT,
-            env=os.environ | dict.fromkeys(names, threads),
+            # What it leaves behind goes with the task.
+            env=os.environ | dict.fromkeys(names, threads) | {"TMPDIR": str(folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -429,7 +430,8 @@ def compare(name: str, case: Case, options: Options) -> Table:
     told_why: dict[str, str] = {}
     players: dict[str, Player] = {}
     outcomes: dict[str, dict[str, Array]] = {}
-    with tempfile.TemporaryDirectory() as top:
+    # A virtual machine may take a moment to notice that it is no longer wanted.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as top:
         folder = Path(top)
         task.write(folder, x, start)
         try:
