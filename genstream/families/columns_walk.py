@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from genstream import compiled
 from genstream.families.blocks import Array, Index, Linear, block_rows, slices
-from genstream.rows import Rows
+from genstream.rows import Rows, pick
 from genstream.stats import Monoid
 
 
@@ -68,7 +68,7 @@ class ConsecutiveWalk:
             yield index
 
     def load(self, index: Index) -> None:
-        self.values = self.rows.values[index]
+        self.values = pick(self.rows.values, index)
         observed = self.rows.observed
         self.observed = None if observed is None else observed[index]
 
