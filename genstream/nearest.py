@@ -47,6 +47,8 @@ BRANCHES, CENTRED_BY = 16, 32
 STEPS = 4
 # A part whose list is shorter is a cell.
 SHORT = 48
+# A division whose lists are longer than this share of the whole's, row by row, is not worth it.
+SHORTENED = 0.7
 # Rows scored for each part that a part is divided into; and of a whole chunk, under all components.
 SCORED, SCORED_FIRST = 64, 2048
 # Rows drawn from each component, at least and at most.
@@ -243,7 +245,8 @@ class Search:
 
     def _divided(self, part: Part, tested: Tested, n_parts: int) -> list[Part] | None:
         """The part divided about a few centres, with witnesses of the rows tested; None where one
-        in four of these, for which the others have to stand, would lose too much by it.
+        in four of these, for which the others have to stand, would lose too much by it, or lists
+        would hardly be shorter.
         """
         at = self.at[part.rows]
         centres = _centres(at, n_parts, self.rng)
@@ -264,6 +267,8 @@ class Search:
             return None
         listed[theirs[first:], tested.matters] = True
         order, edges = _sorted(_closest(at, centres), n_parts)
+        if np.diff(edges) @ listed.sum(axis=1) > SHORTENED * len(at) * len(part.components):
+            return None
         order_points, edges_points = _sorted(theirs, n_parts)
         children = []
         for i in range(n_parts):
