@@ -161,6 +161,7 @@ class LinearWalk(ConsecutiveWalk):
         size = block_rows(
             self.width + kernel.n_components, kernel.dtype.itemsize, self.fast is not None
         )
+        size = min(size, max(1, rows.n_rows))
         super().__init__(kernel.family, kernel.params, rows, size)
         self.sums = np.zeros((kernel.n_components, self.width))
         self._allocate(size)

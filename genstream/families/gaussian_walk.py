@@ -18,7 +18,9 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Protocol
@@ -70,6 +72,8 @@ class GaussianKernel:
         self.mean, self.covariance = mean, covariance
         self.log_weights, self.pivot, self.tied, self.dtype = log_weights, pivot, tied, dtype
         self.stats_type = stats_type
+        self.asked = dtype
+        self.arrays = (mean, covariance, log_weights, pivot.shift, pivot.scale)
         self.factor = factor = np.linalg.cholesky(covariance)
         self.whiten = np.linalg.inv(factor)
         self.precision = self.whiten.swapaxes(1, 2) @ self.whiten
@@ -77,6 +81,10 @@ class GaussianKernel:
         self.log_scale = np.log(pivot.scale)
         self.n_components, self.n_features = mean.shape
         self.complete = Marginal(self, np.ones(self.n_features, dtype=bool))
+        # Where most components need float64, a second pass of features in float32 is in vain.
+        if not tied and 2 * self.complete.linear.fine.size > self.n_components:
+            self.dtype = np.dtype(np.float64)
+            self.complete = Marginal(self, np.ones(self.n_features, dtype=bool))
         self._marginals: dict[bytes, Marginal] = {}
 
     def marginal(self, pattern: NDArray[np.bool_]) -> Marginal:
@@ -121,6 +129,39 @@ class GaussianKernel:
 
     def walk(self, rows: Rows) -> GaussianWalk:
         return GaussianWalk(self, rows)
+
+
+# Kernels of the last few parameters, and the lock of their list. All chunks of a pass have the same
+# parameters, whose factors take as long as a tenth of a chunk's E-step at 64 columns.
+_kernels: deque[GaussianKernel] = deque(maxlen=8)
+_lock = threading.Lock()
+# Larger covariances (K, d, d) are not kept: there are eight of each, several arrays a kernel.
+KEPT_NUMBERS = 1 << 18
+
+
+def prepared(
+    mean: Array,
+    covariance: Array,
+    log_weights: Array,
+    pivot: Pivot,
+    tied: bool,
+    dtype: np.dtype[Any],
+    stats_type: type[Any],
+) -> GaussianKernel:
+    """`GaussianKernel` of these arguments, the one made before where they are equal to the bit."""
+    arrays = (mean, covariance, log_weights, pivot.shift, pivot.scale)
+    with _lock:
+        kept = list(_kernels)
+    for kernel in kept:
+        if (kernel.asked, kernel.stats_type) == (dtype, stats_type) and all(
+            np.array_equal(mine, theirs) for mine, theirs in zip(kernel.arrays, arrays, strict=True)
+        ):
+            return kernel
+    kernel = GaussianKernel(mean, covariance, log_weights, pivot, tied, dtype, stats_type)
+    if covariance.size <= KEPT_NUMBERS:
+        with _lock:
+            _kernels.append(kernel)
+    return kernel
 
 
 class Marginal:
@@ -284,9 +325,12 @@ class GaussianWalk:
             rows = Rows(rows.values, None, rows.weights)
         self.kernel, self.rows = kernel, rows
         k, d = kernel.n_components, kernel.n_features
-        self.width = d * (d + 1) // 2 + d + 1
+        # Complete rows under a tied covariance have no need of products of columns.
+        alike = kernel.tied and rows.observed is None
+        self.width = d + 2 if alike else d * (d + 1) // 2 + d + 2
         self.fast = compiled.pays(rows.n_rows * k)
-        self.size = block_rows(self.width + k, kernel.dtype.itemsize, self.fast)
+        size = block_rows(self.width + k, kernel.dtype.itemsize, self.fast)
+        self.size = min(size, max(1, rows.n_rows))
         self.sum_w = np.zeros(k)
         self.sum_wx = np.zeros((k, d))
         self.sum_wxx = np.zeros((d, d) if kernel.tied else (k, d, d))
@@ -515,6 +559,8 @@ class _PatternBlock:
         self.pivot = Pivot(walk.kernel.pivot.shift[self.seen], walk.kernel.pivot.scale[self.seen])
         self.whole = o == walk.kernel.n_features
         self._exact: Array | None = None
+        self._exact_room = np.empty((self.width, 0))
+        self._summed = np.empty(self.sums.shape, dtype=walk.kernel.dtype)
         self._y: Array | None = None
 
         self.constant = marginal.peak[:, None]
@@ -544,7 +590,13 @@ class _PatternBlock:
         if self.features.dtype == np.float64:
             return self.features
         if self._exact is None:
-            self._exact = fill_features(self.y, np.empty((self.width, self.y.shape[1])))
+            n = self.features.shape[1]
+            if self._exact_room.shape[1] < n:
+                self._exact_room = np.empty((self.width, n))
+            if self.walk.fast:
+                self._exact = compiled.quadratic(self.values, self.pivot, self._exact_room)
+            else:
+                self._exact = fill_features(self.y, self._exact_room)
         return self._exact
 
     def score(self) -> Array:
@@ -570,7 +622,9 @@ class _PatternBlock:
             spared = resp.sum(axis=1, dtype=np.float64)
             self.spared = spared if self.spared is None else self.spared + spared
         weights = resp if scaled is None else scaled
-        self.add(self.linear.gather(self.features, self.exact, weights))
+        if weights.dtype != self.features.dtype:
+            weights = weights.astype(self.features.dtype)
+        self.linear.accumulate(self.features, self.exact, weights, self.sums, self._summed)
 
     def filled(self, resp: Array, drawn: Array | None) -> Array:
         if self.whole:
