@@ -22,9 +22,9 @@ The route is that of `genstream.splitting`: few components on a sample, split un
 Then comes incremental EM on all rows, whose first passes gain most, and accelerated batch EM, whose
 later ones do. Of Gaussians each row meets the components near it, in the last passes all. How
 strong the prior is, is chosen on the validation rows (`genstream.tuning`), as is the model kept;
-test rows are looked at once, at the end. The time of day is in undithered whole minutes, so that its
-variance has a floor of 1/12 square minutes in every component; the share of components that sit on
-it is printed.
+test rows are looked at once, at the end. The time of day is in undithered whole minutes, so that
+its variance has a floor of 1/12 square minutes in every component; the share of components that sit
+on it is printed.
 """
 
 from __future__ import annotations
@@ -155,13 +155,12 @@ def story_of(schema: Schema, n_components: int, prior: Prior) -> Story:
 
 def candidates(now: Prior) -> list[Prior]:
     """A prior and others about it, to be told apart by validation rows."""
-    about = [
-        replace(now, independence=now.independence * by, strength=now.strength * times)
-        for by in (0.5, 1.0, 2.0)
-        for times in (0.5, 1.0, 2.0)
-        if by == 1.0 or times == 1.0
-    ]
-    return [*about, replace(now, weights=0.0 if now.weights else 3.0)]
+    about = [now]
+    for name in ("independence", "strength", "frequencies"):
+        value = getattr(now, name)
+        if value is not None:
+            about += [replace(now, **{name: value * by}) for by in (0.5, 2.0)]
+    return about
 
 
 class Clock:
@@ -215,7 +214,8 @@ def main() -> None:
         value = state.trace[-1].mean_loglik + gain
         print(f"K={story.n_components}: sample {value:.4f} nats a row, {clock}", flush=True)
 
-    prior = Prior(0.1, independence=32.0, weights=0.0)
+    levels = None if chosen.model == "gaussian" else 4.0
+    prior = Prior(0.1, independence=32.0, frequencies=levels, weights=0.0)
     story, state = grow(story_of(schema, k, prior), passes, seed=chosen.seed, on_stage=staged)
     best = Kept(-np.inf, story, state)
     n_passes = looks = 0
