@@ -200,7 +200,7 @@ def main() -> None:
     clock = Clock(chosen.minutes)
     space, parts = loaded(chosen.model, chosen.rows)
     gain, schema = space.gain, space.schema
-    k = chosen.components or (4096 if chosen.model == "gaussian" else 2048)
+    k = chosen.components or (4096 if chosen.model == "gaussian" else 3072)
     train = parts["train"].astype(np.float32)
     passes = Passes(
         NumpySource(train, schema, chunk_rows=-(-len(train) // TASKS)), workers=chosen.workers
