@@ -51,8 +51,6 @@ Array = NDArray[Any]
 Drawn = tuple[Array, dict[str, Array]]
 
 OURS = ("genstream float64", "genstream float32")
-# Seconds a contestant may take to get ready, or for one round.
-PATIENCE = 1200.0
 ABSENT = "not installed: make peers"
 
 
@@ -79,7 +77,7 @@ class Player:
     """
 
     def __init__(self, name: str, folder: Path, options: Options) -> None:
-        self.name, self.folder = name, folder
+        self.name, self.folder, self._patience = name, folder, options.patience
         kind, _ = CONTESTANTS[name]
         python = options.peers if kind.peer else Path(sys.executable)
         if not python.exists():
@@ -108,7 +106,7 @@ class Player:
         """The next line it says."""
         out: IO[str] | None = self._process.stdout
         assert out is not None
-        line = out.readline() if select.select([out], [], [], PATIENCE)[0] else ""
+        line = out.readline() if select.select([out], [], [], self._patience)[0] else ""
         if not line:
             self._process.kill()
             self._log.seek(0)
@@ -371,23 +369,23 @@ CASES: dict[str, Case] = {
         note="PCA has the axes of probabilistic PCA's maximum; peers' PCA is what is timed.",
     ),
     "fa": Case(
-        "Factor analysis, whole fit, 100,000 x 64, q = 8",
+        "Factor analysis, whole fit, 50,000 x 64, q = 8",
         Task("fa", n_factors=8),
         linear(64, 8),
-        100_000,
+        50_000,
         ("scikit-learn",),
         note="Each with its own defaults and rule to stop; no other peer has factor analysis.",
     ),
     "bernoulli": Case(
         "Bernoulli mixture, 200,000 x 64, K = 32",
-        Task("bernoulli", "", 32, iterations=5),
+        Task("bernoulli", "", 32, iterations=2),
         discrete(64),
         200_000,
         ("pomegranate float32",),
     ),
     "poisson": Case(
         "Poisson mixture, 200,000 x 64, K = 32",
-        Task("poisson", "", 32, iterations=5),
+        Task("poisson", "", 32, iterations=2),
         discrete(64),
         200_000,
         ("pomegranate float32",),

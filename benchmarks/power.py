@@ -216,7 +216,15 @@ def main() -> None:
 
     levels = None if chosen.model == "gaussian" else 4.0
     prior = Prior(0.1, independence=32.0, frequencies=levels, weights=0.0)
-    story, state = grow(story_of(schema, k, prior), passes, seed=chosen.seed, on_stage=staged)
+    # Of levels, scoring a row under all components takes less than finding those near it.
+    near: Responsibility = Nearest() if chosen.model == "gaussian" else soft
+    story, state = grow(
+        story_of(schema, k, prior),
+        passes,
+        seed=chosen.seed,
+        responsibility=None if chosen.model == "gaussian" else soft,
+        on_stage=staged,
+    )
     best = Kept(-np.inf, story, state)
     n_passes = looks = 0
     learned = np.nan
@@ -244,8 +252,6 @@ def main() -> None:
             flush=True,
         )
 
-    # Lists of components pay where scoring a row under one of them is cheap.
-    near: Responsibility = Nearest() if chosen.model == "gaussian" else soft
     incremental = IncrementalEM(MANY, 0.0, responsibility=near, tasks=TASKS, group=GROUP)
     while n_passes < FIRST and clock.share() < ONWARD:
         state, info = incremental.step(story, state, passes)

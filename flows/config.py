@@ -417,10 +417,11 @@ class Fit(Section):
         description="Components of a mixture to begin with at most; they are split in two until "
         "there are n_components, in place of starts. For components in the hundreds and more.",
     )
-    responsibility: Literal["soft", "hard", "sampled", "truncated"] = Field(
-        "soft",
+    responsibility: Literal["auto", "soft", "hard", "sampled", "truncated", "nearest"] = Field(
+        "auto",
         description="How a row is shared among components: by probability; to the likeliest; to "
-        "one drawn by its probability; among the likeliest few.",
+        "one drawn by its probability; among the likeliest few; by probability among those near "
+        "it, which alone are scored. auto: nearest from 512 components on, else soft.",
     )
     top: int = Field(16, ge=1, description="Components a row may have where truncated.")
     dtype: Literal["float64", "float32"] = "float64"
@@ -1029,7 +1030,7 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
         found.append(
             (("fit", "sample_rows"), f"fewer rows than the {model.n_components} components")
         )
-    if model.kind == "kmeans" and config.fit.responsibility != "soft":
+    if model.kind == "kmeans" and config.fit.responsibility not in ("auto", "soft"):
         message = "kmeans gives every row to its nearest centre: leave it out"
         found.append((("fit", "responsibility"), message))
     schedule = config.schedule

@@ -30,6 +30,9 @@ Rule = Callable[[Array], Array]
 # Seed of the fit, its step and the chunk at hand.
 Key = tuple[int, int, int]
 
+# From so many components on, looking for those near a row pays: at half as many all are scored in
+# about the same time.
+MANY = 512
 RULES = ("soft", "hard", "sampled", "truncated", "nearest")
 
 
@@ -195,6 +198,16 @@ class Sampled:
 
 
 Responsibility = Rule | Sampled
+
+
+def by_size(n_components: int) -> Responsibility:
+    """The rule where nothing is said: `soft`, and `Nearest` from `MANY` components on."""
+    return Nearest() if n_components >= MANY else soft
+
+
+def climbs(responsibility: Responsibility) -> bool:
+    """Whether EM by a rule can be accelerated: its bound is the log-likelihood, or close to it."""
+    return responsibility is soft or isinstance(responsibility, Nearest)
 
 
 def rule_of(responsibility: Responsibility, key: Key | None) -> Rule:

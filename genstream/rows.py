@@ -19,6 +19,19 @@ Array = NDArray[Any]
 LARGEST = 1e152
 
 
+def pick(values: Array, index: slice | Array) -> Array:
+    """Some of the rows of an array: a view by a slice, a copy by positions or a mask.
+
+    NumPy copies short rows ten times as fast by `take` as by positions in brackets, but would
+    first copy all of an array that is not contiguous.
+    """
+    if isinstance(index, slice) or not values.flags.c_contiguous:
+        picked: Array = values[index]
+        return picked
+    chosen = np.asarray(index)
+    return values.take(np.flatnonzero(chosen) if chosen.dtype == bool else chosen, axis=0)
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Rows of data with an observed mask and weights.
@@ -116,19 +129,10 @@ class Rows:
         """Some of the rows: a slice gives views where values are an array, an index or mask array
         copies.
         """
-        if isinstance(index, slice) or self.is_sparse:
-            return Rows(
-                self.values[index],
-                None if self.observed is None else self.observed[index],
-                None if self.weights is None else self.weights[index],
-            )
-        # A copy of short rows by `take` is ten times as fast as one by an index in brackets.
-        chosen = np.asarray(index)
-        chosen = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         return Rows(
-            self.values.take(chosen, axis=0),
-            None if self.observed is None else self.observed.take(chosen, axis=0),
-            None if self.weights is None else self.weights[chosen],
+            self.values[index] if self.is_sparse else pick(self.values, index),
+            None if self.observed is None else pick(self.observed, index),
+            None if self.weights is None else self.weights[index],
         )
 
     def select(self, columns: Sequence[int]) -> Rows:

@@ -127,6 +127,7 @@ class _ReadOnce:
     """
 
     passes: Passes
+    alone: bool
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -155,8 +156,8 @@ class _ReadOnce:
         return self.passes.fold_tasks(work, ranges)
 
     def abreast(self) -> contextlib.AbstractContextManager[Abreast]:
-        # Fits are side by side already.
-        return contextlib.nullcontext(in_turn)
+        # Several fits are side by side already.
+        return self.passes.abreast() if self.alone else contextlib.nullcontext(in_turn)
 
 
 Taken = tuple[FitState, StepInfo]
@@ -253,7 +254,7 @@ def _walk(
     pool: ThreadPoolExecutor,
 ) -> list[Taken | Exception]:
     """A step each of candidates whose steps are no passes; those of online EM side by side."""
-    shared = _ReadOnce(passes)
+    shared = _ReadOnce(passes, alone=len(turn) == 1)
     steps = {i: functools.partial(_step, candidates[i], states[i], shared) for i in turn}
     # Other learners have threads of their own.
     online = [i for i in turn if isinstance(_at_work(candidates[i], states[i]), OnlineEM)]

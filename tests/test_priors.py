@@ -494,3 +494,15 @@ class TestConfigured:
         with pytest.raises(ConfigError) as told:
             load(path)
         assert "prior" in str(told.value)
+
+
+class TestWarnings:
+    def test_of_many_components_are_one_line(self):
+        rng = np.random.default_rng(0)
+        values = np.column_stack([rng.normal(size=900), np.repeat(np.arange(9), 100)])
+        schema = Schema((Column("x"), Column("m", resolution=0.5)))
+        story = mixture(schema, 9, prior=None).anchored(Rows.of(values))
+        resp = np.eye(9)[np.repeat(np.arange(9), 100)]
+        params = story.m_step(story.e_step(story.vague(), Rows.of(values), resp), story.vague())
+        (line,) = story.warnings(params)
+        assert line.startswith("9 of 9 components sit on the variance floor, in m:")

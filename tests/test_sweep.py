@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from genstream import sweeps
 from genstream.errors import DataError
 from genstream.incremental import IncrementalEM
-from genstream.learn import BatchEM, EStep, FitState, Learner, Outcome, Relay, StepInfo, fit
+from genstream.learn import (
+    BatchEM,
+    EStep,
+    FitState,
+    Learner,
+    Outcome,
+    Relay,
+    Resident,
+    StepInfo,
+    fit,
+)
 from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.responsibility import Sampled, Truncated, hard
@@ -238,13 +251,21 @@ def test_infinite_objectives_end_their_own_fit() -> None:
     assert (first.outcome, second.outcome) == (Outcome.NONFINITE, Outcome.MAX_STEPS)
 
 
-def test_seconds_add_up_to_what_the_passes_took() -> None:
-    source = make_rows(2000)
-    many = of_components(source, BatchEM(3, 0.0), 1, 40)
-    small, large = fit_many(many, Passes(source, workers=1))
-    assert isinstance(small, FitState)
-    assert isinstance(large, FitState)
-    assert 0 < small.trace[-1].seconds < large.trace[-1].seconds
+def test_seconds_are_shares_of_what_the_pass_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    monkeypatch.setattr(sweeps, "time", clock)
+
+    def slow(_chunk: int, _rows: Rows) -> Any:
+        for _ in range(3):
+            clock.perf_counter()
+        return 1
+
+    passes = Resident(Rows(np.zeros((1, 1))))
+    found, seconds = sweeps.fold_each(passes, [lambda *_: 2, slow])
+    assert found == [2, 1]
+    # From tick 0 to tick 8, of which the works took 1 and 4.
+    assert seconds == [8 * 1 / 5, 8 * 4 / 5]
 
 
 def test_no_candidates_no_passes() -> None:
