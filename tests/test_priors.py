@@ -506,3 +506,19 @@ class TestWarnings:
         params = story.m_step(story.e_step(story.vague(), Rows.of(values), resp), story.vague())
         (line,) = story.warnings(params)
         assert line.startswith("9 of 9 components sit on the variance floor, in m:")
+
+
+class TestEstimators:
+    def test_take_a_prior(self):
+        from sklearn.base import clone
+
+        from genstream.estimators import GaussianMixture
+
+        prior = Prior(2.0, independence=10.0)
+        rows = real_rows(200).values
+        model = clone(GaussianMixture(2, prior=prior, n_init=1, random_state=0)).fit(rows)
+        assert model.story_.prior == prior
+        assert model.story_.family.prior.independence == 10.0
+        model.partial_fit(rows[:50])
+        with pytest.raises(ConfigError, match="prior 'strong' is not one of weak"):
+            GaussianMixture(2, prior="strong").fit(rows)
