@@ -145,7 +145,7 @@ class GaussianKernel:
 # parameters, whose factors take as long as a tenth of a chunk's E-step at 64 columns.
 _kernels: deque[GaussianKernel] = deque(maxlen=4)
 _lock = threading.Lock()
-# Larger covariances (K, d, d) are not kept: a kernel has several arrays of their size, and patterns.
+# Larger covariances (K, d, d) are not kept: a kernel has several such arrays, and its patterns.
 KEPT_NUMBERS = 1 << 18
 
 
