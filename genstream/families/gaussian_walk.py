@@ -143,9 +143,9 @@ class GaussianKernel:
 
 # Kernels of the last few parameters, and the lock of their list. All chunks of a pass have the same
 # parameters, whose factors take as long as a tenth of a chunk's E-step at 64 columns.
-_kernels: deque[GaussianKernel] = deque(maxlen=8)
+_kernels: deque[GaussianKernel] = deque(maxlen=4)
 _lock = threading.Lock()
-# Larger covariances (K, d, d) are not kept: there are eight of each, several arrays a kernel.
+# Larger covariances (K, d, d) are not kept: a kernel has several such arrays, and its patterns.
 KEPT_NUMBERS = 1 << 18
 
 
