@@ -8,11 +8,12 @@ end in tables) or a script (`"stream flights"`), whose own options may follow it
 Without a name everything runs. Exits with 1 where a benchmark failed.
 
 To add one: give a module a `BENCHMARKS` (see `measure.Benchmark`) and name it in `SUITE`, or a
-`main` and name it in `SCRIPTS`.
+`main`, which makes it a script; those named in `SCRIPTS` run where nothing is named.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import shlex
 import subprocess
@@ -26,18 +27,31 @@ from benchmarks import measure
 from benchmarks.measure import ROOT, Benchmark, Options, Table, told
 
 # Modules whose benchmarks end in tables, in the order in which they run.
-SUITE = ("roofline", "peers", "out_of_core")
-# Modules with a `main` that prints what it found.
+SUITE = ("roofline", "peers", "gaps", "out_of_core", "goal", "memory")
+# Modules with a `main` that prints what it found, as they run where nothing is named.
 SCRIPTS = (
     *("matrix", "references", "imputation", "fashion", "optima", "passes", "schedulers"),
     *("kills", "bad_inputs", "stream flights", "stream power", "update_kills", "races"),
-    "schedule",
+    *("schedule", "nearest", "input"),
 )
 
 
 def benchmarks(module: str) -> dict[str, Benchmark]:
     """The benchmarks of a module of the suite, by name."""
     found: dict[str, Benchmark] = importlib.import_module(f"benchmarks.{module}").BENCHMARKS
+    return found
+
+
+def scripts() -> dict[str, str]:
+    """All scripts, each with the first line of what its module says of itself."""
+    found: dict[str, str] = {}
+    for file in sorted((ROOT / "benchmarks").glob("*.py")):
+        module = ast.parse(file.read_text())
+        mains = {one.name for one in module.body if isinstance(one, ast.FunctionDef)} & {"main"}
+        if mains and file.stem not in (*SUITE, "__main__", "contestants", "data"):
+            calls = [script for script in SCRIPTS if script.split()[0] == file.stem]
+            line = (ast.get_docstring(module) or "").splitlines()[0].rstrip(".")
+            found |= dict.fromkeys(calls or [file.stem], line)
     return found
 
 
@@ -54,8 +68,8 @@ def chosen(names: Sequence[str]) -> tuple[dict[str, Benchmark], list[str]]:
     if not names:
         return every, list(SCRIPTS)
     picked: dict[str, Benchmark] = {}
-    scripts = []
-    modules = {script.split()[0] for script in SCRIPTS}
+    called = []
+    modules = {script.split()[0] for script in scripts()}
     for name in names:
         if name == "suite":
             picked |= every
@@ -63,11 +77,11 @@ def chosen(names: Sequence[str]) -> tuple[dict[str, Benchmark], list[str]]:
             picked |= known[name]
         elif name in every:
             picked[name] = every[name]
-        elif name.split()[:1] and name.split()[0] in {*modules, *SUITE, "speed"}:
-            scripts.append(name)
+        elif name.split()[:1] and name.split()[0] in {*modules, *SUITE}:
+            called.append(name)
         else:
             raise SystemExit(f"there is no benchmark {name!r}: python -m benchmarks list")
-    return picked, scripts
+    return picked, called
 
 
 def listing() -> str:
@@ -77,15 +91,13 @@ def listing() -> str:
         lines.append(f"{module}:")
         lines += [f"  {name:16} {one.what}" for name, one in benchmarks(module).items()]
     lines.append("scripts:")
-    for script in SCRIPTS:
-        doc = importlib.import_module(f"benchmarks.{script.split()[0]}").__doc__ or ""
-        lines.append(f"  {script:16} {doc.splitlines()[0].rstrip('.')}")
+    lines += [f"  {script:16} {line}" for script, line in scripts().items()]
     return "\n".join(lines)
 
 
 def run(names: Sequence[str], options: Options, files: dict[str, Path | None]) -> bool:
     """Run what the names stand for, print it, and write the files; whether nothing failed."""
-    picked, scripts = chosen(names)
+    picked, called = chosen(names)
     facts: dict[str, Any] = measure.machine() | measure.peer_versions(options.peers)
     tables: list[Table] = []
     begin = time.monotonic()
@@ -94,7 +106,7 @@ def run(names: Sequence[str], options: Options, files: dict[str, Path | None]) -
         tables.append(benchmark.run(options))
         measure.say(tables[-1])
         write(tables, facts | {"minutes": (time.monotonic() - begin) / 60}, options, files)
-    for script in scripts:
+    for script in called:
         told(f"== {script}")
         command = [sys.executable, "-m", *shlex.split(f"benchmarks.{script}")]
         good &= subprocess.run(command, cwd=ROOT, check=False).returncode == 0

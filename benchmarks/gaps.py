@@ -2,34 +2,49 @@
 
     python -m benchmarks.gaps [--rows N] [--features D] [--components K] [--rounds R] [--workers W]
 
-The cases take turns, so that a machine that slows down slows all of them. Prints a line a case:
-the median seconds of a pass, rows a second, and the ratio to the complete pass in the same
-arithmetic.
+    python -m benchmarks run gaps
+
+The cases take turns, so that a machine that slows down slows all of them. A row a case: the median
+seconds of a pass, rows a second, and the ratio to the complete pass in the same arithmetic.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
+import functools
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.measure import (
+    Bar,
+    Benchmark,
+    Options,
+    Table,
+    alternate,
+    median,
+    parser,
+    ratio,
+    say,
+    told,
+)
+from benchmarks.out_of_core import one_pass
 from genstream.families.gaussian import FullParams
 from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.sources import NumpySource
 from genstream.stories import mixture
-from genstream.story import Params, Story
+from genstream.story import Params
 
 Array = NDArray[np.float64]
 
 DTYPES = ("float64", "float32")
 N_PATTERNS = 10
 SHARE = 0.2
+N_ROWS, N_FEATURES, N_COMPONENTS = 1_000_000, 16, 8
+# How many times as long as the complete pass each case may take.
+LIMITS = {f"{N_PATTERNS} patterns": 2.0, f"{SHARE:.0%} at random": 8.0}
 
 
 def drawn(n_rows: int, n_features: int, n_components: int, rng: np.random.Generator) -> Any:
@@ -57,46 +72,60 @@ def cases(values: Array, rng: np.random.Generator) -> dict[str, Array]:
     }
 
 
-def seconds(story: Story, params: Params, source: NumpySource, workers: int | None) -> float:
-    """The time of one pass."""
-    passes = Passes(source, workers=workers)
-    begin = time.perf_counter()
-    passes.fold(lambda _, rows: story.e_step(params, rows))
-    return time.perf_counter() - begin
-
-
-def compare(n_rows: int, d: int, k: int, rounds: int, workers: int | None) -> None:
+def compare(n_rows: int, d: int, k: int, rounds: int, workers: int | None) -> Table:
     """Time a pass of every case in both arithmetics, `rounds` times in turn."""
+    told("gaps")
     rng = np.random.default_rng(0)
     params, values = drawn(n_rows, d, k, rng)
     sources = {name: NumpySource(rows) for name, rows in cases(values, rng).items()}
-    found: dict[tuple[str, str], list[float]] = {}
-    for _ in range(rounds):
-        for dtype in DTYPES:
-            story = mixture(Schema.real(d), k, dtype=dtype).anchored(Rows.of(values[:50_000]))
-            for name, source in sources.items():
-                taken = seconds(story, params, source, workers)
-                found.setdefault((dtype, name), []).append(taken)
-    print(f"{n_rows} x {d} rows, K={k}, full covariance, {rounds} rounds")
-    for (dtype, name), times in found.items():
-        median = statistics.median(times)
-        ratio = median / statistics.median(found[dtype, "complete"])
-        print(
-            f"{dtype}  {name:14} {median:8.3f} s a pass  {n_rows / median:12,.0f} rows/s  "
-            f"{ratio:6.2f} x complete"
-        )
+    turns = {}
+    for dtype in DTYPES:
+        story = mixture(Schema.real(d), k, dtype=dtype).anchored(Rows.of(values[:50_000]))
+        for name, source in sources.items():
+            passes = Passes(source, workers=workers)
+            turns[f"{dtype}, {name}"] = functools.partial(one_pass, story, params, passes)
+    taken = alternate(turns, rounds)
+    found: list[dict[str, Any]] = []
+    bars = []
+    for dtype in DTYPES:
+        complete = taken[f"{dtype}, complete"]
+        for name in sources:
+            seconds = taken[f"{dtype}, {name}"]
+            times = ratio(seconds, complete)
+            found.append(
+                {
+                    "arithmetic": dtype,
+                    "rows": name,
+                    "s a pass": median(seconds),
+                    "rows/s": n_rows / median(seconds),
+                    "x complete": times,
+                }
+            )
+            if name in LIMITS:
+                what = f"gaps, {n_rows:,} rows, {dtype}, {name}: x complete"
+                bars.append(Bar(what, LIMITS[name], times, at_most=True))
+    notes = [f"{n_rows:,} x {d} rows, K = {k}, full covariance, {rounds} rounds."]
+    return Table("gaps", "What gaps cost a pass", found, notes, bars)
+
+
+def _of(options: Options) -> Table:
+    n_rows = options.rows(N_ROWS)
+    return compare(n_rows, N_FEATURES, N_COMPONENTS, options.rounds, options.threads)
+
+
+BENCHMARKS = {"gaps": Benchmark("a pass over rows with gaps beside a complete one", _of)}
 
 
 def main() -> None:
     """Read the options and compare."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    options.add_argument("--rows", type=int, default=1_000_000)
-    options.add_argument("--features", type=int, default=16)
-    options.add_argument("--components", type=int, default=8)
+    options = parser(__doc__)
+    options.add_argument("--rows", type=int, default=N_ROWS)
+    options.add_argument("--features", type=int, default=N_FEATURES)
+    options.add_argument("--components", type=int, default=N_COMPONENTS)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--workers", type=int)
     chosen = options.parse_args()
-    compare(chosen.rows, chosen.features, chosen.components, chosen.rounds, chosen.workers)
+    say(compare(chosen.rows, chosen.features, chosen.components, chosen.rounds, chosen.workers))
 
 
 if __name__ == "__main__":

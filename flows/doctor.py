@@ -11,6 +11,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from flows.terminal import bytes_text
+from genstream import compiled
 
 _PACKAGES = ("numpy", "scipy", "dask", "zarr", "xarray", "pyarrow", "scikit-learn", "prefect")
 
@@ -23,6 +24,9 @@ def examine() -> dict[str, str]:
 
     found = {"genstream": _version("genstream"), "python": platform.python_version()}
     found |= {name: _version(name) for name in _PACKAGES}
+    found["numba"] = _version("numba")
+    if not compiled.compiled_available():
+        found["numba"] += " (not used: NumPy does what it would)"
     found["system"] = f"{platform.system()} {platform.machine()}"
     if platform.system() not in ("Linux", "Darwin"):
         found["system"] += " (not promised to work: Linux and macOS are)"

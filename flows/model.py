@@ -67,9 +67,11 @@ def make_story(config: Config, schema: Schema) -> Story:
 
 def responsibility_of(config: Config) -> Responsibility:
     """How the fit of a configuration shares rows among components."""
-    from genstream.responsibility import named
+    from genstream.responsibility import by_size, named
 
     rule = "hard" if config.model.kind == "kmeans" else config.fit.responsibility
+    if rule == "auto":
+        return by_size(config.model.n_components or 1)
     return named(rule, n=config.fit.top)
 
 

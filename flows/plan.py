@@ -307,10 +307,10 @@ def _extent(config: Config) -> Extent:
                 found += [(rows_of(path)[0], False)] * (len(files) - len(here))
         rows, exact = sum(n for n, _ in found), all(known for _, known in found)
         schema = _assumed_schema(config)
-    from genstream.segments import CHUNK_NBYTES
+    from genstream.segments import rows_of_chunk
 
     d = schema.n_features
-    chunk_rows = min(rows, max(1, CHUNK_NBYTES // (d * itemsize)))
+    chunk_rows = min(rows, rows_of_chunk(d, itemsize))
     fitted = round(rows * (1 - (config.holdout or 0.0)))
     return Extent(
         schema,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from flows.model import given_start, make_story, online_of, responsibility_of
 from flows.plan import memo_nbytes
 from flows.run import Run
 from flows.terminal import FitProgress, RowProgress, bars, bytes_text
+from genstream import compiled
 from genstream.errors import ComputeError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -144,7 +146,7 @@ def learner_of(config: Config, rows: int) -> Learner:
     """The learner that a configuration means for so many rows."""
     from genstream.incremental import IncrementalEM
     from genstream.learn import BatchEM
-    from genstream.responsibility import soft
+    from genstream.responsibility import climbs
     from genstream.start import default_learner
 
     options = config.fit
@@ -159,11 +161,15 @@ def learner_of(config: Config, rows: int) -> Learner:
                 memo_nbytes=memo_nbytes(config),
                 responsibility=rule,
             )
-        case "auto" if rule is soft:
+        case "auto" if climbs(rule):
             return default_learner(
-                rows, max_steps=options.max_steps, tolerance=options.tolerance, online=online
+                rows,
+                max_steps=options.max_steps,
+                tolerance=options.tolerance,
+                online=online,
+                n_components=config.model.n_components or 1,
             )
-    return BatchEM(options.max_steps, options.tolerance, rule, accelerate=rule is soft)
+    return BatchEM(options.max_steps, options.tolerance, rule, accelerate=climbs(rule))
 
 
 def note_step(run: Run, info: StepInfo, label: str = "") -> None:
@@ -195,9 +201,25 @@ def begin_fit(
     on_start: Callable[[int, float], None] | None = None,
 ) -> tuple[Story, FitState]:
     """The story of a configuration and the state from which its full passes begin."""
-    from genstream import start
+    from genstream import splitting, start
+    from genstream.responsibility import soft
 
     story = make_story(config, schema)
+    if config.fit.grow is not None:
+        rule, stages = responsibility_of(config), itertools.count()
+
+        def on_stage(_: Story, state: FitState) -> None:
+            if on_start is not None:
+                on_start(next(stages), state.trace[-1].mean_objective)
+
+        return splitting.grow(
+            story,
+            passes,
+            first=config.fit.grow,
+            seed=config.fit.seed,
+            responsibility=None if rule is soft else rule,
+            on_stage=on_stage,
+        )
     return start.warm_start(
         story,
         passes,
@@ -326,7 +348,8 @@ def reproducibility(config: Config, data: Data) -> dict[str, Any]:
             "sha256": hashlib.sha256(json.dumps(chunks).encode()).hexdigest(),
         },
         "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in names},
+        | {name: metadata.version(name) for name in names}
+        | {"numba": compiled.version()},
         "blas": [
             f"{pool['internal_api']} {pool['version']} ({pool.get('architecture', 'unknown')})"
             for pool in threadpoolctl.threadpool_info()

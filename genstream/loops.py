@@ -101,6 +101,17 @@ def _raise_peak(x: Any, peak: Any) -> None:
 
 
 @_compiled()
+def _raise_peak_4(a: Any, b: Any, c: Any, d: Any, peak: Any) -> None:
+    """Four components at a time: the peak is read and written once."""
+    for i in range(peak.shape[0]):
+        p = peak[i]
+        p = a[i] if a[i] > p else p  # noqa: FURB136
+        p = b[i] if b[i] > p else p  # noqa: FURB136
+        p = c[i] if c[i] > p else p  # noqa: FURB136
+        peak[i] = d[i] if d[i] > p else p  # noqa: FURB136
+
+
+@_compiled()
 def _exp_sum64(x: Any, peak: Any, total: Any) -> None:
     """`exp(x - peak)`, exactly 0 below the clip, added to `total`."""
     for i in range(x.shape[0]):
@@ -111,6 +122,20 @@ def _exp_sum64(x: Any, peak: Any, total: Any) -> None:
         e = 0.0 if low else e
         x[i] = e
         total[i] += e
+
+
+@_compiled()
+def _exp_sum64_2(x: Any, y: Any, peak: Any, total: Any) -> None:
+    """Two components at a time: two polynomials are under way at once."""
+    for i in range(x.shape[0]):
+        v, w = x[i] - peak[i], y[i] - peak[i]
+        low, lower = v < -700.0, w < -700.0
+        e, f = _exp64(-700.0 if low else v), _exp64(-700.0 if lower else w)
+        e = 0.0 if low else e
+        f = 0.0 if lower else f
+        x[i] = e
+        y[i] = f
+        total[i] += e + f
 
 
 _CLIP32, _ZERO32 = np.float32(-80.0), np.float32(0.0)
@@ -125,6 +150,34 @@ def _exp_sum32(x: Any, peak: Any, total: Any) -> None:
         e = _ZERO32 if low else e
         x[i] = e
         total[i] += e
+
+
+@_compiled()
+def _exp_sum32_2(x: Any, y: Any, peak: Any, total: Any) -> None:
+    for i in range(x.shape[0]):
+        v, w = x[i] - peak[i], y[i] - peak[i]
+        low, lower = v < _CLIP32, w < _CLIP32
+        e, f = _exp32(_CLIP32 if low else v), _exp32(_CLIP32 if lower else w)
+        e = _ZERO32 if low else e
+        f = _ZERO32 if lower else f
+        x[i] = e
+        y[i] = f
+        total[i] += e + f
+
+
+@_compiled()
+def _peak_of(x: Any, start: int, stop: int, peak: Any) -> None:
+    """The largest of each column of (K, n), between two columns."""
+    K = x.shape[0]
+    peak[:] = x[0, start:stop]
+    k = 1
+    while k + 4 <= K:
+        a, b, c, d = x[k], x[k + 1], x[k + 2], x[k + 3]
+        _raise_peak_4(a[start:stop], b[start:stop], c[start:stop], d[start:stop], peak)
+        k += 4
+    while k < K:
+        _raise_peak(x[k, start:stop], peak)
+        k += 1
 
 
 @_compiled(reorder=True)
@@ -151,12 +204,12 @@ def soft64(log_joint: Any, weights: Any, value: Any, sum_r: Any) -> None:
         stop = min(start + LANE, n)
         m = stop - start
         peak, total = peaks[:m], totals[:m]
-        peak[:] = log_joint[0, start:stop]
-        for k in range(1, K):
-            _raise_peak(log_joint[k, start:stop], peak)
+        _peak_of(log_joint, start, stop, peak)
         total[:] = 0.0
-        for k in range(K):
-            _exp_sum64(log_joint[k, start:stop], peak, total)
+        for k in range(0, K - 1, 2):
+            _exp_sum64_2(log_joint[k, start:stop], log_joint[k + 1, start:stop], peak, total)
+        if K % 2:
+            _exp_sum64(log_joint[K - 1, start:stop], peak, total)
         for i in range(m):
             value[start + i] = peak[i] + math.log(total[i])
             total[i] = 1.0 / total[i]
@@ -177,12 +230,12 @@ def soft32(log_joint: Any, weights: Any, value: Any, sum_r: Any) -> None:
         stop = min(start + LANE, n)
         m = stop - start
         peak, total = peaks[:m], totals[:m]
-        peak[:] = log_joint[0, start:stop]
-        for k in range(1, K):
-            _raise_peak(log_joint[k, start:stop], peak)
+        _peak_of(log_joint, start, stop, peak)
         total[:] = np.float32(0.0)
-        for k in range(K):
-            _exp_sum32(log_joint[k, start:stop], peak, total)
+        for k in range(0, K - 1, 2):
+            _exp_sum32_2(log_joint[k, start:stop], log_joint[k + 1, start:stop], peak, total)
+        if K % 2:
+            _exp_sum32(log_joint[K - 1, start:stop], peak, total)
         for i in range(m):
             value[start + i] = np.float64(peak[i]) + math.log(np.float64(total[i]))
             total[i] = one / total[i]

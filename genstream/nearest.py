@@ -31,8 +31,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from genstream import compiled
 from genstream.families.blocks import Family, Kernel, Walk, slices
-from genstream.responsibility import Nearest, soft
+from genstream.profile import mark
+from genstream.responsibility import Nearest, weighted_soft
 from genstream.rows import Rows
 from genstream.stats import Monoid, Placed
 
@@ -45,17 +47,21 @@ BRANCHES, CENTRED_BY = 16, 32
 STEPS = 4
 # A part whose list is shorter is a cell.
 SHORT = 48
+# A division whose lists are longer than this share of the whole's, row by row, is not worth it.
+SHORTENED = 0.7
 # Rows scored for each part that a part is divided into; and of a whole chunk, under all components.
 SCORED, SCORED_FIRST = 64, 2048
 # Rows drawn from each component, at least and at most.
 DRAWN = 4, 64
+# With fewer rows a component in a chunk, finding lists takes longer than scoring all.
+LEAST_ROWS_EACH = 4
 # Rows whose distances to centres are held at a time.
 LANE = 8192
 
 
 class Sums(NamedTuple):
-    """What an E-step sums: rows met in blocks, their weight, the bound, (K,) what each component
-    took, and the family's statistics.
+    """What an E-step sums: rows of which anything was observed, their weight, the bound, (K,) what
+    each component took, and the family's statistics.
     """
 
     n_observed: int
@@ -83,6 +89,18 @@ class Part(NamedTuple):
     matters: Index
 
 
+class Tested(NamedTuple):
+    """Rows scored under a list (n,), the logarithm of what the list's densities sum to for each
+    (n,), and all that mattered: which of the rows (m,), the component (m,) and its share (m,).
+    """
+
+    rows: Index
+    values: Array
+    whose: Index
+    matters: Index
+    shares: Array
+
+
 class Search:
     """The cells of a chunk and their lists.
 
@@ -96,6 +114,8 @@ class Search:
         How closely to look.
     seed
         What random numbers follow from, with the chunk's size.
+    kernel
+        What the family prepared of the components, where it has already.
 
     Attributes
     ----------
@@ -112,15 +132,22 @@ class Search:
         rows: Rows,
         rule: Nearest,
         seed: tuple[int, int],
+        kernel: Kernel | None = None,
     ) -> None:
         self.family, self.params, self.log_weights = family, params, log_weights
         self.rows, self.rule = rows, rule
-        self.kernel = family.prepare(params, log_weights)
+        self.kernel = family.prepare(params, log_weights) if kernel is None else kernel
         self.every = np.arange(len(log_weights))
         self.rng = np.random.default_rng([*seed, rows.n_rows])
-        self.useful = np.arange(rows.n_rows)
+        self.fast = compiled.pays(rows.n_rows * len(self.every))
+        useful: Any = np.ones(rows.n_rows, dtype=bool)
         if rows.observed is not None:
-            self.useful = np.flatnonzero(rows.observed.any(axis=1))
+            useful = rows.observed.any(axis=1)
+        self.n_observed = int(useful.sum())
+        if rows.weights is not None:
+            # Multiplied by 0 a row beyond the arithmetic would still spoil all sums.
+            useful = useful & (rows.weights > 0)
+        self.useful = np.flatnonzero(useful)
         self.floor = -np.inf
 
     def taken(self, components: Index) -> Kernel:
@@ -137,35 +164,48 @@ class Search:
         return kernel
 
     def cells(self) -> Iterator[Cell]:
-        """One cell after another; a row with nothing observed is in none."""
+        """One cell after another; a row with nothing observed or of weight 0 is in none."""
         n_first = min(SCORED_FIRST, len(self.useful) // 32)
-        if len(self.every) <= SHORT or len(self.useful) < 2 * self.rule.cell_rows or not n_first:
+        least = max(2 * self.rule.cell_rows, LEAST_ROWS_EACH * len(self.every))
+        if len(self.every) <= SHORT or len(self.useful) < least or not n_first:
             yield Cell(self.useful, self.every)
             return
         self.at, drawn, source = self._points()
         whole = Part(self.useful, self.every, drawn, source)
-        waiting = [self._with_witnesses(whole, n_first)]
+        first = self._tested(whole, n_first)
+        share = self.rule.checked
+        self.floor = np.inf if share >= 1 else float(np.quantile(first.values, share))
+        waiting: list[tuple[Part, Tested | None]] = [(whole, first)]
         while waiting:
-            part = waiting.pop()
+            part, tested = waiting.pop()
             n_parts = min(BRANCHES, len(part.rows) // self.rule.cell_rows)
             if n_parts < 2 or len(part.components) <= SHORT:
                 yield Cell(part.rows, part.components)
                 continue
-            if len(part.components) < len(self.every):
-                part = self._with_witnesses(part, SCORED * n_parts)
-            waiting += self._divided(part, n_parts)
+            if tested is None:
+                tested = self._tested(part, SCORED * n_parts)
+            children = self._divided(part, tested, n_parts)
+            if children is None:
+                yield Cell(part.rows, part.components)
+            else:
+                waiting += [(child, None) for child in children]
 
-    @staticmethod
-    def scored(walk: Walk, rows: Index) -> Iterator[tuple[Index, Array, Array]]:
+    def scored(
+        self, walk: Walk, rows: Index, took: Array, weights: Array | None = None
+    ) -> Iterator[tuple[Index, Array, Array]]:
         """Of each block of a walk over some rows (n,) of the chunk: which rows these are,
         responsibilities (C, n) under the list, and the logarithm of what the list's densities sum
-        to (n,).
+        to (n,). Responsibilities are times the chunk's `weights`, and `took` (C,) adds them up.
         """
         for index in walk.blocks():
+            mark("features")
+            chosen = rows[index]
             resp = walk.score()
-            value = soft(resp)
+            mark("score")
+            block = None if weights is None else weights[chosen]
+            value = weighted_soft(resp, block, took, self.fast)
             base = walk.base()
-            yield rows[index], resp, value if base is None else value + base
+            yield chosen, resp, value if base is None else value + base
 
     def _points(self) -> tuple[Array, Array, Index]:
         """Coordinates in float32 of the chunk's rows (n, e) and of rows drawn from the components
@@ -186,39 +226,59 @@ class Search:
         at = self.family.embed(both)[0].astype(np.float32)
         return at[: self.rows.n_rows], at[self.rows.n_rows :], source
 
-    def _with_witnesses(self, part: Part, n_rows: int) -> Part:
-        """The part with witnesses among some of its rows. Where its list is of all components, the
-        rows say what the floor is.
-        """
+    def _tested(self, part: Part, n_rows: int) -> Tested:
+        """Some rows of the part, scored under its list."""
         chosen = part.rows[self.rng.integers(0, len(part.rows), min(n_rows, len(part.rows)))]
-        points, matters, values = [part.points], [part.matters], []
         walk = self.taken(part.components).walk(self.rows[chosen])
-        for index, resp, value in self.scored(walk, chosen):
+        took = np.zeros(len(part.components))
+        rows, values, whose, matters, shares = [], [], [], [], []
+        n_scored = 0
+        for index, resp, value in self.scored(walk, chosen, took):
             k, n = np.nonzero(resp > self.rule.least)
-            points.append(self.at[index[n]])
-            matters.append(part.components[k])
+            rows.append(index)
             values.append(value)
-        if len(part.components) == len(self.every):
-            share = self.rule.checked
-            self.floor = np.inf if share >= 1 else float(np.quantile(np.concatenate(values), share))
-        return part._replace(points=np.concatenate(points), matters=np.concatenate(matters))
+            whose.append(n + n_scored)
+            matters.append(part.components[k])
+            shares.append(resp[k, n])
+            n_scored += len(index)
+        return Tested(*(np.concatenate(each) for each in (rows, values, whose, matters, shares)))
 
-    def _divided(self, part: Part, n_parts: int) -> Iterator[Part]:
-        """The part divided about a few centres."""
+    def _divided(self, part: Part, tested: Tested, n_parts: int) -> list[Part] | None:
+        """The part divided about a few centres, with witnesses of the rows tested; None where one
+        in four of these, for which the others have to stand, would lose too much by it, or lists
+        would hardly be shorter.
+        """
         at = self.at[part.rows]
         centres = _centres(at, n_parts, self.rng)
-        own, theirs = _closest(at, centres), _closest(part.points, centres)
-        order, edges = _sorted(own, n_parts)
+        n = len(tested.rows)
+        known = tested.whose < n - n // 4
+        points = np.concatenate([part.points, self.at[tested.rows[tested.whose]]])
+        matters = np.concatenate([part.matters, tested.matters])
+        theirs = _closest(points, centres)
+        first = len(part.points)
+        listed = np.zeros((n_parts, len(self.every)), dtype=bool)
+        listed[theirs[:first], part.matters] = True
+        listed[theirs[first:][known], tested.matters[known]] = True
+        missed = np.where(listed[theirs[first:], tested.matters], 0.0, tested.shares)
+        lost = -np.log1p(-np.minimum(np.bincount(tested.whose, missed, n), 1 - 1e-9))
+        # What falls below the floor is scored again.
+        lost[tested.values - lost < self.floor] = 0.0
+        if lost[n - n // 4 :].mean() > self.rule.tolerance:
+            return None
+        listed[theirs[first:], tested.matters] = True
+        order, edges = _sorted(_closest(at, centres), n_parts)
+        if np.diff(edges) @ listed.sum(axis=1) > SHORTENED * len(at) * len(part.components):
+            return None
         order_points, edges_points = _sorted(theirs, n_parts)
+        children = []
         for i in range(n_parts):
             rows = part.rows[order[edges[i] : edges[i + 1]]]
-            if not len(rows):
-                continue
-            chosen = order_points[edges_points[i] : edges_points[i + 1]]
-            matters = part.matters[chosen]
-            listed = np.flatnonzero(np.bincount(matters, minlength=len(self.every)))
-            components = listed if len(listed) else part.components
-            yield Part(rows, components, part.points[chosen], matters)
+            if len(rows):
+                chosen = order_points[edges_points[i] : edges_points[i + 1]]
+                own = np.flatnonzero(listed[i])
+                components = own if len(own) else part.components
+                children.append(Part(rows, components, points[chosen], matters[chosen]))
+        return children
 
 
 def e_step(
@@ -228,51 +288,48 @@ def e_step(
     rows: Rows,
     rule: Nearest,
     seed: tuple[int, int] = (0, 0),
+    kernel: Kernel | None = None,
 ) -> Sums:
     """The sums of a chunk, in which each row meets the components of its cell.
 
     Takes what `Search` takes.
     """
-    search = Search(family, params, log_weights, rows, rule, seed)
+    search = Search(family, params, log_weights, rows, rule, seed, kernel)
     total = Placed(len(log_weights))
     sum_r = np.zeros(len(log_weights))
     objective = weight = 0.0
-    n_observed = 0
     badly: list[Index] = []
 
     def add(cell: Cell, floor: float) -> None:
-        nonlocal objective, weight, n_observed
+        nonlocal objective, weight
         took = np.zeros(len(cell.components))
         walk = search.taken(cell.components).walk(rows[cell.rows])
-        for index, resp, value in search.scored(walk, cell.rows):
+        mark("prepare")
+        for index, resp, value in search.scored(walk, cell.rows, took, rows.weights):
             # Said so that what is no number is below, too.
             low = ~(value >= floor)
             some = bool(low.any())
             if some:
                 badly.append(index[low])
+                took -= resp[:, low].sum(axis=1, dtype=np.float64)
                 resp[:, low] = 0.0
                 index, value = index[~low], value[~low]
-            n_observed += len(index)
-            if rows.weights is None:
-                objective += float(value.sum())
-                weight += len(value)
-            else:
-                block = rows.weights[index]
-                # A row of weight 0 moves nothing, even where its log-likelihood is not finite.
-                objective += float(block @ np.where(block > 0, value, 0.0))
-                weight += float(block.sum())
-                resp[:, ~low] *= block.astype(resp.dtype)
-            took += resp.sum(axis=1, dtype=np.float64)
+            block = None if rows.weights is None else rows.weights[index]
+            objective += float(value.sum() if block is None else block @ value)
+            weight += len(value) if block is None else float(block.sum())
+            mark("softmax")
             walk.gather(resp)
+            mark("gather")
         total.add(walk.close(), cell.components)
         sum_r[cell.components] += took
 
     for cell in search.cells():
+        mark("lists")
         everything = len(cell.components) == len(sum_r)
         add(cell, -np.inf if everything else search.floor)
     if badly:
         add(Cell(np.concatenate(badly), search.every), -np.inf)
-    return Sums(n_observed, weight, objective, sum_r, total.close())
+    return Sums(search.n_observed, weight, objective, sum_r, total.close())
 
 
 def _centres(at: Array, n: int, rng: np.random.Generator) -> Array:

@@ -37,6 +37,8 @@ MAX_TASK_CHUNKS = 64
 TASKS_PER_WORKER = 4
 # The share of its time that a worker may wait for storage before it has chunks read ahead.
 BLOCKED = 0.1
+# Seconds from which on it pays to hand reading over to another thread.
+LONG_READ = 1e-3
 
 
 class Passes:
@@ -320,7 +322,8 @@ class _Reading:
     """Reads chunks, the next one of a worker while it works on the last, where reading blocks.
 
     Reading that keeps a core busy, as from a file in the system's cache, gains nothing by that: a
-    worker reads for itself until it has spent more than `BLOCKED` of its time waiting for storage.
+    worker reads for itself until it has spent more than `BLOCKED` of its time waiting for storage
+    in reads of some length.
     `blocks` says whether that is known already, and `alone` that there are no threads to read.
     """
 
@@ -341,16 +344,19 @@ class _Reading:
         the rows.
         """
         profile = current()
-        begin, waited = time.perf_counter(), 0.0
+        begin, waited, long = time.perf_counter(), 0.0, False
         at = next(numbers, None)
         pending: Future[Rows] | None = None
         while at is not None:
             if pending is None:
-                wall, busy = time.perf_counter(), time.thread_time()
+                wall, busy = time.perf_counter(), time.thread_time() if long else 0.0
                 held = [source.read(at[1])]
                 now = time.perf_counter()
-                waited += now - wall - (time.thread_time() - busy)
-                self.blocks |= waited > BLOCKED * (now - begin)
+                # A thread's own clock costs more than to read a chunk of a few rows.
+                if long:
+                    waited += now - wall - (time.thread_time() - busy)
+                    self.blocks |= waited > BLOCKED * (now - begin)
+                long = now - wall > LONG_READ
             else:
                 held = [pending.result()]
             mark("read")

@@ -28,6 +28,7 @@ PARTS = {
     "features": "features of blocks of rows",
     "score": "log-densities",
     "softmax": "responsibilities",
+    "lists": "which components matter to which rows, where there are many",
     "gather": "sufficient statistics",
     "m_step": "parameters from statistics",
     "merge": "statistics of chunks added up",

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from genstream.families.blocks import Array, slices
 from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
-from genstream.responsibility import Responsibility, Sampled, soft
+from genstream.responsibility import Responsibility, Sampled, climbs, soft
 from genstream.rows import Rows
 from genstream.story import Params, Story
 
@@ -37,11 +37,15 @@ HOPE = 10
 MAX_FAILURES = 5
 # Rows whose responsibilities are held at a time.
 SLICE_ROWS = 4096
+# Splits tried in a round: of more components than this, some that are drawn.
+MOST_SPLITS = 256
+# With more components than this a move gains less than its trial costs.
+MOST_COMPONENTS = 512
 
 Seeding = Callable[[Story, Rows, np.random.Generator], Params]
 
-# Number of the random stream that splits follow from.
-_SPLIT = 4
+# Numbers of the random streams that splits follow from, and which ones are tried.
+_SPLIT, _DRAWN = 4, 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,19 +69,24 @@ def portrait(story: Story, params: Params, sample: Rows) -> Portrait:
     n_components = story.n_components
     weight = sample.row_weights
     cost = weight.sum() * np.log(np.maximum(1.0 - params.weights, 1e-16))
+    no_rows, no_share = np.empty(0, dtype=np.intp), np.empty(0)
     rows: list[list[Array]] = [[] for _ in range(n_components)]
     shares: list[list[Array]] = [[] for _ in range(n_components)]
     for piece in slices(sample.n_rows, SLICE_ROWS):
         resp = story.infer(params, sample[piece]).responsibilities
         cost -= weight[piece] @ np.log(np.maximum(1.0 - resp, 1e-16))
-        for k in range(n_components):
-            mine = np.flatnonzero(resp[:, k] > NEGLIGIBLE)
-            rows[k].append(mine + piece.start)
-            shares[k].append(resp[mine, k])
+        component, mine = np.nonzero(resp.T > NEGLIGIBLE)
+        share = resp[mine, component]
+        present, first = np.unique(component, return_index=True)
+        for k, own, part in zip(
+            present, np.split(mine, first[1:]), np.split(share, first[1:]), strict=True
+        ):
+            rows[k].append(own + piece.start)
+            shares[k].append(part)
     return Portrait(
         cost,
-        tuple(np.concatenate(each) for each in rows),
-        tuple(np.concatenate(each) for each in shares),
+        tuple(np.concatenate([no_rows, *each]) for each in rows),
+        tuple(np.concatenate([no_share, *each]) for each in shares),
     )
 
 
@@ -145,8 +154,9 @@ def refine(
 
     Moves are tried from the most promising one on. One that is kept begins a new round; after
     `MAX_FAILURES` in a row, or where about `passes` were spent, it ends. The mean objective never
-    falls. With fewer than three components, with frozen parameters or where responsibilities are
-    drawn, the state is returned as it is. Everything follows from the state's seed.
+    falls. With fewer than three components or more than `MOST_COMPONENTS`, with frozen parameters
+    or where responsibilities are drawn, the state is returned as it is. Everything follows from the
+    state's seed.
 
     Parameters
     ----------
@@ -162,14 +172,15 @@ def refine(
     spent = 0.0
     number = 0
     better: FitState | None = state
-    if story.n_components < 3 or story.frozen or isinstance(responsibility, Sampled):
+    idle = not 3 <= story.n_components <= MOST_COMPONENTS
+    if idle or story.frozen or isinstance(responsibility, Sampled):
         return state, spent
     while better is not None and spent < passes:
         state = better
         seen = portrait(story, state.params, sample)
         spent += 1
         halves: dict[int, Halves] = {}
-        for k in range(story.n_components):
+        for k in _tried(story.n_components, state.seed, number):
             mine = seen.rows[k]
             rng = np.random.default_rng([state.seed, _SPLIT, number, k])
             found = split(
@@ -179,12 +190,11 @@ def refine(
             if found is not None:
                 halves[k] = found
         number += 1
-        moves = sorted(
-            (seen.cost[i] - halves[k].gain, k, i)
-            for k in halves
-            for i in range(story.n_components)
-            if i != k
-        )
+        # More of either cannot be among the best moves.
+        few = MAX_FAILURES + 1
+        cheap = sorted(range(story.n_components), key=lambda i: (seen.cost[i], i))[:few]
+        dear = sorted(halves, key=lambda k: (-halves[k].gain, k))[:few]
+        moves = sorted((seen.cost[i] - halves[k].gain, k, i) for k in dear for i in cheap if i != k)
         better = None
         for _, k, i in moves[:MAX_FAILURES]:
             if better is not None or spent >= passes:
@@ -196,6 +206,14 @@ def refine(
             if tried.trace[-1].mean_objective > state.trace[-1].mean_objective + tolerance:
                 better = tried
     return state if better is None else better, spent
+
+
+def _tried(n_components: int, seed: int, number: int) -> list[int]:
+    """The components that a round tries to split."""
+    if n_components <= MOST_SPLITS:
+        return list(range(n_components))
+    rng = np.random.default_rng([seed, _DRAWN, number])
+    return sorted(rng.choice(n_components, MOST_SPLITS, replace=False).tolist())
 
 
 def _trial(
@@ -211,6 +229,6 @@ def _trial(
     if not one + HOPE * (one - last) > value:
         return trial
     going = replace(trial, outcome=Outcome.RUNNING)
-    quick = responsibility is soft
+    quick = climbs(responsibility)
     learner = BatchEM(FULL_STEPS, tolerance, responsibility, accelerate=quick)
     return fit(story, learner, Resident(sample), going)

@@ -30,6 +30,9 @@ Rule = Callable[[Array], Array]
 # Seed of the fit, its step and the chunk at hand.
 Key = tuple[int, int, int]
 
+# From so many components on, looking for those near a row pays: at half as many all are scored in
+# about the same time.
+MANY = 512
 RULES = ("soft", "hard", "sampled", "truncated", "nearest")
 
 
@@ -125,6 +128,8 @@ class Nearest:
         Share of the rows, the worst explained ones, that are scored under all components.
     cell_rows
         Rows that share a list, at least. Larger cells have longer lists and lose less.
+    tolerance
+        Nats a row that lists may lose, by an estimate, whenever they are shortened.
 
     Raises
     ------
@@ -135,6 +140,7 @@ class Nearest:
     least: float = 1e-5
     checked: float = 0.02
     cell_rows: int = 1024
+    tolerance: float = 5e-3
 
     slack: ClassVar[float] = 1e-3
 
@@ -143,6 +149,7 @@ class Nearest:
             ("least", 0 <= self.least < 1, "at least 0 and below 1"),
             ("checked", 0 <= self.checked <= 1, "between 0 and 1"),
             ("cell_rows", self.cell_rows >= 1, "at least 1"),
+            ("tolerance", self.tolerance >= 0, "at least 0"),
         ]
         for name, right, allowed in ranges:
             if not right:
@@ -195,6 +202,16 @@ class Sampled:
 
 
 Responsibility = Rule | Sampled
+
+
+def by_size(n_components: int) -> Responsibility:
+    """The rule where nothing is said: `soft`, and `Nearest` from `MANY` components on."""
+    return Nearest() if n_components >= MANY else soft
+
+
+def climbs(responsibility: Responsibility) -> bool:
+    """Whether EM by a rule can be accelerated: its bound is the log-likelihood, or close to it."""
+    return responsibility is soft or isinstance(responsibility, Nearest)
 
 
 def rule_of(responsibility: Responsibility, key: Key | None) -> Rule:

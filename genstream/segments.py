@@ -33,8 +33,19 @@ DType = Literal["float32", "float64"]
 Ids = Sequence[str] | Sequence[int]
 
 CHUNK_NBYTES = 8 * 2**20
+# Wide rows come so many at a time, up to so many bytes: products of thin matrices are slow.
+LEAST_ROWS, WIDE_NBYTES = 1024, 64 * 2**20
 SEGMENT_CHUNKS = 256
 RECORD_CHUNK_NBYTES = 64 * 2**20
+
+
+def rows_of_chunk(n_features: int, itemsize: int) -> int:
+    """Rows of a chunk that spans all columns: about 8 MB, and 64 MB at most for wide rows.
+
+    Chunks of 8 MB are read nearly as fast as larger ones, and each of several workers holds some.
+    """
+    row = n_features * itemsize
+    return max(1, CHUNK_NBYTES // row, min(LEAST_ROWS, WIDE_NBYTES // row))
 
 
 class SegmentWriter:
@@ -49,7 +60,7 @@ class SegmentWriter:
     weighted
         Whether row weights are stored; rows without any weigh 1.
     chunk_rows
-        Rows of a chunk; as many as make about 8 MB when left out. Rows that do not fill one chunk
+        Rows of a chunk; those of `rows_of_chunk` when left out. Rows that do not fill one chunk
         are stored as a chunk of their own size.
     digest
         Whether to compute a digest of the rows, for those that come from no file.
@@ -67,7 +78,7 @@ class SegmentWriter:
     ) -> None:
         self.storage = storage
         self.dtype = np.dtype(dtype)
-        self.chunk_rows = chunk_rows or max(1, CHUNK_NBYTES // (n_features * self.dtype.itemsize))
+        self.chunk_rows = chunk_rows or rows_of_chunk(n_features, self.dtype.itemsize)
         self.n_rows = 0
         self._digest = hashlib.sha256() if digest else None
         self._values = np.empty((self.chunk_rows, n_features), self.dtype)

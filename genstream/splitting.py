@@ -33,7 +33,7 @@ from genstream.story import Params, Story
 # How far halves are apart, in deviations of what is split along its main axis.
 APART = 0.6
 # From so many components on, each row meets those near it alone.
-MANY = 256
+MANY = 1024
 # Samples are as large as those of so many components, at least.
 FEW = 100
 # Rows of a chunk of the sample at most, where every row meets all components and where it does not.

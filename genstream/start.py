@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from genstream.errors import DataError
-from genstream.families.blocks import Array
+from genstream.families.blocks import Array, slices
 from genstream.learn import BatchEM, FitState, Learner, Outcome, Relay, Resident, fit
 from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.refine import Seeding, refine
-from genstream.responsibility import Responsibility, soft
+from genstream.responsibility import MANY, Responsibility, by_size, climbs, soft
 from genstream.rows import Rows
+from genstream.stats import Placed
 from genstream.story import Params, Story
 
 # Memory the row sample may take, in bytes, whatever the number of columns.
@@ -24,6 +26,20 @@ SAMPLE_BYTES = 64 << 20
 RESCUE_ROWS = 2048
 # Rows on which distances are computed for seeding.
 SEED_ROWS = 20_000
+# Of many centres as many are drawn at a time as there are already, divided by this.
+AT_A_TIME = 8
+# A start of many components takes fewer steps, in proportion to this many.
+FULL_STEPS = 256
+# Rows a centre on which many centres are seeded, and rows a component of a sample for many.
+SEED_ROWS_EACH, SAMPLE_ROWS_EACH = 50, 100
+# Steps of a short fit, at least.
+LEAST_STEPS = 4
+# Squared distances in units of a column's spread: none, and beyond all rows.
+TINY, FAR = 1e-6, 1e15
+# Distances computed at a time.
+LANE = 1 << 21
+# Components whose rows are summed at a time.
+GROUP = 32
 # Among the rows of one component, a spread below this share of all rows' own is no structure.
 NARROW = 0.03
 # Passes over the sample that moving components may take.
@@ -33,6 +49,8 @@ ONLINE_BATCHES = 256
 # Mini-batches that an online pass of the default learner takes at most: further M-steps cost time
 # and teach little, so that very large data are taken in larger mini-batches.
 MOST_BATCHES = 2048
+# Rows a component of a mini-batch, at least: fewer are not worth an M-step of them all.
+BATCH_ROWS_EACH = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +131,83 @@ def seed_centres(
     return centres
 
 
+def seed_many(
+    x: Array, observed: NDArray[np.bool_], weight: Array, n_centres: int, rng: np.random.Generator
+) -> tuple[Array, NDArray[np.intp]]:
+    """(K, e) centres and (n,) the closest to each row, by k-means++ with several centres a draw.
+
+    As k-means|| (Bahmani, Moseley, Vattani, Kumar & Vassilvitskii 2012) it draws many rows at once
+    by their squared distance from the centres so far, without replacement; but never more than an
+    eighth of those so far, so that nearly all is known that one at a time would know, and no draw
+    has to be thinned out again: it takes 8 log K passes over the rows instead of K. Distances are
+    those of `seed_centres`, in float32. Rows that are the same are drawn once while there are
+    others.
+    """
+    x, seen = x.astype(np.float32), observed.astype(np.float32)
+    whole = bool(observed.all())
+    nearest = np.full(len(x), np.inf)
+    label = np.zeros(len(x), dtype=np.intp)
+    centres = np.empty((0, x.shape[1]), dtype=np.float32)
+    while len(centres) < n_centres:
+        n_drawn = min(max(1, len(centres) // AT_A_TIME), n_centres - len(centres))
+        mass = weight * nearest if len(centres) else weight
+        # What rounding leaves of the distance of a row from itself is none.
+        mass = np.where(nearest > TINY, mass, 0.0)
+        left = np.flatnonzero(mass)
+        if len(left) > n_drawn:
+            # The largest of u^(1/mass), one a row (Efraimidis & Spirakis 2006).
+            late = rng.standard_exponential(len(left)) / mass[left]
+            left = left[np.argpartition(late, n_drawn)[:n_drawn]]
+        elif not len(left):
+            left = rng.choice(len(x), n_drawn, p=weight / weight.sum())
+        fresh = np.unique(x[left], axis=0)
+        _update(x, seen, whole, fresh, len(centres), nearest, label)
+        centres = np.concatenate([centres, fresh])
+    return centres.astype(np.float64), label
+
+
+def _update(
+    x: Array,
+    seen: Array,
+    whole: bool,
+    centres: Array,
+    first: int,
+    nearest: Array,
+    label: NDArray[np.intp],
+) -> None:
+    """Let rows (n,) know of further centres, which are numbered from `first` on."""
+    square = centres**2
+    for piece in slices(len(x), max(64, LANE // len(centres))):
+        squared = x[piece] @ (-2 * centres.T)
+        squared += square.sum(axis=1) if whole else seen[piece] @ square.T
+        best = squared.argmin(axis=1)
+        found = squared[np.arange(len(best)), best] + (x[piece] ** 2).sum(axis=1)
+        if not whole:
+            found /= np.maximum(seen[piece].mean(axis=1), 1e-9)
+        better = found < nearest[piece]
+        nearest[piece][better] = np.maximum(found[better], 0.0)
+        label[piece][better] = best[better] + first
+
+
+def cluster_many(
+    x: Array, observed: NDArray[np.bool_], weight: Array, label: NDArray[np.intp], n_centres: int
+) -> NDArray[np.intp]:
+    """(n,) labels after one of Lloyd's steps from others. A centre without rows has none after."""
+    masked = observed * weight[:, None]
+    mass, sums = (
+        np.stack([np.bincount(label, column, n_centres) for column in part.T], axis=1)
+        for part in (masked, masked * x)
+    )
+    centres = np.where(mass > 0, sums / np.where(mass > 0, mass, 1.0), 0.0).astype(np.float32)
+    # One that has no rows is nowhere.
+    centres[mass.max(axis=1) <= 0] = FAR
+    nearest, fresh = np.full(len(x), np.inf), label.copy()
+    whole = bool(observed.all())
+    seen = observed.astype(np.float32)
+    _update(x.astype(np.float32), seen, whole, centres, 0, nearest, fresh)
+    return fresh
+
+
 def distances(x: Array, observed: NDArray[np.bool_], centres: Array) -> Array:
     """(n, K) squared distances over the observed coordinates, scaled up to all of them."""
     seen = observed.astype(np.float64)
@@ -166,6 +261,13 @@ def _from_clusters(
 ) -> Params:
     weight = sample.row_weights
     small = np.arange(len(x))
+    if story.n_components >= MANY:
+        k = story.n_components
+        if len(x) > SEED_ROWS_EACH * k:
+            small = np.sort(rng.choice(len(x), SEED_ROWS_EACH * k, replace=False))
+        _, labels = seed_many(x[small], observed[small], weight[small], k, rng)
+        labels = cluster_many(x[small], observed[small], weight[small], labels, k)
+        return params_from_labels(story, sample[small], labels, rng)
     if len(x) > SEED_ROWS:
         small = np.sort(rng.choice(len(x), SEED_ROWS, replace=False))
     centres = seed_centres(x[small], observed[small], weight[small], story.n_components, rng)
@@ -180,12 +282,44 @@ def params_from_labels(
     """One M-step on a hard assignment (n,) of the sample to components, with what symmetry it
     leaves broken by the family.
     """
+    if story.n_components >= MANY:
+        return _from_many_labels(story, sample, labels, rng)
     responsibilities = np.zeros((sample.n_rows, story.n_components))
     responsibilities[np.arange(sample.n_rows), labels] = 1.0
     vague = story.vague()
     params = story.m_step(story.e_step(vague, sample, responsibilities), vague)
     begun = story.family.start(params.family, sample, responsibilities, rng)
     return replace(params, family=begun)
+
+
+def _from_many_labels(
+    story: Story, sample: Rows, labels: NDArray[np.intp], rng: np.random.Generator
+) -> Params:
+    """The same, where a matrix of rows by components would be too large: some components with
+    their own rows at a time.
+    """
+    k = story.n_components
+    order = np.argsort(labels, kind="stable")
+    edges = np.searchsorted(labels[order], np.arange(k + 1))
+    vague = story.vague()
+    total = Placed(k)
+    groups = []
+    for piece in slices(k, GROUP):
+        group = np.arange(piece.start, piece.stop)
+        index = order[edges[piece.start] : edges[piece.stop]]
+        shares = (labels[index, None] == group).astype(np.float64)
+        some = replace(story, n_components=len(group), frozen=frozenset())
+        few = vague.take(group.tolist())
+        total.add(some.e_step(few, sample[index], shares), group)
+        groups.append((group, index, shares))
+    params = story.m_step(total.close(), vague)
+    family: Any = params.family
+    for group, index, shares in groups:
+        few = family.take(group.tolist())
+        begun = story.family.start(few, sample[index], shares, rng)
+        if begun is not few:
+            family = family.put(begun, group.tolist())
+    return replace(params, family=family)
 
 
 def warm_start(
@@ -213,12 +347,22 @@ def warm_start(
     explain more, for about `refine_passes` passes over the sample at most (`genstream.refine`);
     where `long_steps` are no more than the short ones, there is no more than the short fits. The
     state holds the sample's statistics, from which online EM begins.
+    With many components the sample has at least `SAMPLE_ROWS_EACH` rows of each where there are as
+    many, and as a step takes longer there are fewer of them: all numbers of starts, steps and
+    passes are as many times smaller as there are more than `FULL_STEPS` components, down to one
+    start of a few steps.
     `seeding` makes the parameters each short fit begins with. `given` parameters take the place of
     starts, and `responsibility` is the rule by which the sample is fitted. A `sample` that
     `draw_sample` drew with the same number and seed saves its pass.
     `on_start(i, mean objective)` is called after each of them.
     Everything follows from `seed`. Raises DataError where the data cannot start a fit.
     """
+    if story.n_components >= MANY:
+        fewer = story.n_components / FULL_STEPS
+        sample_rows = max(sample_rows, SAMPLE_ROWS_EACH * story.n_components)
+        n_init = max(1, int(n_init / fewer))
+        short_steps = max(min(LEAST_STEPS, short_steps), int(short_steps * 2 / fewer))
+        long_steps, refine_passes = int(long_steps / fewer), refine_passes / fewer
     if sample is None:
         sample = draw_sample(passes, sample_rows, seed)
     story = story.anchored(sample)
@@ -243,7 +387,7 @@ def warm_start(
             "look for extreme values, or keep the weak prior"
         )
     if long_steps > short_steps:
-        quick = responsibility is soft
+        quick = climbs(responsibility)
         learner = BatchEM(long_steps, tolerance, responsibility, accelerate=quick)
 
         def go_on(state: FitState) -> FitState:
@@ -270,17 +414,23 @@ def default_learner(
     max_steps: int = 200,
     tolerance: float = 1e-4,
     online: OnlineEM | None = None,
+    n_components: int = 1,
 ) -> Learner:
     """The learner that goes on from a warm start: `online` once over the data, then batch EM.
 
     Where there are fewer than `ONLINE_BATCHES` mini-batches the sample knows nearly as much as a
     pass of online EM would learn, and accelerated batch EM begins at once. Where there would be
-    more than `MOST_BATCHES`, mini-batches are larger. `max_steps` and `tolerance` are those of
-    batch EM.
+    more than `MOST_BATCHES`, mini-batches are larger, and so they are where each of many components
+    would have fewer than `BATCH_ROWS_EACH` rows in one. `max_steps` and `tolerance`
+    are those of batch EM, the rule for responsibilities that of `online`.
     """
-    online = online or OnlineEM()
-    online = replace(online, batch_rows=max(online.batch_rows, n_rows // MOST_BATCHES))
-    batch = BatchEM(max_steps, tolerance, accelerate=True)
+    online = online or OnlineEM(responsibility=by_size(n_components))
+    least = n_rows // MOST_BATCHES
+    if n_components >= MANY:
+        least = max(least, BATCH_ROWS_EACH * n_components)
+    online = replace(online, batch_rows=max(online.batch_rows, least))
+    rule = online.responsibility
+    batch = BatchEM(max_steps, tolerance, rule, accelerate=climbs(rule))
     if n_rows < ONLINE_BATCHES * online.batch_rows:
         return batch
     return Relay((online, batch))

@@ -329,7 +329,13 @@ class Story:
         seed, _, chunk = key or (0, 0, 0)
         log_weights = np.log(np.maximum(params.weights, 1e-300))
         found = nearest.e_step(
-            self.family, params.family, log_weights, self.readable(rows), rule, (seed, chunk)
+            self.family,
+            params.family,
+            log_weights,
+            self.readable(rows),
+            rule,
+            (seed, chunk),
+            self._kernel(params),
         )
         stats = StoryStats(
             rows.n_rows,

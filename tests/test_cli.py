@@ -149,6 +149,7 @@ def test_the_schema_is_json(call: Call) -> None:
 def test_doctor_tells_of_this_machine(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     found = call("doctor", "--json").json
     assert found["numpy"] == np.__version__
+    assert found["numba"]
     assert "embedded" in found["prefect server"]
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     assert "does not answer" in call("doctor", "--json").json["prefect server"]

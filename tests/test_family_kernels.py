@@ -5,15 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
+import scipy.special
+import scipy.stats
 from numpy.testing import assert_allclose
+from numpy.typing import NDArray
 
 from genstream import compiled
+from genstream.errors import DataError
 from genstream.families import columns as columns_module
+from genstream.families.factorials import log_factorial
 from genstream.families.levels import Combinations, LookUpWalk
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
-from genstream.stories import Block, mixture
+from genstream.stories import Block, factors, mixture
 from genstream.story import Params, Story, StoryStats
 
 N_LEVELS = (40, 7, 25)
@@ -152,3 +158,133 @@ def test_few_levels_and_short_chunks_stay_features() -> None:
     few = mixture(schema, 50).anchored(Rows.of(rng.integers(0, 2, (100, 3)).astype(np.float64)))
     rows = Rows.of(rng.integers(0, 2, (3000, 3)).astype(np.float64))
     assert not isinstance(few._walk(few.vague(), rows), LookUpWalk)
+
+
+def clustered(
+    n: int, d: int, q: int, k: int, rng: np.random.Generator, *, apart: float
+) -> NDArray[np.float64]:
+    """Rows of k groups with q factors each, means of order `apart`."""
+    group = rng.integers(0, k, n)
+    centre, loadings = apart * rng.normal(size=(k, d)), rng.normal(size=(k, q, d))
+    factor = rng.normal(size=(n, q))
+    noise = rng.normal(size=(n, d)) * (0.2 + 0.8 * rng.random(d))
+    return centre[group] + np.einsum("nq,nqd->nd", factor, loadings[group]) + noise
+
+
+class TestFactors:
+    """Moments gathered through the latent are those of Gaussians, from `scipy.stats` too."""
+
+    @pytest.mark.parametrize("noise", ["diagonal", "isotropic"])
+    @pytest.mark.parametrize("n_components", [1, 4])
+    @pytest.mark.parametrize(("dtype", "apart"), [("float64", 1.0), ("float32", 30.0)])
+    def test_moments_are_those_of_gaussians(
+        self, noise: str, n_components: int, dtype: str, apart: float
+    ) -> None:
+        rng = np.random.default_rng(7)
+        x = clustered(6000, 9, 2, n_components, rng, apart=apart)
+        rows = Rows.of(x, weights=rng.random(6000) + 0.5)
+        story = factors(
+            Schema.real(9), 2, n_components=n_components, noise=noise, dtype=dtype
+        ).anchored(rows)
+        params = some_params(story, rows, rng)
+        for _ in range(3):
+            params = story.m_step(story.e_step(params, rows), params)
+        family: Any = params.family
+        covariance = family.loadings @ family.loadings.swapaxes(1, 2)
+        covariance[:, range(9), range(9)] += np.reshape(family.noise, (n_components, -1))
+        log_joint = np.log(params.weights) + np.column_stack(
+            [
+                scipy.stats.multivariate_normal(m, c).logpdf(x)
+                for m, c in zip(family.mean, covariance, strict=True)
+            ]
+        )
+        log_p = scipy.special.logsumexp(log_joint, axis=1)
+        near = 1e-9 if dtype == "float64" else 2e-3
+        assert_allclose(story.log_prob(params, rows), log_p, rtol=0, atol=near)
+        resp = np.exp(log_joint - log_p[:, None]) * rows.row_weights[:, None]
+        pivot: Any = story.family.pivot
+        y = (x - pivot.shift) / pivot.scale
+        stats: Any = story.e_step(params, rows)
+        tolerance = 1e-9 if dtype == "float64" else 1e-4
+        assert_allclose(stats.family.sum_w, resp.sum(axis=0), rtol=tolerance)
+        assert_allclose(stats.family.sum_wx, resp.T @ y, rtol=tolerance, atol=6000 * tolerance)
+        second = np.einsum("nk,ni,nj->kij", resp, y, y)
+        assert_allclose(stats.family.sum_wxx, second, rtol=tolerance, atol=6000 * tolerance)
+        cut = [story.e_step(params, rows[part]) for part in (slice(0, 999), slice(999, 6000))]
+        assert_same_stats(cut[0].merge(cut[1]), stats, tolerance)
+
+    def test_a_mask_that_says_nothing_does_not_show(self) -> None:
+        rng = np.random.default_rng(8)
+        x = clustered(2000, 6, 2, 3, rng, apart=1.0)
+        story = factors(Schema.real(6), 2, n_components=3).anchored(Rows.of(x))
+        params = some_params(story, Rows.of(x), rng)
+        masked = Rows(x, np.ones(x.shape, dtype=bool))
+        assert oracles.identical(story.e_step(params, masked), story.e_step(params, Rows.of(x)))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, np.float64, np.int64])
+def test_factorials_are_those_of_the_gamma_function(dtype: type[Any]) -> None:
+    counts = np.array([[0, 1, 2, 3, 100], [7, 20, 60, 9, 1]]).astype(dtype)
+    expected = scipy.special.gammaln(counts.astype(np.float64) + 1)
+    assert np.array_equal(log_factorial(counts), expected)
+    if dtype in (np.float64, np.int64):
+        counts[0, 0] = 1 << 40
+        assert log_factorial(counts)[0, 0] == scipy.special.gammaln(2.0**40 + 1)
+        assert log_factorial(counts[:0]).shape == (0, 5)
+    assert log_factorial(np.array([2.5]))[0] == scipy.special.gammaln(3.5)
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.int64, np.float64])
+@pytest.mark.parametrize("arithmetic", ["float64", "float32"])
+def test_bits_and_bytes_are_scored_as_they_are(dtype: type[Any], arithmetic: str) -> None:
+    rng = np.random.default_rng(9)
+    bits = rng.random((4000, 30)) < rng.random(30)
+    schema = Schema(tuple(Column(f"b{j}", "binary") for j in range(30)))
+    rows = Rows.of(bits.astype(dtype), weights=rng.random(4000))
+    assert rows.values.dtype == (np.float32 if dtype in (np.bool_, np.uint8) else np.float64)
+    story = mixture(schema, 5, dtype=arithmetic).anchored(rows)
+    params = some_params(story, rows, rng)
+    family: Any = params.family
+    log_joint = np.log(params.weights) + scipy.stats.bernoulli.logpmf(
+        bits[:, None].astype(int), family.probability
+    ).sum(axis=2)
+    log_p = scipy.special.logsumexp(log_joint, axis=1)
+    near = 1e-10 if arithmetic == "float64" else 1e-4
+    assert_allclose(story.log_prob(params, rows), log_p, atol=near, rtol=0)
+    resp = np.exp(log_joint - log_p[:, None]) * rows.row_weights[:, None]
+    stats: Any = story.e_step(params, rows)
+    assert_allclose(stats.family.sum_binary, resp.T @ bits, rtol=10 * near)
+
+
+def test_what_is_no_level_is_looked_up_as_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that no schema has checked are not read beyond the table."""
+    rng = np.random.default_rng(2)
+    rows = levelled_rows(3000, rng, gaps=False, weights=False)
+    story = levelled_story(rows, "float64", "columns", 30)
+    params = some_params(story, rows, rng)
+    wrong = rows.values.copy()
+    wrong[::7, 1], wrong[::5, 3], wrong[3, 6] = 40.0, -3.0, 1.5
+    assert isinstance(story._walk(params, Rows.of(wrong)), LookUpWalk)
+    stats = story.e_step(params, Rows.of(wrong))
+    one_hot(monkeypatch)
+    assert_same_stats(stats, story.e_step(params, Rows.of(wrong)), 1e-11)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 0.5, 2.0])
+@pytest.mark.parametrize("place", [(0, 0), (2999, 29), (1024, 3)])
+def test_what_is_impossible_is_found_wherever_it_is(wrong: float, place: tuple[int, int]) -> None:
+    schema = Schema((Column("a"), *(Column(f"b{j}", "binary") for j in range(29))))
+    x = np.ones((3000, 30))
+    x[:, 0] = -0.5
+    assert Rows.of(x).check(schema).n_rows == 3000
+    x[place] = wrong
+    rows = Rows.of(x)
+    if place[1] == 0:
+        assert rows.check(schema) is rows
+        return
+    with pytest.raises(DataError, match=f"row {place[0]}, column 'b{place[1] - 1}'"):
+        rows.check(schema)
+    # Behind a mask it is not there.
+    hidden = np.ones(x.shape, dtype=bool)
+    hidden[place] = False
+    assert Rows(x, hidden).check(schema).n_rows == 3000

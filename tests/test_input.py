@@ -20,6 +20,7 @@ from genstream.passes import Passes, fold_range
 from genstream.responsibility import Sampled
 from genstream.rows import LARGEST, Rows
 from genstream.schema import Schema
+from genstream.segments import rows_of_chunk
 from genstream.sources import NumpySource
 from genstream.start import seed_params
 from genstream.store import append_batch
@@ -165,6 +166,17 @@ class TestStoredChunks:
         file.write_bytes(data)
         with pytest.raises(CorruptError, match=r"values/c\.0\.0: is damaged"):
             dataset.source().read(0)
+
+
+@pytest.mark.parametrize(
+    ("n_features", "itemsize", "rows"),
+    [(1, 8, 2**20), (6, 8, 174_762), (32, 4, 65_536), (1024, 8, 1024), (5000, 8, 1024)],
+)
+def test_chunks_are_8_mb_unless_that_is_few_rows(n_features: int, itemsize: int, rows: int) -> None:
+    assert rows_of_chunk(n_features, itemsize) == rows
+    # Never more than 64 MB, unless one row is.
+    assert rows_of_chunk(10**6, 8) == 8
+    assert rows_of_chunk(10**8, 8) == 1
 
 
 class TestRows:

@@ -12,14 +12,24 @@ import pytest
 from numpy.typing import NDArray
 from stories_zoo import ZOO, drawn, passes_over
 
+from genstream import start
 from genstream.errors import ConfigError
 from genstream.incremental import IncrementalEM
 from genstream.learn import BatchEM, EStep, FitState, Outcome, Resident, fit
 from genstream.nearest import SHORT, Search
 from genstream.online import OnlineEM
-from genstream.responsibility import Nearest, named, soft
+from genstream.refine import MOST_SPLITS, _tried, refine
+from genstream.responsibility import MANY, Nearest, by_size, climbs, named, soft
 from genstream.rows import Rows
 from genstream.schema import Schema
+from genstream.start import (
+    cluster_many,
+    default_learner,
+    distances,
+    seed_centres,
+    seed_many,
+    warm_start,
+)
 from genstream.stats import Placed
 from genstream.stories import mixture
 from genstream.story import Params, Story
@@ -92,7 +102,7 @@ class TestStatistics:
         assert distance(replace(expected, objective=found.objective), found) < 1e-7
 
     def test_their_objective_is_the_bound(self) -> None:
-        story, params, values = heaps(64, 3, 4000)
+        story, params, values = heaps(64, 3, 2000)
         rows = Rows.of(values, np.random.default_rng(0).uniform(0, 2, len(values)))
         found = story.e_step(params, rows, SMALL)
         resp = among_lists(story, params, rows, SMALL)
@@ -164,6 +174,16 @@ class TestStatistics:
         values[7] = 1e25
         found = story.e_step(params, Rows.of(values), SMALL)
         assert all(np.isfinite(value).all() for _, _, value in found.leaves())
+
+    def test_where_lists_would_lose_much_all_are_scored(self) -> None:
+        story, params, values = heaps(128, 4, 12_000)
+        rows = Rows.of(values)
+        strict = replace(SMALL, tolerance=0.0, checked=0.0)
+        cells = list(searching(story, params, rows, strict).cells())
+        assert max(len(cell.components) for cell in cells) == 128
+        loose = story.e_step(params, rows, replace(SMALL, tolerance=1.0, checked=0.0))
+        found, exact = story.e_step(params, rows, strict), story.e_step(params, rows)
+        assert exact.objective - found.objective < exact.objective - loose.objective
 
     def test_each_row_meets_few_components(self) -> None:
         story, params, values = heaps()
@@ -245,9 +265,128 @@ class TestLearning:
 
     def test_it_has_a_name_and_limits(self) -> None:
         assert named("nearest") == Nearest()
-        for wrong in ({"least": 1.0}, {"checked": -0.1}, {"cell_rows": 0}):
+        for wrong in ({"least": 1.0}, {"checked": -0.1}, {"cell_rows": 0}, {"tolerance": -1.0}):
             with pytest.raises(ConfigError):
                 Nearest(**wrong)
+
+
+class TestStart:
+    def test_centres_one_at_a_time_are_drawn_by_squared_distance(self) -> None:
+        x = np.array([[0.0], [1.0], [3.0], [7.0]])
+        weight = np.array([1.0, 2.0, 1.0, 0.5])
+        observed = np.ones(x.shape, dtype=bool)
+        expected = np.zeros((4, 4))
+        for i in range(4):
+            mass = weight * (x[:, 0] - x[i, 0]) ** 2
+            expected[i] = weight[i] / weight.sum() * mass / mass.sum()
+        n = 2_000
+        found = np.zeros((4, 4))
+        rng = np.random.default_rng(0)
+        for _ in range(n):
+            centres, _ = seed_many(x, observed, weight, 2, rng)
+            found[tuple(np.searchsorted(x[:, 0], centres[:, 0]))] += 1 / n
+        assert np.abs(found - expected).max() < 5 * np.sqrt(0.25 / n)
+
+    @pytest.mark.parametrize("gaps", [0.0, 0.2])
+    def test_centres_are_rows_none_twice_and_labels_the_closest(self, gaps: float) -> None:
+        rng = np.random.default_rng(0)
+        x = rng.normal(size=(2000, 3)).astype(np.float32).astype(np.float64)
+        x = np.concatenate([x, x[:1000]])
+        observed = rng.random(x.shape) >= gaps
+        observed[~observed.any(axis=1), 0] = True
+        x[~observed] = 0.0
+        centres, labels = seed_many(x, observed, np.ones(len(x)), 700, rng)
+        assert len(np.unique(centres, axis=0)) == 700
+        rows = {tuple(row) for row in x}
+        assert all(tuple(centre) in rows for centre in centres)
+        far = distances(x, observed, centres)
+        own = far[np.arange(len(x)), labels]
+        np.testing.assert_allclose(own, far.min(axis=1), atol=1e-4)
+
+    def test_fewer_distinct_rows_than_centres_give_repeated_ones(self) -> None:
+        x = np.repeat(np.arange(5.0), 40)[:, None]
+        centres, labels = seed_many(
+            x, np.ones(x.shape, dtype=bool), np.ones(200), 12, np.random.default_rng(0)
+        )
+        assert len(centres) == 12
+        assert set(centres[:, 0]) == set(x[:, 0])
+        np.testing.assert_array_equal(centres[labels, 0], x[:, 0])
+
+    def test_many_centres_spread_as_well_as_those_drawn_one_by_one(self) -> None:
+        x = heaps(256, 4, 6000)[2]
+        observed, weight = np.ones(x.shape, dtype=bool), np.ones(len(x))
+        left = []
+        for seeding in (seed_many, seed_centres):
+            rng = np.random.default_rng(0)
+            found: Any = seeding(x, observed, weight, 256, rng)
+            centres = found[0] if isinstance(found, tuple) else found
+            left.append(distances(x, observed, centres).min(axis=1).sum())
+        # Greedy k-means++ tries several rows for each centre.
+        assert left[0] < 1.5 * left[1]
+
+    def test_lloyds_step_takes_rows_to_the_closest_mean(self) -> None:
+        rng = np.random.default_rng(0)
+        x, label = rng.normal(size=(500, 2)), rng.integers(0, 9, 500)
+        label[label == 4] = 5
+        weight = rng.uniform(0.5, 2, 500)
+        found = cluster_many(x, np.ones(x.shape, dtype=bool), weight, label, 9)
+        means = np.array(
+            [
+                np.average(x[label == k], axis=0, weights=weight[label == k])
+                for k in range(9)
+                if k != 4
+            ]
+        )
+        expected = np.delete(np.arange(9), 4)[
+            ((x[:, None] - means) ** 2).sum(axis=2).argmin(axis=1)
+        ]
+        np.testing.assert_array_equal(found, expected)
+
+    @pytest.mark.parametrize("name", ["full", "tied", "mixed", "factors"])
+    def test_many_components_are_begun_as_few_are(self, name: str, monkeypatch: Any) -> None:
+        story, _, values, weights = drawn(name, 400, gaps=0.1, weighted=True)
+        rows = Rows.of(values, weights)
+        story = replace(story, n_components=36).anchored(rows)
+        labels = np.random.default_rng(0).integers(0, 35, 400)
+        few = start.params_from_labels(story, rows, labels, np.random.default_rng(1))
+        monkeypatch.setattr(start, "MANY", 36)
+        many = start.params_from_labels(story, rows, labels, np.random.default_rng(1))
+        assert distance(few, many) < 1e-9
+
+    def test_a_thousand_components_are_found_in_a_few_steps(self) -> None:
+        story, params, values = heaps(600, 3, 12_000)
+        passes = passes_over(story, values, chunk=6_000)
+        vague = mixture(Schema.real(3), 600)
+        asked: Any = {"responsibility": by_size(600), "n_init": 1, "long_steps": 0}
+        begun, state = warm_start(vague, passes, **asked)
+        assert state.sample is not None
+        rows = Rows.of(values)
+        assert (state.params.weights > 0).all()
+        best = story.log_prob(params, rows).mean()
+        assert begun.log_prob(state.params, rows).mean() > best - 0.2
+        again = warm_start(vague, passes, **asked)[1]
+        assert oracles.identical(state.params, again.params)
+
+    def test_rules_go_by_size(self) -> None:
+        assert by_size(255) is soft
+        assert by_size(MANY) == Nearest()
+        assert climbs(soft)
+        assert climbs(Nearest())
+        assert not climbs(named("hard"))
+        learner: Any = default_learner(10**7, n_components=2000)
+        online, batch = learner.learners
+        assert online.responsibility == batch.responsibility == Nearest()
+        assert online.batch_rows >= 16 * 2000
+        assert batch.accelerate
+
+    def test_refinement_tries_no_more_than_pays(self) -> None:
+        assert _tried(8, 0, 0) == list(range(8))
+        some = _tried(5000, 0, 1)
+        assert len(set(some)) == len(some) == MOST_SPLITS
+        assert some != _tried(5000, 0, 2)
+        story, params, values = heaps(600, 3, 2000)
+        state = FitState(params)
+        assert refine(story, Rows.of(values), state, start.seed_within, passes=9.0) == (state, 0.0)
 
 
 def test_statistics_are_put_in_their_places() -> None:

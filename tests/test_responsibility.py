@@ -15,7 +15,7 @@ from genstream.errors import ConfigError
 from genstream.incremental import IncrementalEM
 from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
 from genstream.online import OnlineEM
-from genstream.responsibility import RULES, Sampled, Truncated, hard, named, rule_of, soft
+from genstream.responsibility import RULES, Nearest, Sampled, Truncated, hard, named, rule_of, soft
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.start import warm_start
@@ -106,6 +106,7 @@ class TestRules:
             hard,
             Sampled(4),
             Truncated(2),
+            Nearest(),
         ]
         with pytest.raises(ConfigError, match="'fuzzy' is not one of soft, hard"):
             named("fuzzy")

@@ -17,6 +17,7 @@ from flows.config import load
 from flows.data import ingest_data
 from flows.plan import make_plan
 from flows.run import Interrupted, Run
+from genstream import compiled
 from genstream.errors import ComputeError, ConfigError, DataError
 from genstream.learn import FitState, StepInfo
 
@@ -64,6 +65,7 @@ def test_a_run_walks_all_its_stages(folder: Path) -> None:
     record = run.read_json("repro.json")
     assert record["seed"] == 1
     assert record["versions"]["numpy"] == np.__version__
+    assert record["versions"]["numba"] == compiled.version()
     assert (run.path / "log.txt").read_text().count("mean log-likelihood") == 12
 
 

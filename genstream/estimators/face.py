@@ -25,6 +25,7 @@ from genstream.learn import BatchEM, FitState, Learner, Outcome, StepInfo, fit
 from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.priors import Prior
+from genstream.responsibility import Responsibility, by_size, named, soft
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.sources import CHUNK_ROWS, NumpySource, Source
@@ -314,10 +315,15 @@ class Face(DensityMixin, Opening):  # type: ignore[misc]
         return fit(story, self._learner(self.max_iter), passes, state, [trace])
 
     def _learner(self, max_steps: int) -> Learner:
-        return BatchEM(max_steps, self.tol)
+        return BatchEM(max_steps, self.tol, self._rule)
 
     def _online(self) -> OnlineEM:
-        return OnlineEM()
+        return OnlineEM(responsibility=self._rule)
+
+    @property
+    def _rule(self) -> Responsibility:
+        """How rows are shared among components."""
+        return soft
 
     @property
     def _n_starts(self) -> int:
@@ -386,6 +392,7 @@ class Face(DensityMixin, Opening):  # type: ignore[misc]
             # Components that the caller put somewhere are not moved away.
             refine_passes=0.0 if self._gives else REFINE_PASSES,
             tolerance=self.tol,
+            responsibility=self._rule,
             seeding=lambda story, rows, rng: self._begin(
                 story, rows, np.random.RandomState(rng.integers(2**31 - 1))
             ),
@@ -593,6 +600,11 @@ class Mixed(Face):
     @property
     def _k(self) -> int:
         return self.n_components
+
+    @property
+    def _rule(self) -> Responsibility:
+        name = getattr(self, "responsibility", "auto")
+        return by_size(self._k) if name == "auto" else named(name)
 
     def known_failures(self) -> dict[str, str]:
         if self._k == 1:

@@ -53,7 +53,7 @@ class Factored(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Face):  # type
         return params
 
     def _learner(self, max_steps: int) -> Learner:
-        return BatchEM(max_steps, self.tol, accelerate=True)
+        return BatchEM(max_steps, self.tol, self._rule, accelerate=True)
 
     def transform(self, X: Any) -> Any:
         """(n, q) `E[t | x]`, the posterior mean of the factors of each row: lazy where X is.

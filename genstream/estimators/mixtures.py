@@ -16,6 +16,7 @@ from genstream.estimators.starts import replaced
 from genstream.families.blocks import Array
 from genstream.learn import BatchEM, Learner
 from genstream.priors import Prior
+from genstream.responsibility import MANY, RULES, climbs
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.sources import CHUNK_ROWS
@@ -70,6 +71,11 @@ class GaussianMixture(Mixed):
         A further `fit` goes on from the parameters found last.
     verbose, verbose_interval
         1 prints that steps were done, 2 their time and gain as well, once every so many steps.
+    responsibility
+        How a row is shared among components: `soft`, by probability; `nearest`, by probability
+        among those near it, which alone are scored, so that many components cost little more than
+        some; `hard`, `sampled` or `truncated` as in `genstream.responsibility`. `auto` is `nearest`
+        from 512 components on, and `soft` below.
     prior
         None for maximum likelihood, `weak` for MAP under weak conjugate priors, a `Prior` for
         stronger ones.
@@ -129,12 +135,14 @@ class GaussianMixture(Mixed):
         warm_start: bool = False,
         verbose: int = 0,
         verbose_interval: int = 10,
+        responsibility: str = "auto",
         prior: str | Prior | None = None,
         dtype: str = "float64",
         chunk_rows: int = CHUNK_ROWS,
         scheduler: str = "threads",
         workers: int | None = None,
     ) -> None:
+        self.responsibility = responsibility
         self.n_components = n_components
         self.covariance_type = covariance_type
         self.tol = tol
@@ -159,7 +167,11 @@ class GaussianMixture(Mixed):
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        for name, allowed in (("covariance_type", COVARIANCES), ("init_params", INIT_PARAMS)):
+        for name, allowed in (
+            ("covariance_type", COVARIANCES),
+            ("init_params", INIT_PARAMS),
+            ("responsibility", ("auto", *RULES)),
+        ):
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(
@@ -262,8 +274,9 @@ class GaussianMixture(Mixed):
         return "family.covariance" if matrix else "family.variance"
 
     def _seed(self, story: Story, rows: Rows, random_state: np.random.RandomState) -> Params:
-        gappy = self.init_params == "kmeans" and rows.observed is not None
-        if gappy or self._begins_with_another(story):
+        many = story.n_components >= MANY
+        own = self.init_params == "kmeans" and (many or rows.observed is not None)
+        if own or self._begins_with_another(story):
             return super()._seed(story, rows, random_state)
         responsibilities = self._first_responsibilities(story, rows, random_state)
         vague = story.vague()
@@ -437,7 +450,7 @@ feature_names_in_, story_, state_, trace_, outcome_, warnings_
         return super()._reset(story) | {"dof": None, "covariance_type": form}
 
     def _learner(self, max_steps: int) -> Learner:
-        return BatchEM(max_steps, self.tol, accelerate=True)
+        return BatchEM(max_steps, self.tol, self._rule, accelerate=climbs(self._rule))
 
     def _set_attributes(self, params: Params) -> None:
         family: Any = params.family
@@ -590,7 +603,7 @@ state_, trace_, outcome_, warnings_
             raise ConfigError("The 'columns' parameter of Mixture names no column")
 
     def _learner(self, max_steps: int) -> Learner:
-        return BatchEM(max_steps, self.tol, accelerate=True)
+        return BatchEM(max_steps, self.tol, self._rule, accelerate=climbs(self._rule))
 
     def _wanted_columns(self) -> Schema | Mapping[str, Kind | Column] | None:
         return self.columns

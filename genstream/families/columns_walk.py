@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from genstream import compiled
 from genstream.families.blocks import Array, Index, Linear, block_rows, slices
-from genstream.rows import Rows
+from genstream.rows import Rows, pick
 from genstream.stats import Monoid
 
 
@@ -68,7 +68,7 @@ class ConsecutiveWalk:
             yield index
 
     def load(self, index: Index) -> None:
-        self.values = self.rows.values[index]
+        self.values = pick(self.rows.values, index)
         observed = self.rows.observed
         self.observed = None if observed is None else observed[index]
 
@@ -161,6 +161,7 @@ class LinearWalk(ConsecutiveWalk):
         size = block_rows(
             self.width + kernel.n_components, kernel.dtype.itemsize, self.fast is not None
         )
+        size = min(size, max(1, rows.n_rows))
         super().__init__(kernel.family, kernel.params, rows, size)
         self.sums = np.zeros((kernel.n_components, self.width))
         self._allocate(size)

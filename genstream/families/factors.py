@@ -33,7 +33,7 @@ from genstream.families.blocks import (
     by_component,
     moments,
 )
-from genstream.families.factors_walk import FactorsKernel
+from genstream.families.factors_walk import FactorsKernel, MomentWalk
 from genstream.families.gaussian import SINGULAR, FullStats
 from genstream.families.gaussian_walk import GaussianKernel, GaussianWalk, quadratic_rounding
 from genstream.families.low_rank import NoisePrior, best_loadings, diagonal_noise, spherical_noise
@@ -636,9 +636,14 @@ class MomentsKernel(GaussianKernel):
         made: Any = _lone_stats if alone else FullStats
         super().__init__(mean, covariance, log_weights, family._pivot, alone, dtype, made)
         self.through_latent = family.latent_kernel(params, log_weights, "float64")
+        self.of_complete = family.latent_kernel(params, log_weights, family.dtype)
 
-    def walk(self, rows: Rows) -> MomentsWalk:
-        return MomentsWalk(self, rows)
+    # Complete rows need nothing of a Gaussian.
+    def walk(self, rows: Rows) -> MomentsWalk | MomentWalk:  # type: ignore[override]
+        if rows.observed is not None and not rows.observed.all():
+            return MomentsWalk(self, rows)
+        whole = rows if rows.observed is None else Rows(rows.values, None, rows.weights)
+        return MomentWalk(self.of_complete, whole, FullStats)
 
 
 class MomentsWalk(GaussianWalk):

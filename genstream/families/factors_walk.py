@@ -25,10 +25,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.families.blocks import LOG_2PI, Array, Index, Pivot, block_rows, slices
+from genstream.families.blocks import (
+    LOG_2PI,
+    MAX_ROUNDING,
+    Array,
+    Index,
+    Pivot,
+    block_rows,
+    slices,
+)
 from genstream.families.lanes import lane_inverse
 from genstream.families.patterns import Patterns
-from genstream.rows import Rows
+from genstream.rows import Rows, pick
 from genstream.stats import Monoid
 
 # A component this many nats below a row's best one is not scored again: what it would get of the
@@ -38,6 +46,8 @@ DEPTH = 37.0
 NEGLIGIBLE = 1e-16
 # Units of roundoff by which the sum of a long product may be off, relative to its terms.
 SLACK = 64.0
+# A score that is off by less than this many nats, or sixteen times less as a rule, is good enough.
+TIGHT = 16 * MAX_ROUNDING
 # Residuals are kept from scoring to gathering for at most so many components a row on average.
 HELD = 4
 # Patterns with fewer rows than this in a chunk are worked on a row at a time.
@@ -150,14 +160,18 @@ class Marginal:
         self.gain_ = self.gain.astype(dtype, copy=False)
         self.back_ = np.ascontiguousarray(turned, dtype=dtype)
         if kernel.n_components == 1:
+            # |e|^2 - |e - B m|^2 - |m|^2 = |u|^2, u = e @ explain of length q.
+            self.explain = (self.white[0] @ root[0].T).astype(dtype)
             return
         # |e|^2 as a product of [y^2, y] and |e|^2 - |e - B m|^2 - |m|^2 = |u|^2, u of length q.
         square = self.inverse**2
-        self.form = np.concatenate([square, -2 * self.mean * square], axis=1).T.astype(dtype)
+        self.form = np.concatenate([square, -2 * self.mean * square], axis=1).astype(dtype)
         self.centre = (self.mean**2 * square).sum(axis=1)
         project = (self.white * self.inverse[:, :, None]) @ root.swapaxes(1, 2)
-        self.offset = (self.mean[:, None, :] @ project).ravel()
-        flat = project.swapaxes(0, 1).reshape(len(seen), -1)
+        offset = self.mean[:, None, :] @ project
+        self.offset = np.ascontiguousarray(offset[:, 0].T, dtype=dtype).reshape(-1, 1)
+        # Factor by factor, so that what they explain adds up along rows.
+        flat = project.transpose(2, 0, 1).reshape(-1, len(seen))
         self.project = np.ascontiguousarray(flat, dtype=dtype)
 
 
@@ -183,6 +197,8 @@ class PatternBlock:
             every = np.arange(n)
             return self._fine(0, every, HELD * n)[None]
         log_p, wanted = self._coarse()
+        if wanted is None:
+            return log_p
         room = HELD * n
         for k in range(kernel.n_components):
             index = np.flatnonzero(wanted[k])
@@ -191,22 +207,32 @@ class PatternBlock:
                 room -= len(index)
         return log_p
 
-    def _coarse(self) -> tuple[Array, NDArray[np.bool_]]:
-        """(K, n) scores by products that cancel, and whether each needs a closer look."""
+    def _coarse(self) -> tuple[Array, NDArray[np.bool_] | None]:
+        """(K, n) scores by products that cancel, and whether each needs a closer look; None where
+        none does.
+        """
         kernel, marginal = self.kernel, self.marginal
-        k, n, o = kernel.n_components, len(self.y), self.y.shape[1]
+        n, o = self.y.shape
         features = np.empty((n, 2 * o), dtype=kernel.dtype)
         features[:, o:] = self.y
         np.square(features[:, o:], out=features[:, :o])
-        distance = (features @ marginal.form).astype(np.float64) + marginal.centre
-        u = features[:, o:] @ marginal.project
-        u -= marginal.offset.astype(u.dtype)
-        explained = np.square(u, out=u).reshape(n, k, -1).sum(axis=2, dtype=np.float64)
-        log_p = marginal.constant - 0.5 * (distance - explained)
-        slack = SLACK * np.finfo(kernel.dtype).eps * (np.abs(distance) + marginal.centre)
-        bar = (log_p - slack).max(axis=1, keepdims=True) - DEPTH
-        wanted = log_p + slack >= bar
-        return np.ascontiguousarray(log_p.T), wanted.T
+        log_p: Array = (marginal.form @ features.T).astype(np.float64, copy=False)
+        log_p += marginal.centre[:, None]
+        # Of the residuals a row's best components leave, which is all that matters, the rounding.
+        unit = SLACK * np.finfo(kernel.dtype).eps
+        loose = unit * (np.abs(log_p) + marginal.centre[:, None])
+        u = marginal.project @ features[:, o:].T
+        u -= marginal.offset
+        np.square(u, out=u)
+        for explained in u.reshape(-1, *log_p.shape):
+            log_p -= explained
+        log_p *= -0.5
+        log_p += marginal.constant[:, None]
+        bar = (log_p - loose).max(axis=0) - DEPTH
+        wanted = log_p + loose >= bar
+        if not (wanted & (loose > TIGHT)).any():
+            return log_p, None
+        return log_p, wanted
 
     def _residuals(self, k: int, index: Array, dtype: Any) -> tuple[Array, Array]:
         """Factor means (n, q) and residuals (n, o) of some rows under component k."""
@@ -337,10 +363,12 @@ class LaneBlock:
 class FactorsWalk:
     """A walk over one chunk: frequent patterns one after another, then all other rows."""
 
+    pattern_block = PatternBlock
+
     def __init__(self, kernel: FactorsKernel, rows: Rows) -> None:
         self.kernel, self.rows = kernel, rows
         k, d, q = kernel.n_components, kernel.n_features, kernel.n_factors
-        self.size = block_rows(2 * d + k * (q + 1), kernel.dtype.itemsize)
+        self.size = block_rows(4 * d + k * (q + 1), 8)
         # Solving lanes is one step of the interpreter an entry, so that blocks must not be short.
         self.lane_size = int(np.clip(LANE_NUMBERS // (2 * d + 2 * q * q), 64, self.size))
         self.sums = Sums.zero(k, d, q)
@@ -370,18 +398,18 @@ class FactorsWalk:
         self.block = None
 
     def _dense(self, marginal: Marginal, index: Array | None) -> Iterator[Index]:
-        work = PatternBlock(self, marginal)
+        work = self.pattern_block(self, marginal)
         n = self.rows.n_rows if index is None else len(index)
         for piece in slices(n, self.size):
             self.index = piece if index is None else index[piece]
-            work.load(self.rows.values[self.index])
+            work.load(pick(self.rows.values, self.index))
             self.block = work
             yield self.index
         work.finish()
 
     def _load_lanes(self, index: Index) -> None:
         block = LaneBlock(self, self.rows.is_observed[index])
-        block.load(self.rows.values[index])
+        block.load(pick(self.rows.values, index))
         self.block, self.index = block, index
 
     def load(self, index: Index) -> None:
@@ -390,8 +418,8 @@ class FactorsWalk:
             self._load_lanes(index)
             return
         if self._whole is None:
-            self._whole = PatternBlock(self, self.kernel.complete)
-        self._whole.load(self.rows.values[index])
+            self._whole = self.pattern_block(self, self.kernel.complete)
+        self._whole.load(pick(self.rows.values, index))
         self.block, self.index = self._whole, index
 
     @property
@@ -443,6 +471,87 @@ class FactorsWalk:
             self._whole = None
         self.block = None
         stats: Monoid = self.kernel.stats_type(*self.kernel.moments(self.sums))
+        return stats
+
+
+class MomentBlock(PatternBlock):
+    """Complete rows, scored through the latent and gathered as moments of `x`."""
+
+    walk: MomentWalk
+
+    def __init__(self, walk: FactorsWalk, marginal: Marginal) -> None:
+        super().__init__(walk, marginal)
+        # Fresh memory for each block would take as long as all that is written to it.
+        d, dtype = self.kernel.n_features, self.kernel.dtype
+        self._room, self._rest = np.empty((0, d)), np.empty((0, d), dtype)
+
+    def load(self, values: Array) -> None:
+        n = len(values)
+        if len(self._room) < n:
+            self._room, self._rest = (
+                np.empty(values.shape),
+                np.empty(values.shape, self._rest.dtype),
+            )
+        self.y = np.subtract(values, self.pivot.shift, out=self._room[:n])
+        self.y *= 1.0 / self.pivot.scale
+        self.held = {}
+
+    def score(self) -> Array:
+        if self.kernel.n_components > 1:
+            return super().score()
+        marginal = self.marginal
+        e = self._rest[: len(self.y)]
+        np.subtract(self.y, marginal.mean[0], out=e, casting="same_kind")
+        e *= marginal.inverse[0].astype(e.dtype)
+        u = e @ marginal.explain
+        square = np.einsum("ij,ij->i", e, e)
+        if np.finfo(e.dtype).eps * float(square.max(initial=0.0)) > MAX_ROUNDING:
+            # What factors explain is so much that little is left of its digits.
+            return super().score()
+        square -= np.einsum("ij,ij->i", u, u)
+        return np.asarray(marginal.constant[0] - 0.5 * square.astype(np.float64))[None]
+
+    def gather(self, resp: Array) -> None:
+        """Add weighted products of rows with themselves, component by component.
+
+        Only rows that a component has a part in are multiplied, and of a symmetric product only
+        half is computed: with rows that are sure of their component that is a small part of what
+        products of all rows' features take.
+        """
+        total, wanted = self.walk, _wanted(resp)
+        for k in np.flatnonzero(wanted.any(axis=1)):
+            weight, y = resp[k].astype(np.float64, copy=False), self.y
+            index = np.flatnonzero(wanted[k])
+            if 2 * len(index) < len(y):
+                weight, y = weight[index], y[index]
+            total.sum_w[k] += weight.sum()
+            total.sum_wx[k] += weight @ y
+            if not (weight == 1.0).all():
+                y = y * np.sqrt(weight)[:, None]
+            total.sum_wxx[k] += y.T @ y
+
+    def finish(self) -> None:
+        """Sums are the walk's already."""
+
+
+class MomentWalk(FactorsWalk):
+    """A walk over complete rows that sums 1, `x` and `x x'` a component.
+
+    With d columns and q factors a score takes about 2 d (q + 1) operations, where that of a
+    Gaussian's features takes `d^2`.
+    """
+
+    pattern_block = MomentBlock
+
+    def __init__(self, kernel: FactorsKernel, rows: Rows, stats_type: type[Any]) -> None:
+        super().__init__(kernel, rows)
+        k, d = kernel.n_components, kernel.n_features
+        self.stats_type = stats_type
+        self.sum_w, self.sum_wx, self.sum_wxx = np.zeros(k), np.zeros((k, d)), np.zeros((k, d, d))
+
+    def close(self) -> Monoid:
+        super().close()
+        stats: Monoid = self.stats_type(self.sum_w, self.sum_wx, self.sum_wxx)
         return stats
 
 

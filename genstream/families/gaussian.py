@@ -32,14 +32,17 @@ from genstream.families.blocks import (
     Pivot,
     by_component,
     moments,
+    slices,
 )
-from genstream.families.gaussian_walk import GaussianKernel, quadratic_rounding
+from genstream.families.gaussian_walk import GaussianKernel, prepared, quadratic_rounding
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record
 
 # Below this share of a column's raw second moment a variance is rounding error.
 SINGULAR = 1e-13
+# Fewer rows than this a component are drawn side by side, in pieces of so many numbers.
+FEW_DRAWN, DRAWN_NUMBERS = 128, 1 << 18
 # Variance given to a component that cannot be estimated, as a share of the pivot's variance.
 FLOOR = 1e-9
 # A variance at most this many times the floor of its column's resolution sits on it.
@@ -249,7 +252,7 @@ class Gaussian(Begun):
         definite, before any data are touched.
         """
         mean, covariance = self.pivoted(params)
-        return GaussianKernel(
+        return prepared(
             mean,
             covariance,
             log_weights,
@@ -473,6 +476,12 @@ class Gaussian(Begun):
     ) -> tuple[Array, Array | None]:
         out = np.empty((len(component), self.n_features))
         noise = rng.standard_normal(out.shape)
+        if not self.tied and len(component) < FEW_DRAWN * len(params.mean):
+            roots = np.linalg.cholesky(params.covariance)
+            for piece in slices(len(component), max(1, DRAWN_NUMBERS // self.n_features**2)):
+                turned = (roots[component[piece]] @ noise[piece, :, None])[..., 0]
+                out[piece] = params.mean[component[piece]] + turned
+            return out, None
         factor = np.linalg.cholesky(params.covariance) if self.tied else None
         for k, chosen in by_component(component):
             root = np.linalg.cholesky(params.covariance[k]) if factor is None else factor

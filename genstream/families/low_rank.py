@@ -24,12 +24,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import linalg
 
 Array = NDArray[Any]
 
 # Scoring ends when a step promises less than so many nats a row.
 TOLERANCE = 1e-10
 MAX_STEPS = 200
+# Of matrices at least this wide, the largest eigenvalues are found alone where all are at least
+# `FEW` times as many: twice as fast.
+WIDE, FEW = 48, 8
 # The most a logarithm of noise may move in one step.
 LONGEST = 1.0
 
@@ -64,7 +68,13 @@ def best_loadings(moment: Array, noise: Array, n_factors: int) -> Array:
 
 def _top(matrices: Array, n_factors: int) -> tuple[Array, Array]:
     """The q largest eigenvalues (K, q) and vectors (K, d, q), zeros where d is less than q."""
-    value, vector = np.linalg.eigh(matrices)
+    d = matrices.shape[1]
+    if d >= WIDE and n_factors * FEW <= d:
+        wanted = (d - n_factors, d - 1)
+        pairs = [linalg.eigh(one, subset_by_index=wanted, check_finite=False) for one in matrices]
+        value, vector = (np.stack(found) for found in zip(*pairs, strict=True))
+    else:
+        value, vector = np.linalg.eigh(matrices)
     value, vector = value[:, ::-1][:, :n_factors], vector[:, :, ::-1][:, :, :n_factors]
     short = n_factors - value.shape[1]
     if short:

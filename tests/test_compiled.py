@@ -1,0 +1,368 @@
+"""Compiled loops and NumPy come to the same, whatever the numbers; and do without one another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+
+from genstream import compiled
+from genstream.families.blocks import Pivot
+from genstream.families.gaussian_walk import fill_features
+from genstream.passes import Passes
+from genstream.responsibility import Responsibility, Sampled, Truncated, hard, soft, weighted_soft
+from genstream.rows import Rows
+from genstream.sources import NumpySource
+from genstream.story import StoryStats
+
+needs_compiler = pytest.mark.skipif(
+    not compiled.compiled_available(), reason="Numba is not installed"
+)
+DTYPES = ("float64", "float32")
+ROUNDING = {"float64": 1e-13, "float32": 3e-6}
+
+
+def scores(k: int, n: int, spread: float, dtype: str, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng([k, n, seed])
+    return (rng.normal(size=(k, n)) * spread - spread).astype(dtype)
+
+
+def both(
+    log_joint: np.ndarray, weights: np.ndarray | None = None
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Responsibilities, values and their sums, compiled and by NumPy."""
+    found = []
+    for fast in (True, False):
+        block, sum_r = log_joint.copy(), np.ones(len(log_joint))
+        with np.errstate(all="ignore"):
+            value = weighted_soft(block, weights, sum_r, fast)
+        found.append((block, value, sum_r))
+    return found
+
+
+@pytest.fixture
+def everything_compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Switches compiled loops on or off, for blocks of any size."""
+    monkeypatch.setattr(compiled, "pays", lambda *_: compiled.compiled_available())
+
+    def switch(on: bool) -> None:
+        monkeypatch.setenv(compiled.SWITCH, "1" if on else "0")
+
+    return switch
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+class TestSoft:
+    @pytest.mark.parametrize("k", (1, 2, 50))
+    @pytest.mark.parametrize("n", (1, 255, 256, 257, 1000))
+    @pytest.mark.parametrize("weighted", (False, True))
+    def test_is_numpys(self, dtype: str, k: int, n: int, weighted: bool) -> None:
+        weights = np.random.default_rng(n).uniform(0, 3, n) if weighted else None
+        for spread in (0.0, 1.0, 30.0, 1e4, 1e30):
+            fast, plain = both(scores(k, n, spread, dtype), weights)
+            for a, b in zip(fast, plain, strict=True):
+                np.testing.assert_allclose(a, b, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+    def test_is_the_definition(self, dtype: str) -> None:
+        log_joint = scores(7, 300, 5.0, dtype)
+        (resp, value, sum_r), _ = both(log_joint)
+        wide = log_joint.astype(np.longdouble)
+        total = np.log(np.exp(wide).sum(axis=0))
+        np.testing.assert_allclose(
+            value, total.astype(float), rtol=ROUNDING[dtype], atol=ROUNDING[dtype]
+        )
+        np.testing.assert_allclose(
+            resp, np.exp(wide - total).astype(float), rtol=10 * ROUNDING[dtype], atol=1e-30
+        )
+        np.testing.assert_allclose(sum_r - 1, resp.sum(axis=1, dtype=float), rtol=1e-12)
+
+    def test_exponentials_keep_their_digits_down_to_the_clip(self, dtype: str) -> None:
+        edge = -80.0 if dtype == "float32" else -700.0
+        below = np.linspace(edge, 0, 4001).astype(dtype)
+        log_joint = np.stack([np.zeros_like(below), below])
+        (resp, _, _), _ = both(log_joint)
+        # The likelier one takes 1 / total, so that the ratio is the exponential alone.
+        wanted = np.exp(below.astype(np.longdouble)).astype(float)
+        eps = float(np.finfo(dtype).eps)
+        np.testing.assert_allclose(resp[1].astype(float) / resp[0], wanted, rtol=8 * eps)
+
+    def test_below_the_clip_is_nothing(self, dtype: str) -> None:
+        edge = -80.0 if dtype == "float32" else -700.0
+        log_joint = np.array([[0.0] * 4, [edge * 1.01, -np.inf, edge * 100, edge]]).astype(dtype)
+        for resp, value, _ in both(log_joint):
+            assert (resp[1, :3] == 0).all()
+            assert resp[1, 3] > 0
+            np.testing.assert_array_equal(resp[0], 1)
+            np.testing.assert_array_equal(value, 0)
+
+    @pytest.mark.parametrize("weighted", (False, True))
+    def test_what_is_not_finite_shows_in_its_row_alone(self, dtype: str, weighted: bool) -> None:
+        log_joint = scores(5, 600, 3.0, dtype)
+        bad = {3: np.nan, 256: np.inf, 300: -np.inf, 511: np.nan}
+        for row, what in bad.items():
+            log_joint[2, row] = what
+        log_joint[:, 17] = -np.inf
+        log_joint[0, 90] = np.nan
+        weights = np.full(600, 2.0) if weighted else None
+        (fast_r, fast_v, _), (plain_r, plain_v, _) = both(log_joint, weights)
+        lost = [3, 17, 90, 256, 511]
+        assert not np.isfinite(fast_v[lost]).any()
+        assert not np.isfinite(plain_v[lost]).any()
+        assert np.isnan(fast_r[:, lost]).any(axis=0).all()
+        kept = np.delete(np.arange(600), lost)
+        assert np.isfinite(fast_v[kept]).all()
+        np.testing.assert_allclose(fast_v[kept], plain_v[kept], rtol=ROUNDING[dtype])
+        np.testing.assert_allclose(fast_r[:, kept], plain_r[:, kept], atol=ROUNDING[dtype])
+
+    def test_a_part_of_a_wider_buffer_is_done_in_place(self, dtype: str) -> None:
+        wide = scores(6, 400, 3.0, dtype)
+        piece, whole = wide[:, :123], wide[:, :123].copy()
+        after = wide[:, 123:].copy()
+        weighted_soft(piece, None, np.zeros(6), True)
+        weighted_soft(whole, None, np.zeros(6), True)
+        np.testing.assert_array_equal(wide[:, :123], whole)
+        np.testing.assert_array_equal(wide[:, 123:], after)
+
+    def test_the_same_bits_again(self, dtype: str) -> None:
+        log_joint = scores(9, 777, 4.0, dtype)
+        first, second = both(log_joint)[0], both(log_joint)[0]
+        for a, b in zip(first, second, strict=True):
+            assert a.tobytes() == b.tobytes()
+
+    @pytest.mark.parametrize("rule", (soft, hard, Truncated(2), Sampled(3)))
+    def test_every_rule(
+        self, dtype: str, rule: Responsibility, everything_compiled: Callable[[bool], None]
+    ) -> None:
+        found = []
+        for on in (True, False):
+            everything_compiled(on)
+            bound = rule.bind((1, 2, 3)) if isinstance(rule, Sampled) else rule
+            log_joint = scores(6, 500, 2.0, dtype)
+            value = bound(log_joint)
+            found.append((log_joint, value))
+        for a, b in zip(*found, strict=True):
+            np.testing.assert_allclose(a, b, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("given", DTYPES)
+class TestFeatures:
+    def test_are_those_of_numpy(self, dtype: str, given: str) -> None:
+        rng = np.random.default_rng(1)
+        x = (rng.normal(size=(130, 5)) * [1, 10, 0.1, 5, 1] + 100).astype(given)
+        pivot = Pivot.of(x.mean(axis=0), x.var(axis=0))
+        y = pivot.block(x, np.empty((5, 130)))
+        room = np.full((40, 200), 7.0, dtype)
+        wanted = fill_features(y.astype(dtype), np.empty((21, 130), dtype))
+        np.testing.assert_allclose(compiled.quadratic(x, pivot, room), wanted, rtol=1e-6)
+        assert (room[:, 130:] == 7).all()
+        np.testing.assert_array_equal(compiled.pivoted(x, pivot, room), y.astype(dtype))
+        for together, square in ((False, y**2), (True, (y**2).sum(axis=0, keepdims=True))):
+            found = compiled.squares(pivot, together, x, room)
+            np.testing.assert_array_equal(found[0], 1)
+            np.testing.assert_array_equal(found[1:6], y.astype(dtype))
+            np.testing.assert_allclose(found[6:], square, rtol=1e-6)
+        # Columns side by side in memory, and every second row.
+        for other in (np.asfortranarray(x), np.repeat(x, 2, axis=0)[::2]):
+            np.testing.assert_array_equal(compiled.pivoted(other, pivot, room), y.astype(dtype))
+
+    def test_sums(self, dtype: str, given: str) -> None:
+        resp = np.random.default_rng(2).random((7, 301)).astype(dtype)
+        for fast in (True, False):
+            np.testing.assert_allclose(
+                compiled.total(resp, fast), resp.sum(axis=0, dtype=float), rtol=1e-14
+            )
+            np.testing.assert_allclose(
+                compiled.half_square(resp.astype(float), fast),
+                -0.5 * (resp.astype(float) ** 2).sum(axis=0),
+                rtol=1e-13,
+            )
+
+
+KINDS = ("full", "tied", "diag", "spherical")
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", KINDS)
+class TestSteps:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("gaps", (False, True))
+    @pytest.mark.parametrize("weighted", (False, True))
+    def test_compiled_or_not_a_step_is_the_same(
+        self,
+        kind: str,
+        dtype: str,
+        gaps: bool,
+        weighted: bool,
+        everything_compiled: Callable[[bool], None],
+    ) -> None:
+        rng = np.random.default_rng(4)
+        story = oracles.make_story(kind, 3, 4, dtype=dtype)
+        params = oracles.random_params(story, rng)
+        values = story.draw(params, 5000, rng).values
+        if gaps:
+            # Patterns of many rows and of few.
+            values[:2000, 1] = np.nan
+            values[2000:2040] = oracles.with_gaps(values[2000:2040], 0.4, rng)
+        rows = Rows.of(values, rng.uniform(0, 2, 5000) if weighted else None)
+        story = story.anchored(rows)
+        found: list[StoryStats] = []
+        for on in (True, False):
+            everything_compiled(on)
+            found.append(story.e_step(params, rows))
+            assert found[-1].n_rows == 5000
+        assert oracles.distance(*found) < 20 * ROUNDING[dtype]
+        assert found[0].objective == pytest.approx(found[1].objective, rel=ROUNDING[dtype])
+        np.testing.assert_allclose(found[0].sum_r.sum(), found[0].weight, rtol=1e-6)
+
+    @pytest.mark.parametrize("on", (True, False))
+    def test_float32_that_overflows_is_done_in_float64(
+        self, kind: str, on: bool, everything_compiled: Callable[[bool], None]
+    ) -> None:
+        everything_compiled(on)
+        rng = np.random.default_rng(5)
+        story = oracles.make_story(kind, 3, 4, dtype="float32")
+        params = oracles.random_params(story, rng)
+        values = story.draw(params, 900, rng).values
+        story = story.anchored(Rows.of(values))
+        values[77] = 1e25
+        found = story.e_step(params, Rows.of(values))
+        wanted = story._in_float64().e_step(params, Rows.of(values))
+        assert found.objective == wanted.objective
+        assert np.isfinite(found.objective)
+
+    @pytest.mark.parametrize("on", (True, False))
+    def test_beyond_all_arithmetic_it_shows(
+        self, kind: str, on: bool, everything_compiled: Callable[[bool], None]
+    ) -> None:
+        everything_compiled(on)
+        rng = np.random.default_rng(6)
+        story = oracles.make_story(kind, 3, 4)
+        params = oracles.random_params(story, rng)
+        values = story.draw(params, 900, rng).values
+        story = story.anchored(Rows.of(values))
+        values[77] = 1e200
+        assert not np.isfinite(story.e_step(params, Rows(values)).objective)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("on", (True, False))
+    def test_a_row_of_weight_zero_is_counted_and_no_more(
+        self, kind: str, dtype: str, on: bool, everything_compiled: Callable[[bool], None]
+    ) -> None:
+        everything_compiled(on)
+        rng = np.random.default_rng(7)
+        story = oracles.make_story(kind, 3, 4, dtype=dtype)
+        params = oracles.random_params(story, rng)
+        values = story.draw(params, 900, rng).values
+        weights = rng.uniform(1, 2, 900)
+        weights[[5, 400, 899]] = 0.0
+        story = story.anchored(Rows.of(values))
+        values[[5, 400]] = 1e200
+        values[899] = np.nan
+        observed = np.isfinite(values)
+        rows = Rows(np.where(observed, values, 0.0), observed, weights)
+        found = story.e_step(params, rows)
+        kept = np.flatnonzero(weights)
+        wanted = story.e_step(params, Rows(values[kept], observed[kept], weights[kept]))
+        assert (found.n_rows, found.n_unobserved) == (900, 1)
+        assert found.objective == wanted.objective
+        assert oracles.distance(found.family, wanted.family) == 0
+        resp = rng.dirichlet(np.ones(3), 900)
+        given = story.e_step(params, rows, resp)
+        np.testing.assert_allclose(given.sum_r, weights @ resp, rtol=1e-5)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_any_number_of_threads_gives_the_same_bits(self, kind: str, dtype: str) -> None:
+        rng = np.random.default_rng(8)
+        values = rng.normal(size=(40_000, 4))
+        story = oracles.make_story(kind, 20, 4, dtype=dtype).anchored(Rows.of(values))
+        params = oracles.random_params(story, rng)
+        source = NumpySource(values, chunk_rows=5_000)
+        assert compiled.pays(5_000 * 20)
+        found = [
+            Passes(source, workers=workers).fold(lambda _, rows: story.e_step(params, rows))
+            for workers in (1, 2, 4)
+        ]
+        for one in found[1:]:
+            for (_, _, a), (_, _, b) in zip(found[0].leaves(), one.leaves(), strict=True):
+                assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+STEP = """
+import numpy as np
+from genstream import compiled
+from genstream.rows import Rows
+from genstream.schema import Schema
+from genstream.stories import mixture
+values = np.random.default_rng(0).normal(size=({n}, 2))
+story = mixture(Schema.real(2), 8, dtype="float32").anchored(Rows.of(values))
+stats = story.e_step(story.vague(), Rows.of(values))
+"""
+
+
+def outcome(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        cwd=Path(__file__).parent.parent,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+class TestWithout:
+    def test_without_the_package_numpy_does_it(self) -> None:
+        absent = """
+import sys
+sys.path.insert(0, "tests")
+from conftest import Without
+sys.meta_path[:] = [Without(finder, ["numba"]) for finder in sys.meta_path]
+"""
+        ask = "\nprint(compiled.compiled_available(), compiled.version(), stats.n_rows)"
+        assert outcome(absent + STEP.format(n=10_000) + ask) == "False none 10000"
+
+    def test_switched_off_it_is_never_imported(self) -> None:
+        ask = "\nimport sys; print('numba' in sys.modules, compiled.version())"
+        assert outcome(STEP.format(n=10_000) + ask, GENSTREAM_COMPILED="0") == "False none"
+
+    def test_small_data_never_import_it(self) -> None:
+        ask = "\nimport sys; print('numba' in sys.modules)"
+        assert outcome(STEP.format(n=1_000) + ask) == "False"
+
+    @needs_compiler
+    def test_where_nothing_can_be_kept_it_is_compiled_anew(self, tmp_path: Path) -> None:
+        # A folder that not even the superuser can make.
+        file = tmp_path / "file"
+        file.touch()
+        ask = "\nimport sys; print('numba' in sys.modules, stats.n_rows)"
+        found = outcome(STEP.format(n=10_000) + ask, NUMBA_CACHE_DIR=str(file / "folder"))
+        assert found == "True 10000"
+
+
+def test_chunks_share_what_is_prepared_and_other_parameters_do_not() -> None:
+    rng = np.random.default_rng(9)
+    story = oracles.make_story("full", 3, 4)
+    params = oracles.random_params(story, rng)
+    story = story.anchored(Rows.of(story.draw(params, 100, rng).values))
+    log_weights = np.log(params.weights)
+    kernel = story.family.prepare(params.family, log_weights)
+    assert story.family.prepare(params.family, log_weights.copy()) is kernel
+    for family, logs in (
+        (story.family.with_dtype("float32"), log_weights),
+        (story.family, log_weights + 1e-9),
+    ):
+        assert family.prepare(params.family, logs) is not kernel
+    # Even where an array was written to.
+    params.family.covariance[0, 0, 0] *= 2
+    assert story.family.prepare(params.family, log_weights) is not kernel
