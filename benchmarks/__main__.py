@@ -32,7 +32,7 @@ SUITE = ("roofline", "peers", "gaps", "out_of_core", "goal", "memory")
 SCRIPTS = (
     *("matrix", "references", "imputation", "fashion", "optima", "passes", "schedulers"),
     *("kills", "bad_inputs", "stream flights", "stream power", "update_kills", "races"),
-    *("schedule", "nearest", "input"),
+    *("schedule", "nearest", "input", "sweep"),
 )
 
 

@@ -236,7 +236,7 @@ def test_the_best_by_bic_is_another(folder: Path) -> None:
     assert "covariance=diag" in least.info()["label"]
 
 
-@pytest.mark.parametrize("every", ["1 pass", "1h"])
+@pytest.mark.parametrize("every", ["3 passes"])
 def test_an_interrupted_sweep_resumes_to_the_same_bits(folder: Path, every: str) -> None:
     endless = [FEW, "fit.tolerance=0", "fit.max_steps=7"]
     whole = start(*endless)
