@@ -27,7 +27,7 @@ def pick(values: Array, index: slice | Array) -> Array:
     NumPy copies short rows ten times as fast by `take` as by positions in brackets, but would
     first copy all of an array that is not contiguous.
     """
-    if isinstance(index, slice) or not values.flags.c_contiguous:
+    if isinstance(index, slice) or sparse.issparse(values) or not values.flags.c_contiguous:
         picked: Array = values[index]
         return picked
     chosen = np.asarray(index)

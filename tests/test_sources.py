@@ -61,7 +61,7 @@ def test_zarr_numpy_npy_give_the_same_rows(tmp_path: Path, zarr_format: int, chu
 
 
 @pytest.mark.parametrize(
-    "given_dtype, read", [("f4", "f4"), ("f2", "f4"), ("i8", "f8"), ("u1", "f8"), ("?", "f8")]
+    "given_dtype, read", [("f4", "f4"), ("f2", "f4"), ("i8", "f8"), ("u1", "f4"), ("?", "f4")]
 )
 def test_stored_type_decides_the_type_read(given_dtype: str, read: str) -> None:
     source = NumpySource(np.ones((5, 2), given_dtype))

@@ -635,8 +635,20 @@ class MomentsKernel(GaussianKernel):
         dtype = np.dtype(family.dtype)
         made: Any = _lone_stats if alone else FullStats
         super().__init__(mean, covariance, log_weights, family._pivot, alone, dtype, made)
+        self.family, self.params = family, params
+        self._pass_through()
+
+    def _pass_through(self) -> None:
+        family, params, log_weights = self.family, self.params, self.log_weights
         self.through_latent = family.latent_kernel(params, log_weights, "float64")
         self.of_complete = family.latent_kernel(params, log_weights, family.dtype)
+
+    def take(self, components: Array) -> MomentsKernel:
+        some: Any = super().take(components)
+        some.params = self.params.take(components)
+        some._pass_through()
+        kept: MomentsKernel = some
+        return kept
 
     # Complete rows need nothing of a Gaussian.
     def walk(self, rows: Rows) -> MomentsWalk | MomentWalk:  # type: ignore[override]
