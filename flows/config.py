@@ -330,6 +330,10 @@ class PriorSpec(Section):
         description="Pseudo-rows that say that the columns of a component are uncorrelated; of "
         "full and tied covariances.",
     )
+    frequencies: Annotated[Finite, Field(ge=0)] | None = Field(
+        None,
+        description="Pseudo-rows of binary, count and categorical columns; left out, strength.",
+    )
     weights: Annotated[Finite, Field(ge=0)] | None = Field(
         None, description="Pseudo-rows a mixing weight; left out, strength / n_components."
     )
@@ -407,6 +411,12 @@ class Fit(Section):
     passes: int = Field(1, ge=1, description="Passes of online EM.")
     n_init: int = Field(5, ge=1, description="Starts tried on a sample of rows.")
     sample_rows: int = Field(50_000, ge=1, description="Rows of that sample.")
+    grow: int | None = Field(
+        None,
+        ge=1,
+        description="Components of a mixture to begin with at most; they are split in two until "
+        "there are n_components, in place of starts. For components in the hundreds and more.",
+    )
     responsibility: Literal["auto", "soft", "hard", "sampled", "truncated", "nearest"] = Field(
         "auto",
         description="How a row is shared among components: by probability; to the likeliest; to "
@@ -1009,6 +1019,13 @@ def _contradictions(config: Config) -> list[tuple[Path_, str]]:
         found.append((("data", "holdout"), "give either a share to hold out or a test file"))
     if data.test is not None and not in_place(data.test):
         found.append((("data", "test"), f"must be read in place, as {', '.join(IN_PLACE)} are"))
+    if config.fit.grow is not None:
+        if model.start is not None:
+            found.append(
+                (("fit", "grow"), "model.start says what the fit begins with: leave it out")
+            )
+        elif model.kind != "mixture":
+            found.append((("fit", "grow"), f"only mixtures grow, and the kind is {model.kind}"))
     if config.fit.sample_rows < (model.n_components or 1):
         found.append(
             (("fit", "sample_rows"), f"fewer rows than the {model.n_components} components")

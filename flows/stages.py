@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -200,9 +201,25 @@ def begin_fit(
     on_start: Callable[[int, float], None] | None = None,
 ) -> tuple[Story, FitState]:
     """The story of a configuration and the state from which its full passes begin."""
-    from genstream import start
+    from genstream import splitting, start
+    from genstream.responsibility import soft
 
     story = make_story(config, schema)
+    if config.fit.grow is not None:
+        rule, stages = responsibility_of(config), itertools.count()
+
+        def on_stage(_: Story, state: FitState) -> None:
+            if on_start is not None:
+                on_start(next(stages), state.trace[-1].mean_objective)
+
+        return splitting.grow(
+            story,
+            passes,
+            first=config.fit.grow,
+            seed=config.fit.seed,
+            responsibility=None if rule is soft else rule,
+            on_stage=on_stage,
+        )
     return start.warm_start(
         story,
         passes,

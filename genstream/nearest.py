@@ -47,6 +47,8 @@ BRANCHES, CENTRED_BY = 16, 32
 STEPS = 4
 # A part whose list is shorter is a cell.
 SHORT = 48
+# A division whose lists are longer than this share of the whole's, row by row, is not worth it.
+SHORTENED = 0.7
 # Rows scored for each part that a part is divided into; and of a whole chunk, under all components.
 SCORED, SCORED_FIRST = 64, 2048
 # Rows drawn from each component, at least and at most.
@@ -85,6 +87,18 @@ class Part(NamedTuple):
     components: Index
     points: Array
     matters: Index
+
+
+class Tested(NamedTuple):
+    """Rows scored under a list (n,), the logarithm of what the list's densities sum to for each
+    (n,), and all that mattered: which of the rows (m,), the component (m,) and its share (m,).
+    """
+
+    rows: Index
+    values: Array
+    whose: Index
+    matters: Index
+    shares: Array
 
 
 class Search:
@@ -158,16 +172,23 @@ class Search:
             return
         self.at, drawn, source = self._points()
         whole = Part(self.useful, self.every, drawn, source)
-        waiting = [self._with_witnesses(whole, n_first)]
+        first = self._tested(whole, n_first)
+        share = self.rule.checked
+        self.floor = np.inf if share >= 1 else float(np.quantile(first.values, share))
+        waiting: list[tuple[Part, Tested | None]] = [(whole, first)]
         while waiting:
-            part = waiting.pop()
+            part, tested = waiting.pop()
             n_parts = min(BRANCHES, len(part.rows) // self.rule.cell_rows)
             if n_parts < 2 or len(part.components) <= SHORT:
                 yield Cell(part.rows, part.components)
                 continue
-            if len(part.components) < len(self.every):
-                part = self._with_witnesses(part, SCORED * n_parts)
-            waiting += self._divided(part, n_parts)
+            if tested is None:
+                tested = self._tested(part, SCORED * n_parts)
+            children = self._divided(part, tested, n_parts)
+            if children is None:
+                yield Cell(part.rows, part.components)
+            else:
+                waiting += [(child, None) for child in children]
 
     def scored(
         self, walk: Walk, rows: Index, took: Array, weights: Array | None = None
@@ -205,40 +226,59 @@ class Search:
         at = self.family.embed(both)[0].astype(np.float32)
         return at[: self.rows.n_rows], at[self.rows.n_rows :], source
 
-    def _with_witnesses(self, part: Part, n_rows: int) -> Part:
-        """The part with witnesses among some of its rows. Where its list is of all components, the
-        rows say what the floor is.
-        """
+    def _tested(self, part: Part, n_rows: int) -> Tested:
+        """Some rows of the part, scored under its list."""
         chosen = part.rows[self.rng.integers(0, len(part.rows), min(n_rows, len(part.rows)))]
-        points, matters, values = [part.points], [part.matters], []
         walk = self.taken(part.components).walk(self.rows[chosen])
         took = np.zeros(len(part.components))
+        rows, values, whose, matters, shares = [], [], [], [], []
+        n_scored = 0
         for index, resp, value in self.scored(walk, chosen, took):
             k, n = np.nonzero(resp > self.rule.least)
-            points.append(self.at[index[n]])
-            matters.append(part.components[k])
+            rows.append(index)
             values.append(value)
-        if len(part.components) == len(self.every):
-            share = self.rule.checked
-            self.floor = np.inf if share >= 1 else float(np.quantile(np.concatenate(values), share))
-        return part._replace(points=np.concatenate(points), matters=np.concatenate(matters))
+            whose.append(n + n_scored)
+            matters.append(part.components[k])
+            shares.append(resp[k, n])
+            n_scored += len(index)
+        return Tested(*(np.concatenate(each) for each in (rows, values, whose, matters, shares)))
 
-    def _divided(self, part: Part, n_parts: int) -> Iterator[Part]:
-        """The part divided about a few centres."""
+    def _divided(self, part: Part, tested: Tested, n_parts: int) -> list[Part] | None:
+        """The part divided about a few centres, with witnesses of the rows tested; None where one
+        in four of these, for which the others have to stand, would lose too much by it, or lists
+        would hardly be shorter.
+        """
         at = self.at[part.rows]
         centres = _centres(at, n_parts, self.rng)
-        own, theirs = _closest(at, centres), _closest(part.points, centres)
-        order, edges = _sorted(own, n_parts)
+        n = len(tested.rows)
+        known = tested.whose < n - n // 4
+        points = np.concatenate([part.points, self.at[tested.rows[tested.whose]]])
+        matters = np.concatenate([part.matters, tested.matters])
+        theirs = _closest(points, centres)
+        first = len(part.points)
+        listed = np.zeros((n_parts, len(self.every)), dtype=bool)
+        listed[theirs[:first], part.matters] = True
+        listed[theirs[first:][known], tested.matters[known]] = True
+        missed = np.where(listed[theirs[first:], tested.matters], 0.0, tested.shares)
+        lost = -np.log1p(-np.minimum(np.bincount(tested.whose, missed, n), 1 - 1e-9))
+        # What falls below the floor is scored again.
+        lost[tested.values - lost < self.floor] = 0.0
+        if lost[n - n // 4 :].mean() > self.rule.tolerance:
+            return None
+        listed[theirs[first:], tested.matters] = True
+        order, edges = _sorted(_closest(at, centres), n_parts)
+        if np.diff(edges) @ listed.sum(axis=1) > SHORTENED * len(at) * len(part.components):
+            return None
         order_points, edges_points = _sorted(theirs, n_parts)
+        children = []
         for i in range(n_parts):
             rows = part.rows[order[edges[i] : edges[i + 1]]]
-            if not len(rows):
-                continue
-            chosen = order_points[edges_points[i] : edges_points[i + 1]]
-            matters = part.matters[chosen]
-            listed = np.flatnonzero(np.bincount(matters, minlength=len(self.every)))
-            components = listed if len(listed) else part.components
-            yield Part(rows, components, part.points[chosen], matters)
+            if len(rows):
+                chosen = order_points[edges_points[i] : edges_points[i + 1]]
+                own = np.flatnonzero(listed[i])
+                components = own if len(own) else part.components
+                children.append(Part(rows, components, points[chosen], matters[chosen]))
+        return children
 
 
 def e_step(

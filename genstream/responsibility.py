@@ -128,6 +128,8 @@ class Nearest:
         Share of the rows, the worst explained ones, that are scored under all components.
     cell_rows
         Rows that share a list, at least. Larger cells have longer lists and lose less.
+    tolerance
+        Nats a row that lists may lose, by an estimate, whenever they are shortened.
 
     Raises
     ------
@@ -138,6 +140,7 @@ class Nearest:
     least: float = 1e-5
     checked: float = 0.02
     cell_rows: int = 1024
+    tolerance: float = 5e-3
 
     slack: ClassVar[float] = 1e-3
 
@@ -146,6 +149,7 @@ class Nearest:
             ("least", 0 <= self.least < 1, "at least 0 and below 1"),
             ("checked", 0 <= self.checked <= 1, "between 0 and 1"),
             ("cell_rows", self.cell_rows >= 1, "at least 1"),
+            ("tolerance", self.tolerance >= 0, "at least 0"),
         ]
         for name, right, allowed in ranges:
             if not right:

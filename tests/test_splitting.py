@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flows.config import load
+from flows.stages import begin_fit
 from genstream import splitting
 from genstream.errors import ConfigError
 from genstream.learn import BatchEM, FitState, Resident, fit
@@ -232,3 +234,34 @@ class TestGrow:
         passes = Passes(NumpySource(clover(100, 2)))
         with pytest.raises(ConfigError, match="rows_each is 0: it must be at least 1"):
             splitting.grow(mixture(Schema.real(2), 4), passes, rows_each=0)
+
+
+class TestConfigured:
+    TEXT = (
+        "version: 1\n"
+        "data: {source: x.parquet, columns: {x: real, y: real}}\n"
+        "model: {kind: mixture, n_components: 8}\n"
+        "fit: {grow: 2, seed: 3}\n"
+    )
+
+    def test_a_fit_grows(self, tmp_path):
+        path = tmp_path / "c.yaml"
+        path.write_text(self.TEXT)
+        config = load(path)
+        schema = Schema.real(["x", "y"])
+        passes = Passes(NumpySource(clover(1500, 8), schema, chunk_rows=500), workers=1)
+        seen = []
+        story, state = begin_fit(config, schema, passes, on_start=lambda i, v: seen.append((i, v)))
+        assert [i for i, _ in seen] == [0, 1, 2]
+        again = splitting.grow(mixture(schema, 8), passes, first=2, seed=3)[1]
+        assert story.n_components == 8
+        assert state.params.digest() == again.params.digest()
+
+    def test_only_mixtures_without_a_start_do(self, tmp_path):
+        path = tmp_path / "c.yaml"
+        path.write_text(self.TEXT.replace("n_components: 8", "n_components: 8, start: models/m"))
+        with pytest.raises(ConfigError, match=r"fit\.grow: model\.start says"):
+            load(path)
+        path.write_text(self.TEXT.replace("kind: mixture", "kind: kmeans"))
+        with pytest.raises(ConfigError, match=r"fit\.grow: only mixtures grow"):
+            load(path)
