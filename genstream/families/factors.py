@@ -637,6 +637,12 @@ class MomentsKernel(GaussianKernel):
         super().__init__(mean, covariance, log_weights, family._pivot, alone, dtype, made)
         self.through_latent = family.latent_kernel(params, log_weights, "float64")
         self.of_complete = family.latent_kernel(params, log_weights, family.dtype)
+        self.family, self.params = family, params
+
+    def take(self, components: Array) -> MomentsKernel:
+        """The kernel of some of the components (C,)."""
+        some = self.params.take(components)
+        return MomentsKernel(self.family, some, self.log_weights[components])
 
     # Complete rows need nothing of a Gaussian.
     def walk(self, rows: Rows) -> MomentsWalk | MomentWalk:  # type: ignore[override]
