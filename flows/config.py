@@ -330,6 +330,10 @@ class PriorSpec(Section):
         description="Pseudo-rows that say that the columns of a component are uncorrelated; of "
         "full and tied covariances.",
     )
+    frequencies: Annotated[Finite, Field(ge=0)] | None = Field(
+        None,
+        description="Pseudo-rows of binary, count and categorical columns; left out, strength.",
+    )
     weights: Annotated[Finite, Field(ge=0)] | None = Field(
         None, description="Pseudo-rows a mixing weight; left out, strength / n_components."
     )

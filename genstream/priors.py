@@ -39,6 +39,10 @@ class Prior:
         Pseudo-rows that say that the columns of a component are uncorrelated, whatever their
         variances (`NormalWishart`): of Gaussians with full or tied covariances. The correlations of
         a component of n rows become about `n / (n + independence)` of what they would be.
+    frequencies
+        Pseudo-rows of binary, count and categorical columns, at the sample's own frequencies and
+        means; None stands for `strength`. Of independent columns, negative binomial and
+        zero-inflated ones; gamma-Poisson factors too.
     weights
         Pseudo-rows of each component in the Dirichlet prior of the mixing weights; None stands for
         `strength / K`, s rows in all.
@@ -52,12 +56,13 @@ class Prior:
     strength: float = 1.0
     spread: float = 1.0
     independence: float = 0.0
+    frequencies: float | None = None
     weights: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("strength", "spread", "independence", "weights"):
+        for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            if name == "weights" and value is None:
+            if name in ("frequencies", "weights") and value is None:
                 continue
             positive = name in ("strength", "spread")
             number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -94,6 +99,7 @@ class Prior:
             "strength": f"{self.strength:g} times the pseudo-rows of the weak ones",
             "spread": f"variances {self.spread:g} times as large",
             "independence": f"{self.independence:g} pseudo-rows without correlation",
+            "frequencies": f"{self.frequencies} pseudo-rows of columns that are not real",
             "weights": f"{self.weights} pseudo-rows a mixing weight",
         }
         usual = Prior()
@@ -115,6 +121,9 @@ class Prior:
         made: Record = known
         if strength != 1.0 or spread != 1.0:
             made = known.stronger(strength, spread)  # type: ignore[attr-defined]
+        rows = self.strength if self.frequencies is None else float(self.frequencies)
+        if hasattr(made, "rows") and made.rows != rows:
+            made = replace(made, rows=rows)  # type: ignore[call-arg]
         if self.independence != now.independence and hasattr(made, "independence"):
             made = replace(made, independence=float(self.independence))  # type: ignore[call-arg]
         return made

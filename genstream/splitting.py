@@ -24,7 +24,7 @@ from genstream.families.blocks import Splittable
 from genstream.incremental import IncrementalEM
 from genstream.learn import FitState, Outcome, fit
 from genstream.passes import Passes
-from genstream.responsibility import Nearest, Responsibility, soft
+from genstream.responsibility import Nearest, Responsibility, by_size
 from genstream.rows import Rows
 from genstream.sources import NumpySource
 from genstream.start import draw_sample, rescue_rows, seed_params
@@ -32,8 +32,6 @@ from genstream.story import Params, Story
 
 # How far halves are apart, in deviations of what is split along its main axis.
 APART = 0.6
-# From so many components on, each row meets those near it alone.
-MANY = 1024
 # Samples are as large as those of so many components, at least.
 FEW = 100
 # Rows of a chunk of the sample at most, where every row meets all components and where it does not.
@@ -131,8 +129,8 @@ def grow(
     apart
         How far halves are apart, in deviations along the axis they are split.
     responsibility
-        The rule by which samples are fitted; None stands for `soft`, and for `Nearest` from `MANY`
-        components on.
+        The rule by which samples are fitted; None stands for what suits so many components
+        (`genstream.responsibility.by_size`).
     on_stage
         Called with story and state of each number of components, once fitted.
 
@@ -180,8 +178,7 @@ def _fitted(
     responsibility: Responsibility | None,
 ) -> FitState:
     """Some passes of incremental EM over a sample."""
-    many = story.n_components >= MANY
-    rule = responsibility or (Nearest() if many else soft)
+    rule = responsibility or by_size(story.n_components)
     width = CHUNK_NEAREST if isinstance(rule, Nearest) else CHUNK
     chunk_rows = min(width, max(1, -(-sample.n_rows // TASKS)))
     values = sample.dense().filled()

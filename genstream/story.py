@@ -45,6 +45,8 @@ MAX_PREPARED = 16 << 20
 _prepared: weakref.WeakKeyDictionary[Params, tuple[Family, Kernel]] = weakref.WeakKeyDictionary()
 _preparing = threading.RLock()
 
+# More components on a floor than this are told of together.
+MANY_TOLD = 8
 # Log-densities this close, relative to 1 + their size, tell no two components apart.
 TWIN = 1e-9
 
@@ -598,6 +600,11 @@ class Story:
         at: dict[int, list[str]] = {}
         for k, j in self.family.floored(params.family):
             at.setdefault(k, []).append(self.schema.names[j])
+        if len(at) > MANY_TOLD:
+            names = sorted({name for every in at.values() for name in every})
+            told = f"{len(at)} of {self.n_components} components sit on the variance floor, in "
+            told += f"{', '.join(names)}: tied, discrete or dependent values there; give the "
+            return [told + "column another kind or its resolution, or keep the weak prior"]
         return [
             f"component {k} sits on the variance floor in {', '.join(names)}: "
             "tied, discrete or dependent values there; give the column another kind, or keep the "

@@ -348,3 +348,21 @@ sys.meta_path[:] = [Without(finder, ["numba"]) for finder in sys.meta_path]
         ask = "\nimport sys; print('numba' in sys.modules, stats.n_rows)"
         found = outcome(STEP.format(n=10_000) + ask, NUMBA_CACHE_DIR=str(file / "folder"))
         assert found == "True 10000"
+
+
+def test_chunks_share_what_is_prepared_and_other_parameters_do_not() -> None:
+    rng = np.random.default_rng(9)
+    story = oracles.make_story("full", 3, 4)
+    params = oracles.random_params(story, rng)
+    story = story.anchored(Rows.of(story.draw(params, 100, rng).values))
+    log_weights = np.log(params.weights)
+    kernel = story.family.prepare(params.family, log_weights)
+    assert story.family.prepare(params.family, log_weights.copy()) is kernel
+    for family, logs in (
+        (story.family.with_dtype("float32"), log_weights),
+        (story.family, log_weights + 1e-9),
+    ):
+        assert family.prepare(params.family, logs) is not kernel
+    # Even where an array was written to.
+    params.family.covariance[0, 0, 0] *= 2
+    assert story.family.prepare(params.family, log_weights) is not kernel

@@ -13,6 +13,7 @@ from numpy.testing import assert_allclose
 from numpy.typing import NDArray
 
 from genstream import compiled
+from genstream.errors import DataError
 from genstream.families import columns as columns_module
 from genstream.families.factorials import log_factorial
 from genstream.families.levels import Combinations, LookUpWalk
@@ -267,3 +268,23 @@ def test_what_is_no_level_is_looked_up_as_nothing(monkeypatch: pytest.MonkeyPatc
     stats = story.e_step(params, Rows.of(wrong))
     one_hot(monkeypatch)
     assert_same_stats(stats, story.e_step(params, Rows.of(wrong)), 1e-11)
+
+
+@pytest.mark.parametrize("wrong", [-1.0, 0.5, 2.0])
+@pytest.mark.parametrize("place", [(0, 0), (2999, 29), (1024, 3)])
+def test_what_is_impossible_is_found_wherever_it_is(wrong: float, place: tuple[int, int]) -> None:
+    schema = Schema((Column("a"), *(Column(f"b{j}", "binary") for j in range(29))))
+    x = np.ones((3000, 30))
+    x[:, 0] = -0.5
+    assert Rows.of(x).check(schema).n_rows == 3000
+    x[place] = wrong
+    rows = Rows.of(x)
+    if place[1] == 0:
+        assert rows.check(schema) is rows
+        return
+    with pytest.raises(DataError, match=f"row {place[0]}, column 'b{place[1] - 1}'"):
+        rows.check(schema)
+    # Behind a mask it is not there.
+    hidden = np.ones(x.shape, dtype=bool)
+    hidden[place] = False
+    assert Rows(x, hidden).check(schema).n_rows == 3000

@@ -110,7 +110,7 @@ class TestSpaces:
 
 class TestCandidates:
     def test_the_prior_at_hand_is_one(self):
-        now = Prior(2.0, independence=8.0, weights=0.0)
+        now = Prior(2.0, independence=8.0, frequencies=3.0, weights=0.0)
         found = power.candidates(now)
         assert now in found
         assert len(set(found)) == len(found)

@@ -114,7 +114,7 @@ class TestStrength:
     def test_learning_climbs(self, name):
         make, rows = STORIES[name]
         sample = rows()
-        story = make(Prior(5.0, 0.5, 10.0, 2.0)).anchored(sample)
+        story = make(Prior(5.0, 0.5, 10.0, 3.0, 2.0)).anchored(sample)
         begun = FitState(seed_params(story, sample, np.random.default_rng(0)))
         state = fit(story, BatchEM(25, 0.0), Resident(sample), begun)
         values = np.array([info.mean_objective for info in state.trace])
@@ -153,6 +153,20 @@ class TestStrength:
             found.append(story.log_prior(params))
             wanted.append(direct(params))
         np.testing.assert_allclose(np.diff(found), np.diff(wanted), rtol=1e-10)
+
+    def test_frequencies_are_of_their_own(self):
+        sample = mixed_rows()
+        story = mixture(MIXED, 2, covariance="full", prior=Prior(3.0, frequencies=20.0))
+        story = story.anchored(sample)
+        found = story.e_step(seed_params(story, sample, np.random.default_rng(0)), sample)
+        params = story.m_step(found, story.vague())
+        n = found.sum_r
+        late = sample.values[:, 2].mean()
+        sums = found.family.block1.sum_binary[:, 0]
+        wanted = (sums + 20 * (late * 200 + 0.5) / 201) / (n + 20)
+        np.testing.assert_allclose(params.family.block1.probability[:, 0], wanted, rtol=1e-12)
+        assert story.with_prior(Prior(3.0)).family.prior.block1.rows == 3.0
+        assert story.with_prior(Prior(2.0, frequencies=0.5)).family.prior.block1.rows == 0.5
 
     def test_weights(self):
         sample = real_rows()
@@ -359,7 +373,7 @@ class TestFloor:
 
 
 class TestStored:
-    @pytest.mark.parametrize("prior", ["weak", None, Prior(20.0, 0.5, 3.0, 2.0), Prior()])
+    @pytest.mark.parametrize("prior", ["weak", None, Prior(20.0, 0.5, 3.0, 2.0, 1.0), Prior()])
     def test_round_trip(self, prior):
         schema = Schema((Column("x"), Column("minute", resolution=1.0)))
         sample = Rows.of(np.random.default_rng(0).normal(size=(50, 2)))
@@ -480,3 +494,31 @@ class TestConfigured:
         with pytest.raises(ConfigError) as told:
             load(path)
         assert "prior" in str(told.value)
+
+
+class TestWarnings:
+    def test_of_many_components_are_one_line(self):
+        rng = np.random.default_rng(0)
+        values = np.column_stack([rng.normal(size=900), np.repeat(np.arange(9), 100)])
+        schema = Schema((Column("x"), Column("m", resolution=0.5)))
+        story = mixture(schema, 9, prior=None).anchored(Rows.of(values))
+        resp = np.eye(9)[np.repeat(np.arange(9), 100)]
+        params = story.m_step(story.e_step(story.vague(), Rows.of(values), resp), story.vague())
+        (line,) = story.warnings(params)
+        assert line.startswith("9 of 9 components sit on the variance floor, in m:")
+
+
+class TestEstimators:
+    def test_take_a_prior(self):
+        from sklearn.base import clone
+
+        from genstream.estimators import GaussianMixture
+
+        prior = Prior(2.0, independence=10.0)
+        rows = real_rows(200).values
+        model = clone(GaussianMixture(2, prior=prior, n_init=1, random_state=0)).fit(rows)
+        assert model.story_.prior == prior
+        assert model.story_.family.prior.independence == 10.0
+        model.partial_fit(rows[:50])
+        with pytest.raises(ConfigError, match="prior 'strong' is not one of weak"):
+            GaussianMixture(2, prior="strong").fit(rows)

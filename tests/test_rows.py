@@ -40,9 +40,9 @@ class TestOf:
         assert (rows.n_rows, rows.n_features) == array.shape
 
     @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.int64, np.bool_, np.float16])
-    def test_other_numbers_become_float64(self, dtype: Any) -> None:
+    def test_other_numbers_become_the_smallest_floats_that_hold_them(self, dtype: Any) -> None:
         rows = Rows.of(np.array([[0, 1], [1, 1]], dtype=dtype))
-        assert rows.values.dtype == np.float64
+        assert rows.values.dtype == (np.float64 if dtype == np.int64 else np.float32)
         np.testing.assert_array_equal(rows.values, [[0, 1], [1, 1]])
 
     def test_lists_are_arrays(self) -> None:

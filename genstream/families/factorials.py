@@ -20,9 +20,9 @@ def _table() -> Array:
 
 def log_factorial(counts: Array) -> Array:
     """`log x!` in float64 of counts of any shape, to the bit what `gammaln(x + 1)` is."""
-    small = counts.size and counts.min() >= 0 and counts.max() < LOOKED_UP
-    if small:
+    with np.errstate(invalid="ignore"):
         whole = counts.astype(np.int32)
-        if counts.dtype.kind in "iub" or (whole == counts).all():
-            return _table()[whole]
+    # What is negative is large without its sign.
+    if whole.view(np.uint32).max(initial=0) < LOOKED_UP and (whole == counts).all():
+        return _table()[whole]
     return np.asarray(gammaln(counts.astype(np.float64) + 1.0))

@@ -160,6 +160,8 @@ class Marginal:
         self.gain_ = self.gain.astype(dtype, copy=False)
         self.back_ = np.ascontiguousarray(turned, dtype=dtype)
         if kernel.n_components == 1:
+            # |e|^2 - |e - B m|^2 - |m|^2 = |u|^2, u = e @ explain of length q.
+            self.explain = (self.white[0] @ root[0].T).astype(dtype)
             return
         # |e|^2 as a product of [y^2, y] and |e|^2 - |e - B m|^2 - |m|^2 = |u|^2, u of length q.
         square = self.inverse**2
@@ -476,6 +478,38 @@ class MomentBlock(PatternBlock):
     """Complete rows, scored through the latent and gathered as moments of `x`."""
 
     walk: MomentWalk
+
+    def __init__(self, walk: FactorsWalk, marginal: Marginal) -> None:
+        super().__init__(walk, marginal)
+        # Fresh memory for each block would take as long as all that is written to it.
+        d, dtype = self.kernel.n_features, self.kernel.dtype
+        self._room, self._rest = np.empty((0, d)), np.empty((0, d), dtype)
+
+    def load(self, values: Array) -> None:
+        n = len(values)
+        if len(self._room) < n:
+            self._room, self._rest = (
+                np.empty(values.shape),
+                np.empty(values.shape, self._rest.dtype),
+            )
+        self.y = np.subtract(values, self.pivot.shift, out=self._room[:n])
+        self.y *= 1.0 / self.pivot.scale
+        self.held = {}
+
+    def score(self) -> Array:
+        if self.kernel.n_components > 1:
+            return super().score()
+        marginal = self.marginal
+        e = self._rest[: len(self.y)]
+        np.subtract(self.y, marginal.mean[0], out=e, casting="same_kind")
+        e *= marginal.inverse[0].astype(e.dtype)
+        u = e @ marginal.explain
+        square = np.einsum("ij,ij->i", e, e)
+        if np.finfo(e.dtype).eps * float(square.max(initial=0.0)) > MAX_ROUNDING:
+            # What factors explain is so much that little is left of its digits.
+            return super().score()
+        square -= np.einsum("ij,ij->i", u, u)
+        return np.asarray(marginal.constant[0] - 0.5 * square.astype(np.float64))[None]
 
     def gather(self, resp: Array) -> None:
         """Add weighted products of rows with themselves, component by component.
