@@ -642,12 +642,6 @@ class MomentsKernel(GaussianKernel):
         family, params, log_weights = self.family, self.params, self.log_weights
         self.through_latent = family.latent_kernel(params, log_weights, "float64")
         self.of_complete = family.latent_kernel(params, log_weights, family.dtype)
-        self.family, self.params = family, params
-
-    def take(self, components: Array) -> MomentsKernel:
-        """The kernel of some of the components (C,)."""
-        some = self.params.take(components)
-        return MomentsKernel(self.family, some, self.log_weights[components])
 
     def take(self, components: Array) -> MomentsKernel:
         some: Any = super().take(components)

@@ -34,7 +34,7 @@ from genstream.families.blocks import (
     moments,
     slices,
 )
-from genstream.families.gaussian_walk import GaussianKernel, prepared, quadratic_rounding
+from genstream.families.gaussian_walk import GaussianKernel, quadratic_rounding
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record
@@ -252,7 +252,7 @@ class Gaussian(Begun):
         definite, before any data are touched.
         """
         mean, covariance = self.pivoted(params)
-        return prepared(
+        return GaussianKernel(
             mean,
             covariance,
             log_weights,

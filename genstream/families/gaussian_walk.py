@@ -28,9 +28,7 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 import weakref
-from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Protocol
@@ -82,8 +80,6 @@ class GaussianKernel:
         self.mean, self.covariance = mean, covariance
         self.log_weights, self.pivot, self.tied, self.dtype = log_weights, pivot, tied, dtype
         self.stats_type = stats_type
-        self.asked = dtype
-        self.arrays = (mean, covariance, log_weights, pivot.shift, pivot.scale)
         self.factor = factor = np.linalg.cholesky(covariance)
         self.whiten = np.linalg.inv(factor)
         self.precision = self.whiten.swapaxes(1, 2) @ self.whiten
@@ -139,39 +135,6 @@ class GaussianKernel:
 
     def walk(self, rows: Rows) -> GaussianWalk:
         return GaussianWalk(self, rows)
-
-
-# Kernels of the last few parameters, and the lock of their list. All chunks of a pass have the same
-# parameters, whose factors take as long as a tenth of a chunk's E-step at 64 columns.
-_kernels: deque[GaussianKernel] = deque(maxlen=4)
-_lock = threading.Lock()
-# Larger covariances (K, d, d) are not kept: a kernel has several such arrays, and its patterns.
-KEPT_NUMBERS = 1 << 18
-
-
-def prepared(
-    mean: Array,
-    covariance: Array,
-    log_weights: Array,
-    pivot: Pivot,
-    tied: bool,
-    dtype: np.dtype[Any],
-    stats_type: type[Any],
-) -> GaussianKernel:
-    """`GaussianKernel` of these arguments, the one made before where they are equal to the bit."""
-    arrays = (mean, covariance, log_weights, pivot.shift, pivot.scale)
-    with _lock:
-        kept = list(_kernels)
-    for kernel in kept:
-        if (kernel.asked, kernel.stats_type) == (dtype, stats_type) and all(
-            np.array_equal(mine, theirs) for mine, theirs in zip(kernel.arrays, arrays, strict=True)
-        ):
-            return kernel
-    kernel = GaussianKernel(mean, covariance, log_weights, pivot, tied, dtype, stats_type)
-    if covariance.size <= KEPT_NUMBERS:
-        with _lock:
-            _kernels.append(kernel)
-    return kernel
 
 
 class Marginal:
