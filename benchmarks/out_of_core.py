@@ -137,11 +137,9 @@ def read_bound(options: Options) -> Table:
         for files, found in taken.items()
         for name, seconds in found.items()
     ]
-    what = (
-        f"read-bound, diagonal d = 32 K = 2 float32, {n_rows:,} rows, files {{}}: share of zarr's"
-    )
+    what = f"read-bound, diagonal d = 32 K = 2 float32, {n_rows:,} rows"
     bars = [
-        Bar(what.format(files), 0.7, ratio(found[ZARR], found[PASS]))
+        Bar(f"{what}, files {files}: share of the zarr rate", 0.7, ratio(found[ZARR], found[PASS]))
         for files, found in taken.items()
     ]
     return Table(
@@ -149,7 +147,7 @@ def read_bound(options: Options) -> Table:
         "Out of core, where reading bounds a pass",
         rows,
         [
-            f"{n_rows:,} x 32 rows, K = 2, diagonal covariance, float32; {options.threads} threads.",
+            f"{n_rows:,} x 32 rows, K = 2, diagonal covariance, float32.",
             "Data larger than memory are read from disk in every pass.",
         ],
         bars,
