@@ -9,6 +9,7 @@ repetitions, since a bound is what can be reached, not what is usual.
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -60,6 +61,17 @@ def once(work: Callable[[int], Any], threads: int) -> float:
 def fastest(work: Callable[[int], Any], threads: int, repeats: int = REPEATS) -> float:
     """The least of such seconds, after a turn that does not count."""
     return min([once(work, threads) for _ in range(1 + repeats)][1:])
+
+
+def forget(folder: Path) -> None:
+    """Drop the pages of all files of a folder."""
+    for each in folder.rglob("*"):
+        if each.is_file():
+            handle = os.open(each, os.O_RDONLY)
+            try:
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(handle)
 
 
 def gemm(m: int, inner: int, n: int, dtype: str, threads: int) -> float:

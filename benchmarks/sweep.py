@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import roofline
 from benchmarks.data import POWER_COLUMNS, path
 from flows.config import Drawn
 from flows.draw import draw_rows, known_story
@@ -67,19 +67,8 @@ class Forgetting(Passes):
     folder: Path
 
     def fold(self, work: Callable[[int, Rows], Any]) -> Any:
-        forget(self.folder)
+        roofline.forget(self.folder)
         return super().fold(work)
-
-
-def forget(folder: Path) -> None:
-    """Drop the pages of all files of a folder."""
-    for each in folder.rglob("*"):
-        if each.is_file():
-            handle = os.open(each, os.O_RDONLY)
-            try:
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(handle)
 
 
 def stored(folder: Path, n_rows: int | None, gigabytes: float | None, dtype: Any) -> Dataset:
