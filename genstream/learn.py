@@ -465,15 +465,29 @@ class BatchEM:
 
     def step(self, story: Story, state: FitState, passes: Passes) -> tuple[FitState, StepInfo]:
         begin = time.perf_counter()
-        stats: StoryStats = passes.fold(self.work(story, state))
+        work = self.work(story, state)
+        if work is None:
+            assert state.stats is not None
+            return self._taken(story, state, state.stats, 0, 0.0)
+        stats: StoryStats = passes.fold(work)
         return self.advance(story, state, stats, time.perf_counter() - begin)
 
-    def work(self, story: Story, state: FitState) -> EStep:
+    def work(self, story: Story, state: FitState) -> EStep | None:
+        """Nothing where the statistics of the step before are those of this one, too."""
+        known = state.stats if state.step > state.origin and state.trace else None
+        if known is not None and not state.trace[-1].events and story.settled(known):
+            return None
         return EStep(story, state.params, self.responsibility, state.seed, state.step)
 
     def advance(
         self, story: Story, state: FitState, stats: StoryStats, seconds: float
     ) -> tuple[FitState, StepInfo]:
+        return self._taken(story, state, stats, stats.n_rows, seconds)
+
+    def _taken(
+        self, story: Story, state: FitState, stats: StoryStats, n_rows: int, seconds: float
+    ) -> tuple[FitState, StepInfo]:
+        """The step of these statistics, for which `n_rows` rows were seen."""
         begin = time.perf_counter()
         log_prior = story.log_prior(state.params)
         info = StepInfo(
@@ -481,7 +495,7 @@ class BatchEM:
             stats.objective,
             log_prior,
             stats.weight,
-            stats.n_rows,
+            n_rows,
             stats.n_unobserved,
             0.0,
         )
@@ -512,6 +526,8 @@ class BatchEM:
             if events and outcome is Outcome.CONVERGED:
                 outcome = Outcome.RUNNING
             before = state if last is not None and not leapt and not events else None
+            if story.settled(stats):
+                stats = story.restated(stats, state.params, params)
             state = replace(state, params=params, outcome=outcome, rescues=rescues)
             state = self._advance(story, state, before, stats)
             if self.drawn:
@@ -609,7 +625,7 @@ def leap(
 
 def _numbers(stats: StoryStats) -> Array:
     """All numbers of some statistics that parameters depend on, as one vector."""
-    skipped = ("n_rows", "n_unobserved", "weight", "objective")
+    skipped = ("n_rows", "n_unobserved", "n_gaps", "weight", "objective")
     return np.concatenate(
         [np.ravel(value) for name, _, value in stats.leaves() if name not in skipped]
     )

@@ -259,6 +259,8 @@ def seed_within(story: Story, sample: Rows, rng: np.random.Generator) -> Params:
 def _from_clusters(
     story: Story, sample: Rows, x: Array, observed: NDArray[np.bool_], rng: np.random.Generator
 ) -> Params:
+    if story.n_components == 1:
+        return params_from_labels(story, sample, np.zeros(len(x), dtype=np.intp), rng)
     weight = sample.row_weights
     small = np.arange(len(x))
     if story.n_components >= MANY:

@@ -140,6 +140,9 @@ class Record:
                 here = any(str(v).startswith(name + ".") for v in dataset.variables)
                 values[field.name] = inner.from_dataset(dataset, name + ".") if here else None
             elif name not in dataset:
+                # Written before there was such a field.
+                if field.default is not dataclasses.MISSING:
+                    continue
                 raise CorruptError(f"variable {name!r} is missing from the stored {cls.__name__}")
             else:
                 array = dataset[name].values

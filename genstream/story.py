@@ -66,7 +66,8 @@ class StoryStats(Monoid):
     `n_rows` rows were seen, of which `n_unobserved` had nothing observed: these have
     log-likelihood 0 and are in no other field. `weight` sums row weights, `objective` is
     `sum_n w_n sum_k r_nk (log joint_nk - log r_nk)`, for soft responsibilities the
-    log-likelihood. `sum_r` (K,) is the weight each component took.
+    log-likelihood. `sum_r` (K,) is the weight each component took, `n_gaps` counts rows of which
+    some entries were missing.
     """
 
     n_rows: int
@@ -75,6 +76,7 @@ class StoryStats(Monoid):
     objective: float
     sum_r: Array = axes("component")
     family: Monoid | None = None
+    n_gaps: int = 0
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,10 @@ class Draw:
     component: NDArray[np.intp]
     values: NDArray[np.float64]
     factors: NDArray[np.float64] | None = None
+
+
+def _rows_with_gaps(rows: Rows) -> int:
+    return 0 if rows.observed is None else int((~rows.observed.all(axis=1)).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,7 +306,15 @@ class Story:
             walk.gather(log_joint)
             mark("gather")
         family = walk.close()
-        stats = StoryStats(rows.n_rows, rows.n_rows - n_observed, weight, objective, sum_r, family)
+        stats = StoryStats(
+            rows.n_rows,
+            rows.n_rows - n_observed,
+            weight,
+            objective,
+            sum_r,
+            family,
+            _rows_with_gaps(rows),
+        )
         if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
             # A row beyond float32's range: its chunk is done again, in float64.
             return self._in_float64().e_step(params, rows, responsibility, key)
@@ -346,10 +360,25 @@ class Story:
             found.objective,
             found.sum_r,
             found.family,
+            _rows_with_gaps(rows),
         )
         if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
             return self._in_float64().e_step(params, rows, rule, key)
         return stats
+
+    def settled(self, stats: StoryStats) -> bool:
+        """Whether the rows behind `stats` would have given the same ones under any parameters.
+
+        True of a single component whose family says so of complete rows: what one pass sums is all
+        there is to learn.
+        """
+        known = getattr(self.family, "settled", False) and not stats.n_gaps
+        return bool(known) and self.n_components == 1
+
+    def restated(self, stats: StoryStats, params: Params, now: Params) -> StoryStats:
+        """Settled statistics with the objective of the parameters `now` in place of `params`."""
+        gain = self.expected_log_joint(now, stats) - self.expected_log_joint(params, stats)
+        return replace(stats, objective=stats.objective + gain)
 
     def maximise(self, stats: StoryStats, previous: Params) -> tuple[Params, NDArray[np.bool_]]:
         """The M-step, and (K,) which components were empty or singular and need rescue."""

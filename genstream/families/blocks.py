@@ -149,7 +149,8 @@ class Family(Protocol):
     `log p(x | k)`. `n_factors` is q, the length of `t`, and 0 where there are no factors.
     `param_names` are the parameters that may be frozen. `ridge` is what is added to variances after
     an M-step, 0 where that makes no sense. One that takes rows with sparse values (scipy CSR) as
-    they are has an attribute `sparse` that is true.
+    they are has an attribute `sparse` that is true; one whose statistics of complete rows depend on
+    responsibilities alone, and not on parameters, has an attribute `settled` that is true.
     """
 
     @property
@@ -367,6 +368,13 @@ def moments(rows: Rows) -> tuple[Array, Array, Array]:
     A column that is never observed has mean 0 and variance 0.
     """
     values = rows.values.astype(np.float64)
+    if rows.observed is None and rows.weights is None and len(values):
+        mean = values.mean(axis=0)
+        values -= mean
+        rounded = values.mean(axis=0)
+        mean += rounded
+        variance = np.einsum("nd,nd->d", values, values) / len(values) - rounded**2
+        return mean, _varying(mean, variance), np.full(len(mean), float(len(values)))
     weight = rows.is_observed * rows.row_weights[:, None]
     total = weight.sum(axis=0)
     safe = np.where(total > 0, total, 1.0)
@@ -374,10 +382,13 @@ def moments(rows: Rows) -> tuple[Array, Array, Array]:
     # The second sum takes back what the first one rounded.
     mean += (weight * (values - mean)).sum(axis=0) / safe
     variance = (weight * (values - mean) ** 2).sum(axis=0) / safe
-    # What is left of a constant column is the rounding of its mean.
+    return mean, _varying(mean, variance), total
+
+
+def _varying(mean: Array, variance: Array) -> Array:
+    """Variances (d,), without what is left of a constant column: the rounding of its mean."""
     least = np.maximum(4 * np.finfo(np.float64).eps * np.abs(mean), NARROWEST)
-    constant = variance <= least**2
-    return mean, np.where(constant, 0.0, variance), total
+    return np.where(variance <= least**2, 0.0, variance)
 
 
 def block_rows(n_lanes: int, itemsize: int, fast: bool = False) -> int:

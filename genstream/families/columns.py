@@ -173,6 +173,13 @@ class IndependentColumns(Begun):
     )
     prior_type: ClassVar[type[Record]] = ColumnsPrior
 
+    @property
+    def settled(self) -> bool:
+        """Whether complete rows sum to the same under any parameters: not where an entry beyond a
+        detection limit stands for what it is expected to be.
+        """
+        return self.limits.none
+
     def options(self) -> dict[str, Any]:
         covariance = "shared" if self.shared else "spherical" if self.spherical else "diag"
         return {"covariance": covariance, "reg_covar": self.ridge, "dtype": self.dtype}

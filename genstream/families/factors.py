@@ -159,6 +159,11 @@ class Factors:
     param_names: ClassVar[tuple[str, ...]] = ("mean", "loadings", "noise")
     prior_type: ClassVar[type[Record]] = FactorsPrior
 
+    @property
+    def settled(self) -> bool:
+        """Whether complete rows sum to the same under any parameters: to their moments."""
+        return self.statistics == "moments"
+
     def options(self) -> dict[str, Any]:
         return {
             "n_factors": self.n_factors,

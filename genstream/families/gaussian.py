@@ -185,6 +185,7 @@ class Gaussian(Begun):
     n_factors: ClassVar[int] = 0
     param_names: ClassVar[tuple[str, ...]] = ("mean", "covariance")
     prior_type: ClassVar[type[Record]] = NormalWishart
+    settled: ClassVar[bool] = True
 
     def options(self) -> dict[str, Any]:
         covariance = "tied" if self.tied else "full"

@@ -112,6 +112,10 @@ class Product:
                 )
 
     @property
+    def settled(self) -> bool:
+        return all(getattr(part.family, "settled", False) for part in self.parts)
+
+    @property
     def bound(self) -> bool:
         return any(part.family.bound for part in self.parts)
 
