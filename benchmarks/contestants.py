@@ -283,10 +283,13 @@ class ScikitLearn(Contestant):
             return self._kmeans()
         return self._factors()
 
-    def _kmeans(self) -> Any:
+    def _kmeans_type(self) -> Any:
         from sklearn.cluster import KMeans
 
-        return KMeans(
+        return KMeans
+
+    def _kmeans(self) -> Any:
+        return self._kmeans_type()(
             self.task.n_components,
             init=self.start["mean"].astype(self.dtype),
             n_init=1,
@@ -349,16 +352,10 @@ class Intelex(ScikitLearn):
     package = "scikit-learn-intelex"
     peer = True
 
-    def _kmeans(self) -> Any:
+    def _kmeans_type(self) -> Any:
         from sklearnex.cluster import KMeans
 
-        return KMeans(
-            self.task.n_components,
-            init=self.start["mean"].astype(self.dtype),
-            n_init=1,
-            max_iter=self.task.iterations,
-            tol=0.0,
-        )
+        return KMeans
 
     def _factors(self) -> Any:
         from sklearnex.decomposition import PCA
