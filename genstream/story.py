@@ -39,10 +39,12 @@ from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
 
-# Kernels of parameters that somebody still holds, each with the family that prepared it. What takes
-# more bytes than this is prepared for every chunk, beside whose work that is little.
+# Kernels of parameters that somebody still holds, each with the family that prepared it and a copy
+# of the numbers, lest somebody write to them. What takes more bytes than this is prepared for every
+# chunk, beside whose work that is little.
 MAX_PREPARED = 16 << 20
-_prepared: weakref.WeakKeyDictionary[Params, tuple[Family, Kernel]] = weakref.WeakKeyDictionary()
+Prepared = tuple[Family, Kernel, list[Array]]
+_prepared: weakref.WeakKeyDictionary[Params, Prepared] = weakref.WeakKeyDictionary()
 _preparing = threading.RLock()
 
 # More components on a floor than this are told of together.
@@ -244,13 +246,17 @@ class Story:
 
     def _kernel(self, params: Params) -> Kernel:
         """The parameters, prepared once for all chunks of a pass on all threads."""
+        numbers = [np.asarray(value) for _, _, value in params.leaves()]
         with _preparing:
-            family, kernel = _prepared.get(params, (None, None))
-            if kernel is None or family is not self.family:
-                weights = np.log(np.maximum(params.weights, 1e-300))
-                kernel = self.family.prepare(params.family, weights)
-                if sum(np.asarray(v).nbytes for _, _, v in params.leaves()) <= MAX_PREPARED:
-                    _prepared[params] = self.family, kernel
+            known = _prepared.get(params)
+            if known is not None and known[0] is self.family:
+                _, kernel, copies = known
+                if all(map(np.array_equal, copies, numbers)):
+                    return kernel
+            weights = np.log(np.maximum(params.weights, 1e-300))
+            kernel = self.family.prepare(params.family, weights)
+            if sum(value.nbytes for value in numbers) <= MAX_PREPARED:
+                _prepared[params] = self.family, kernel, [value.copy() for value in numbers]
             return kernel
 
     # Values too extreme for the arithmetic show in the objective, not as warnings on the way.

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -354,15 +355,15 @@ def test_chunks_share_what_is_prepared_and_other_parameters_do_not() -> None:
     rng = np.random.default_rng(9)
     story = oracles.make_story("full", 3, 4)
     params = oracles.random_params(story, rng)
-    story = story.anchored(Rows.of(story.draw(params, 100, rng).values))
-    log_weights = np.log(params.weights)
-    kernel = story.family.prepare(params.family, log_weights)
-    assert story.family.prepare(params.family, log_weights.copy()) is kernel
-    for family, logs in (
-        (story.family.with_dtype("float32"), log_weights),
-        (story.family, log_weights + 1e-9),
-    ):
-        assert family.prepare(params.family, logs) is not kernel
+    rows = Rows.of(story.draw(params, 100, rng).values)
+    story = story.anchored(rows)
+    kernel = story._kernel(params)
+    assert story._kernel(params) is kernel
+    other = replace(story, family=story.family.with_dtype("float32"))
+    assert other._kernel(params) is not kernel
+    before = story.log_prob(params, rows)
     # Even where an array was written to.
-    params.family.covariance[0, 0, 0] *= 2
-    assert story.family.prepare(params.family, log_weights) is not kernel
+    params.family.covariance[0] *= 2
+    after = story.log_prob(params, rows)
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(after, story.log_prob(replace(params), rows))

@@ -67,6 +67,7 @@ def test_constructor_is_scikit_learns_and_more() -> None:
     assert {name: ours[name] for name in theirs} == theirs
     assert set(ours) - set(theirs) == {
         "prior",
+        "responsibility",
         "start",
         "frozen",
         "dtype",

@@ -48,6 +48,7 @@ def contents(dataset: store.Dataset) -> np.ndarray:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("genstream.segments.CHUNK_NBYTES", 100 * 3 * 8)
+    monkeypatch.setattr("genstream.segments.LEAST_ROWS", 1)
     monkeypatch.setattr("genstream.segments.SEGMENT_CHUNKS", 4)
 
 
