@@ -28,6 +28,8 @@ RESCUE_ROWS = 2048
 SEED_ROWS = 20_000
 # Of many centres as many are drawn at a time as there are already, divided by this.
 AT_A_TIME = 8
+# Rows of the sample from which one component begins that needs one pass.
+LONE_ROWS = 8192
 # A start of many components takes fewer steps, in proportion to this many.
 FULL_STEPS = 256
 # Rows a centre on which many centres are seeded, and rows a component of a sample for many.
@@ -353,12 +355,15 @@ def warm_start(
     many, and as a step takes longer there are fewer of them: all numbers of starts, steps and
     passes are as many times smaller as there are more than `FULL_STEPS` components, down to one
     start of a few steps.
+    One component that a pass says everything of needs a sample of `LONE_ROWS` rows, for its pivot.
     `seeding` makes the parameters each short fit begins with. `given` parameters take the place of
     starts, and `responsibility` is the rule by which the sample is fitted. A `sample` that
     `draw_sample` drew with the same number and seed saves its pass.
     `on_start(i, mean objective)` is called after each of them.
     Everything follows from `seed`. Raises DataError where the data cannot start a fit.
     """
+    if story.n_components == 1 and getattr(story.family, "settled", False):
+        n_init, sample_rows = 1, min(sample_rows, LONE_ROWS)
     if story.n_components >= MANY:
         fewer = story.n_components / FULL_STEPS
         sample_rows = max(sample_rows, SAMPLE_ROWS_EACH * story.n_components)
