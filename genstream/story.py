@@ -69,7 +69,7 @@ class StoryStats(Monoid):
     log-likelihood 0 and are in no other field. `weight` sums row weights, `objective` is
     `sum_n w_n sum_k r_nk (log joint_nk - log r_nk)`, for soft responsibilities the
     log-likelihood. `sum_r` (K,) is the weight each component took, `n_gaps` counts rows of which
-    some entries were missing.
+    any entry was missing.
     """
 
     n_rows: int
@@ -341,7 +341,12 @@ class Story:
         unseen = 0
         if rows.observed is not None:
             unseen = int((~rows.observed[rows.weights == 0].any(axis=1)).sum())
-        return replace(stats, n_rows=rows.n_rows, n_unobserved=stats.n_unobserved + unseen)
+        return replace(
+            stats,
+            n_rows=rows.n_rows,
+            n_unobserved=stats.n_unobserved + unseen,
+            n_gaps=_rows_with_gaps(rows),
+        )
 
     def _e_step_nearest(
         self, params: Params, rows: Rows, rule: Nearest, key: Key | None
