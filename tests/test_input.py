@@ -135,9 +135,14 @@ class TestErrors:
         story, params, values = problem
         source = Slow(values, 0.05)
         here = threading.main_thread().ident
-        threading.Timer(0.15, signal.pthread_kill, [here, signal.SIGINT]).start()
-        with pytest.raises(KeyboardInterrupt):
-            Passes(source, workers=2).fold(EStep(story, params))
+        # Whatever another test has left in its place.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            threading.Timer(0.15, signal.pthread_kill, [here, signal.SIGINT]).start()
+            with pytest.raises(KeyboardInterrupt):
+                Passes(source, workers=2).fold(EStep(story, params))
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert sum(source.reads) < N_CHUNKS
         assert not _left_over(others)
 
