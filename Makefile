@@ -31,7 +31,6 @@ BENCH_ARGS ?=
 # The peers' environment, and where PyTorch's builds without GPU libraries come from.
 PEERS := .venv-peers
 PEER_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 # Test processes. Tests that need the Prefect server share one of them.
 JOBS ?= 2
@@ -137,10 +136,8 @@ bench: $(DEVELOPMENT) $(DATA) $(POWER)
 peers: $(PEERS)/.installed
 
 $(PEERS)/.installed: requirements/peers.txt | $(VENV)/.pip
-	@echo 'installing the peers (about 2 GB)'
+	@echo 'installing the peers (some GB)'
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	@$(PEER_PIP) --no-deps --retries 1 --index-url $(TORCH_INDEX) \
-		$$(grep '^torch==' requirements/peers.txt) || echo 'taking the common build of PyTorch'
 	@$(PEER_PIP) -r requirements/peers.txt
 	@touch $@
 
