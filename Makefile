@@ -28,7 +28,7 @@ POWER := .data/power/about.json
 BENCHMARKS ?=
 BENCH_ARGS ?=
 
-# The peers' environment, and where PyTorch's builds without GPU libraries come from.
+# The peers' environment, apart from the project's own.
 PEERS := .venv-peers
 PEER_PIP := $(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install
 
