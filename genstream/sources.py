@@ -30,6 +30,9 @@ Piece = tuple[int, int, int]
 Part = Literal["train", "test"]
 
 CHUNK_ROWS = 65_536
+# Rows in memory are cut into a multiple of so many chunks, each of at least so many rows: the same
+# whoever works on them, and as much for each of a few workers.
+EVEN_CHUNKS, LEAST_ROWS = 16, 4096
 MAX_CHUNK_NBYTES = 2**31
 _COMPRESSORS = ("blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd")
 _CHECKSUMS = ("adler32", "crc32", "crc32c", "fletcher32")
@@ -113,6 +116,12 @@ def folder_digest(files: Mapping[PurePath, str]) -> str:
         sha.update(f"{name.as_posix()}\n".encode())
         sha.update(bytes.fromhex(files[name]))
     return sha.hexdigest()
+
+
+def even_rows(n: int) -> int:
+    """Rows of a chunk where nothing is said of `n` rows in memory: at most `CHUNK_ROWS`."""
+    chunks = EVEN_CHUNKS * -(-n // (EVEN_CHUNKS * CHUNK_ROWS))
+    return max(1, -(-n // max(1, min(chunks, n // LEAST_ROWS))))
 
 
 def n_rows(source: Source) -> int:
@@ -225,7 +234,7 @@ class NumpySource(ArraySource):
     weights
         (n,) row weights, not negative.
     chunk_rows
-        Rows of a chunk.
+        Rows of a chunk; `even_rows` of them when left out.
     name
         What error messages call the array.
 
@@ -239,7 +248,7 @@ class NumpySource(ArraySource):
         array: Any,
         schema: Schema | Sequence[str] | None = None,
         weights: Any = None,
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_rows: int | None = None,
         *,
         name: str = "array",
     ) -> None:
@@ -248,7 +257,10 @@ class NumpySource(ArraySource):
             array = np.ma.filled(array.astype(np.float32 if small else np.float64), np.nan)
         stored: Any = array if sparse.issparse(array) else None
         self.array: Any = np.asarray(array) if stored is None else sparse.csr_array(stored)
-        super().__init__(name, self.array.shape, self.array.dtype, chunk_rows, schema, weights)
+        shape = self.array.shape
+        if chunk_rows is None:
+            chunk_rows = even_rows(shape[0] if shape else 0)
+        super().__init__(name, shape, self.array.dtype, chunk_rows, schema, weights)
 
     def _take(self, first: int, last: int) -> Array:
         taken: Array = self.array[first:last]

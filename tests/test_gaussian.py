@@ -460,6 +460,39 @@ class TestDigits:
             )
             np.testing.assert_allclose(found, wanted, rtol=1e-3)
 
+    @pytest.mark.parametrize("gaps", [0.0, 0.05])
+    @pytest.mark.parametrize("n_rows", [400, 40_000])
+    def test_float32_keeps_one_thin_component_among_many_columns(
+        self, gaps: float, n_rows: int
+    ) -> None:
+        """One that needs float64 is worked on apart from the others, which do not."""
+        rng = np.random.default_rng(13)
+        mean = rng.normal(0, 3, (3, 16))
+        deviation = np.array([1.0, 0.002, 1.0])
+        of_row = np.arange(n_rows) % 3
+        values = mean[of_row] + deviation[of_row, None] * rng.normal(size=(n_rows, 16))
+        if gaps:
+            values[rng.random(n_rows) < gaps, :4] = np.nan
+        single, double = (
+            oracles.make_story("full", 3, 16, dtype=t, prior=None).anchored(Rows.of(values))
+            for t in ("float32", "float64")
+        )
+        params = exact_params(double, mean, 1.0)
+        params.family.covariance[1] *= 0.002**2
+        kernel: Any = single.family.prepare(params.family, np.log(params.weights))
+        assert kernel.complete.linear.fine.tolist() == [1]
+        assert kernel.dtype == np.float32
+        found: Any = single.e_step(params, Rows.of(values))
+        wanted: Any = double.e_step(params, Rows.of(values))
+        assert found.objective == pytest.approx(wanted.objective, rel=1e-6)
+        thin, exact = (
+            story.m_step(stats, params).family
+            for story, stats in ((single, found), (double, wanted))
+        )
+        np.testing.assert_allclose(thin.mean, exact.mean, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(thin.covariance[1], exact.covariance[1], rtol=0, atol=1e-10)
+        np.testing.assert_allclose(thin.covariance, exact.covariance, rtol=0, atol=1e-4)
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_float32_keeps_nearly_dependent_columns(self, kind: str) -> None:
         rng = np.random.default_rng(9)

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from genstream.errors import ConfigError, CorruptError, DataError, GenstreamError, StorageError
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
-from genstream.sources import DaskSource, NpySource, NumpySource, Source, Split, ZarrSource, n_rows
+from genstream.sources import (
+    CHUNK_ROWS,
+    DaskSource,
+    NpySource,
+    NumpySource,
+    Source,
+    Split,
+    ZarrSource,
+    n_rows,
+)
 
 
 def everything(source: Source) -> Rows:
@@ -105,6 +114,18 @@ def test_split_does_not_depend_on_chunking(
     rest = everything(Split(NumpySource(x, chunk_rows=cut_b), "train", fraction, seed)).values
     np.testing.assert_array_equal(a, b)
     assert sorted(np.concatenate([a, rest]).ravel()) == list(range(300))
+
+
+@pytest.mark.parametrize("n", [1, 4095, 8192, 100_000, 300_000, 1_659_917])
+def test_rows_in_memory_are_cut_evenly(n: int) -> None:
+    """So that two or four workers have as much to do."""
+    chunks = NumpySource(np.broadcast_to(0.0, (n, 1))).chunk_rows
+    assert sum(chunks) == n
+    assert max(chunks) <= CHUNK_ROWS
+    assert min(chunks) >= min(n, 4096) // 2
+    assert max(chunks) - min(chunks) < len(chunks)
+    assert len(chunks) % 16 == 0 or n < 16 * 4096
+    assert NumpySource(np.zeros((10, 1)), chunk_rows=4).chunk_rows == (4, 4, 2)
 
 
 def test_split_holds_out_the_fraction_asked_for() -> None:

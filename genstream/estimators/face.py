@@ -163,7 +163,8 @@ class Face(DensityMixin, Opening):  # type: ignore[misc]
     def _check_parameters(self) -> None:
         for name, (whole, low) in LEAST.items():
             value = getattr(self, name, low)
-            if isinstance(value, str) and value == "auto" and name in self.automatic:
+            left_out = isinstance(value, str) and value == "auto" and name in self.automatic
+            if left_out or (name == "chunk_rows" and value is None):
                 continue
             kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
             if not isinstance(value, kinds) or not value >= low:

@@ -17,7 +17,6 @@ from genstream.families.rotation import varimax
 from genstream.learn import BatchEM, Learner
 from genstream.priors import Prior
 from genstream.schema import Schema
-from genstream.sources import CHUNK_ROWS
 from genstream.stories import factors
 from genstream.story import Params, Story
 
@@ -178,7 +177,7 @@ class _SingleFactors(LinearFactors):
         verbose: int = 0,
         verbose_interval: int = 10,
         dtype: str = "float64",
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_rows: int | None = None,
         scheduler: str = "threads",
         workers: int | None = None,
     ) -> None:
@@ -330,7 +329,7 @@ feature_names_in_, story_, state_, trace_, outcome_, warnings_
         verbose: int = 0,
         verbose_interval: int = 10,
         dtype: str = "float64",
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_rows: int | None = None,
         scheduler: str = "threads",
         workers: int | None = None,
     ) -> None:
@@ -388,7 +387,7 @@ class _MixedFactors(Mixed, LinearFactors):
         verbose: int = 0,
         verbose_interval: int = 10,
         dtype: str = "float64",
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_rows: int | None = None,
         scheduler: str = "threads",
         workers: int | None = None,
     ) -> None:

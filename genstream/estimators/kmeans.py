@@ -25,7 +25,6 @@ from genstream.passes import Passes
 from genstream.responsibility import hard
 from genstream.rows import Rows
 from genstream.schema import Schema
-from genstream.sources import CHUNK_ROWS
 from genstream.start import draw_sample, rescue_rows, seed_centres
 from genstream.stories import kmeans
 from genstream.story import Params, Story
@@ -109,7 +108,7 @@ state_, trace_, outcome_, warnings_
         verbose: int = 0,
         verbose_interval: int = 10,
         dtype: str = "float64",
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_rows: int | None = None,
         scheduler: str = "threads",
         workers: int | None = None,
     ) -> None:

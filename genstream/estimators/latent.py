@@ -13,7 +13,6 @@ from genstream.errors import ConfigError, DataError
 from genstream.estimators.factors import Factored, upright
 from genstream.priors import Prior
 from genstream.schema import Column, Kind, Schema
-from genstream.sources import CHUNK_ROWS
 from genstream.stories import latent_factors
 from genstream.story import Params, Story
 
@@ -86,7 +85,7 @@ feature_names_in_, story_, state_, trace_, outcome_, warnings_
         verbose: int = 0,
         verbose_interval: int = 10,
         dtype: str = "float64",
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_rows: int | None = None,
         scheduler: str = "threads",
         workers: int | None = None,
     ) -> None:

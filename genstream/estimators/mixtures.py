@@ -19,7 +19,6 @@ from genstream.priors import Prior
 from genstream.responsibility import MANY, RULES, climbs
 from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
-from genstream.sources import CHUNK_ROWS
 from genstream.start import cluster, seed_centres
 from genstream.stories import COVARIANCES, Block, mixture
 from genstream.story import Params, Story
@@ -82,8 +81,9 @@ class GaussianMixture(Mixed):
     dtype
         Arithmetic of the E-step, `float64` or `float32`; sums are float64 always.
     chunk_rows
-        Rows in memory that a thread works on at a time. Part of what makes a fit repeat bit for
-        bit, as the scheduler and the number of workers are not.
+        Rows in memory that a thread works on at a time; when left out, by how many there are.
+        Part of what makes a fit repeat bit for bit, as the scheduler and the number of workers are
+        not.
     scheduler, workers
         See `genstream.passes.Passes`: `threads`, `synchronous`, `distributed` or an address.
 
@@ -138,7 +138,7 @@ class GaussianMixture(Mixed):
         responsibility: str = "auto",
         prior: str | Prior | None = None,
         dtype: str = "float64",
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_rows: int | None = None,
         scheduler: str = "threads",
         workers: int | None = None,
     ) -> None:
@@ -386,7 +386,7 @@ feature_names_in_, story_, state_, trace_, outcome_, warnings_
         verbose: int = 0,
         verbose_interval: int = 10,
         dtype: str = "float64",
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_rows: int | None = None,
         scheduler: str = "threads",
         workers: int | None = None,
     ) -> None:
@@ -536,7 +536,7 @@ state_, trace_, outcome_, warnings_
         verbose: int = 0,
         verbose_interval: int = 10,
         dtype: str = "float64",
-        chunk_rows: int = CHUNK_ROWS,
+        chunk_rows: int | None = None,
         scheduler: str = "threads",
         workers: int | None = None,
     ) -> None:

@@ -34,7 +34,7 @@ from genstream.tables import Encoder, TableSource, open_source
 class Opening(BaseEstimator):  # type: ignore[misc]
     """An estimator that knows the columns it was fitted with, and opens data of any form."""
 
-    chunk_rows: int
+    chunk_rows: int | None
 
     # Whether columns may be of other kinds than real, and so hold labels.
     takes_labels: ClassVar[bool] = False

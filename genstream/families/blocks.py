@@ -448,10 +448,15 @@ class Linear:
         """Those of some of the components."""
         return Linear(self.whole[components], self.rounding[components], self.dtype)
 
-    def score(self, features: Array, exact: Callable[[], Array], out: Array) -> Array:
-        """(K, n) of `eta . T`; `exact` gives the float64 features where they are needed."""
+    def coarse(self, features: Array, out: Array) -> Array:
+        """(K, n) of `eta . T` in the arithmetic asked for."""
         log_p = part(out, features.shape[1])
         np.matmul(self.eta, features, out=log_p)
+        return log_p
+
+    def score(self, features: Array, exact: Callable[[], Array], out: Array) -> Array:
+        """(K, n) of `eta . T`; `exact` gives the float64 features where they are needed."""
+        log_p = self.coarse(features, out)
         if self.fine.size:
             log_p[self.fine] = self.fine_eta @ exact()
         return log_p

@@ -12,8 +12,8 @@ their full rate. At d = 16 and 64 with K = 16 the products run at half their rat
 2145 features for 16 components costs as much as multiplying them. At d = 64, K = 64 they run at
 their rate. The whitened form `|L^-1 (y - mean)|^2` needs no features but twice the operations, and
 as many numbers to square or to weigh (K d against p), so it is used only for its digits. In float32
-a component whose rounding needs float64 (`Linear`) costs a second set of features: where most do,
-all are in float64.
+components whose rounding needs float64 (`Linear`) cost a second set of features, but for a few of
+them, whose distances are computed one by one: where most do, all are in float64.
 
 Rows of rare patterns are worked on side by side, in the lanes of `genstream.families.lanes`.
 
@@ -55,6 +55,8 @@ from genstream.stats import Monoid
 # Patterns with fewer scores (rows times components) than this in a chunk are worked on in lanes:
 # what a pattern costs once is then more than lanes cost beyond matrix products.
 FREQUENT = 4096
+# See `_PatternBlock.apart`.
+DISTANCES = 8
 # What a kernel keeps of patterns it has met, in bytes.
 MARGINALS_NBYTES = 32 << 20
 
@@ -531,6 +533,10 @@ class _PatternBlock:
         self.seen = marginal.seen
         self.pivot = Pivot(walk.kernel.pivot.shift[self.seen], walk.kernel.pivot.scale[self.seen])
         self.whole = o == walk.kernel.n_features
+        # Features of float64 cost a row about as much as `o / DISTANCES` distances.
+        fine = self.linear.fine.size
+        self.apart = self.linear.fine if fine * DISTANCES <= o else self.linear.fine[:0]
+        self._roots: dict[int, Array] = {}
         self._exact: Array | None = None
         self._exact_room = np.empty((self.width, 0))
         self._summed = np.empty(self.sums.shape, dtype=walk.kernel.dtype)
@@ -554,7 +560,9 @@ class _PatternBlock:
     @property
     def y(self) -> Array:
         """(o, n) observed columns in pivot coordinates, in float64."""
-        if self._y is None:
+        if self._y is None and self.walk.fast and self._room.flags.c_contiguous:
+            self._y = compiled.pivoted(self.values, self.pivot, self._room)
+        elif self._y is None:
             self._y = self.pivot.block(self.values, self._room)
         return self._y
 
@@ -573,18 +581,36 @@ class _PatternBlock:
         return self._exact
 
     def score(self) -> Array:
-        log_p = self.linear.score(self.features, self.exact, self.walk.log_p)
-        for k in self.linear.direct:
-            log_p[k] = self._direct(int(k))
+        if self.apart.size:
+            log_p = self.linear.coarse(self.features, self.walk.log_p)
+        else:
+            log_p = self.linear.score(self.features, self.exact, self.walk.log_p)
+        for k in {*self.apart.tolist(), *self.linear.direct.tolist()}:
+            log_p[k] = self._direct(k)
         return log_p
 
     def _direct(self, k: int) -> Array:
-        """Score of one component by the whitened distance, for a mean far out in pivot units."""
+        """Score of one component by the whitened distance: for a mean far out in pivot units, or
+        for a few components that need float64.
+        """
         marginal = self.marginal
-        precision = marginal.precision[0 if self.walk.kernel.tied else k]
-        whiten = np.linalg.cholesky(precision).T
-        z = whiten @ (self.y - marginal.mean[k][:, None])
-        return np.asarray(marginal.peak[k] - 0.5 * np.einsum("in,in->n", z, z))
+        if k not in self._roots:
+            precision = marginal.precision[0 if self.walk.kernel.tied else k]
+            self._roots[k] = np.linalg.cholesky(precision).T
+        z = self._roots[k] @ (self.y - marginal.mean[k][:, None])
+        return np.asarray(marginal.peak[k] + compiled.half_square(z, self.walk.fast))
+
+    def _gather_direct(self, k: int, weights: Array) -> None:
+        """Add one component's sums from coordinates in float64, of rows that have any weight."""
+        hit = np.flatnonzero(weights)
+        if not len(hit):
+            return
+        y, r = self.y[:, hit], weights[hit].astype(np.float64)
+        weighed = y * r
+        o = len(y)
+        self.sums[k, : -1 - o] += (weighed @ y.T)[np.triu_indices(o)]
+        self.sums[k, -1 - o : -1] += weighed.sum(axis=1)
+        self.sums[k, -1] += r.sum()
 
     def add(self, sums: Array) -> None:
         """Add (K, p) sums of features to those of the pattern."""
@@ -597,7 +623,14 @@ class _PatternBlock:
         weights = resp if scaled is None else scaled
         if weights.dtype != self.features.dtype:
             weights = weights.astype(self.features.dtype)
-        self.linear.accumulate(self.features, self.exact, weights, self.sums, self._summed)
+        if not self.apart.size:
+            self.linear.accumulate(self.features, self.exact, weights, self.sums, self._summed)
+            return
+        np.matmul(weights, self.features.T, out=self._summed)
+        self._summed[self.apart] = 0.0
+        self.sums += self._summed
+        for k in self.apart.tolist():
+            self._gather_direct(k, weights[k])
 
     def filled(self, resp: Array, drawn: Array | None) -> Array:
         if self.whole:
