@@ -30,9 +30,10 @@ Piece = tuple[int, int, int]
 Part = Literal["train", "test"]
 
 CHUNK_ROWS = 65_536
-# Rows in memory are cut into a multiple of so many chunks, each of at least so many rows: the same
-# whoever works on them, and as much for each of a few workers.
-EVEN_CHUNKS, LEAST_ROWS = 16, 4096
+# Rows in memory are cut into a multiple of so many chunks, or a smaller power of two where there
+# are fewer than so many rows for each: the same whoever works on them, and as much for each of a
+# few workers.
+EVEN_CHUNKS, LEAST_ROWS = 16, 8192
 MAX_CHUNK_NBYTES = 2**31
 _COMPRESSORS = ("blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd")
 _CHECKSUMS = ("adler32", "crc32", "crc32c", "fletcher32")
@@ -120,8 +121,9 @@ def folder_digest(files: Mapping[PurePath, str]) -> str:
 
 def even_rows(n: int) -> int:
     """Rows of a chunk where nothing is said of `n` rows in memory: at most `CHUNK_ROWS`."""
-    chunks = EVEN_CHUNKS * -(-n // (EVEN_CHUNKS * CHUNK_ROWS))
-    return max(1, -(-n // max(1, min(chunks, n // LEAST_ROWS))))
+    chunks = EVEN_CHUNKS * max(1, -(-n // (EVEN_CHUNKS * CHUNK_ROWS)))
+    fitting = max(1, n // LEAST_ROWS)
+    return max(1, -(-n // min(chunks, 1 << (fitting.bit_length() - 1))))
 
 
 def n_rows(source: Source) -> int:

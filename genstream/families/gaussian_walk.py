@@ -12,8 +12,9 @@ their full rate. At d = 16 and 64 with K = 16 the products run at half their rat
 2145 features for 16 components costs as much as multiplying them. At d = 64, K = 64 they run at
 their rate. The whitened form `|L^-1 (y - mean)|^2` needs no features but twice the operations, and
 as many numbers to square or to weigh (K d against p), so it is used only for its digits. In float32
-components whose rounding needs float64 (`Linear`) cost a second set of features, but for a few of
-them, whose distances are computed one by one: where most do, all are in float64.
+components whose rounding needs float64 (`Linear`) cost a second set of features, unless they are
+few: these are then worked on one by one, on the rows for which they matter. Where most components
+need it, all are in float64.
 
 Rows of rare patterns are worked on side by side, in the lanes of `genstream.families.lanes`.
 
@@ -55,8 +56,11 @@ from genstream.stats import Monoid
 # Patterns with fewer scores (rows times components) than this in a chunk are worked on in lanes:
 # what a pattern costs once is then more than lanes cost beyond matrix products.
 FREQUENT = 4096
-# See `_PatternBlock.apart`.
-DISTANCES = 8
+# Components that need float64 are worked on apart where there is at most one to so many columns:
+# features in float64 cost a row about as much as so many distances.
+COLUMNS_APART = 8
+# Nats below the likeliest component at which no responsibility is left, with some to spare.
+NOTHING = 150.0
 # What a kernel keeps of patterns it has met, in bytes.
 MARGINALS_NBYTES = 32 << 20
 
@@ -533,9 +537,11 @@ class _PatternBlock:
         self.seen = marginal.seen
         self.pivot = Pivot(walk.kernel.pivot.shift[self.seen], walk.kernel.pivot.scale[self.seen])
         self.whole = o == walk.kernel.n_features
-        # Features of float64 cost a row about as much as `o / DISTANCES` distances.
-        fine = self.linear.fine.size
-        self.apart = self.linear.fine if fine * DISTANCES <= o else self.linear.fine[:0]
+        fine = self.linear.fine
+        # Components that are worked on apart from the others, and how their scores may round.
+        self.apart: dict[int, Array] = {}
+        if 0 < fine.size * COLUMNS_APART <= o:
+            self.apart = dict(zip(fine.tolist(), self._blur(fine), strict=True))
         self._roots: dict[int, Array] = {}
         self._exact: Array | None = None
         self._exact_room = np.empty((self.width, 0))
@@ -545,6 +551,19 @@ class _PatternBlock:
         self.constant = marginal.peak[:, None]
         self.n_observed = o
         self.spared: Array | None = None
+
+    def _blur(self, components: Array) -> Array:
+        """(C, 3) what `_score_apart` bounds the rounding of a row's score by."""
+        o = self.marginal.n_observed
+        eta = np.abs(self.linear.whole[components])
+        row, column = np.triu_indices(o)
+        pairs = np.zeros((len(components), o, o))
+        pairs[:, row, column] += eta[:, : len(row)]
+        pairs[:, column, row] += eta[:, : len(row)]
+        norm = pairs.sum(axis=2).max(axis=1, initial=0.0) / 2
+        slope = np.sqrt((eta[:, len(row) : -1] ** 2).sum(axis=1))
+        unit = float(np.finfo(self.linear.dtype).eps)
+        return np.asarray(self.width * unit * np.column_stack([norm, slope, eta[:, -1]]))
 
     def load(self, values: Array, y: Array, features: Array) -> None:
         """Take rows (n, d) at hand, in buffers of at least (o, n) and (width, n)."""
@@ -581,33 +600,53 @@ class _PatternBlock:
         return self._exact
 
     def score(self) -> Array:
-        if self.apart.size:
-            log_p = self.linear.coarse(self.features, self.walk.log_p)
-        else:
-            log_p = self.linear.score(self.features, self.exact, self.walk.log_p)
-        for k in {*self.apart.tolist(), *self.linear.direct.tolist()}:
-            log_p[k] = self._direct(k)
+        if self.apart:
+            return self._score_apart()
+        log_p = self.linear.score(self.features, self.exact, self.walk.log_p)
+        for k in self.linear.direct:
+            log_p[k] = self._direct(int(k), slice(None))
         return log_p
 
-    def _direct(self, k: int) -> Array:
-        """Score of one component by the whitened distance: for a mean far out in pivot units, or
-        for a few components that need float64.
+    def _score_apart(self) -> Array:
+        """Scores in float32, those of a component that needs float64 only where they matter.
+
+        The score of a row is a sum of p terms, no larger in all than
+        `|P|_inf |y|^2 / 2 + |slope| |y| + |constant|`, of which rounding takes a share of p unit
+        roundoffs at most. Where by that it is too low for any responsibility it stays as it is.
+        """
+        log_p = self.linear.coarse(self.features, self.walk.log_p)
+        coarse = [log_p[k].astype(np.float64) for k in self.apart]
+        log_p[list(self.apart)] = -np.inf
+        least = log_p.max(axis=0) - NOTHING
+        y = self.features[-1 - len(self.seen) : -1]
+        square = np.einsum("in,in->n", y, y, dtype=np.float64)
+        for (k, size), found in zip(self.apart.items(), coarse, strict=True):
+            blur = size[0] * square + size[1] * np.sqrt(square) + size[2]
+            matters = np.flatnonzero(~(found + blur < least))
+            if len(matters):
+                found[matters] = self._direct(k, matters)
+            log_p[k] = found
+        return log_p
+
+    def _direct(self, k: int, rows: Index) -> Array:
+        """Scores of some of the rows under one component, by the whitened distance: for a mean far
+        out in pivot units, or a component that needs float64 where few do.
         """
         marginal = self.marginal
         if k not in self._roots:
             precision = marginal.precision[0 if self.walk.kernel.tied else k]
             self._roots[k] = np.linalg.cholesky(precision).T
-        z = self._roots[k] @ (self.y - marginal.mean[k][:, None])
-        return np.asarray(marginal.peak[k] + compiled.half_square(z, self.walk.fast))
+        z = self._roots[k] @ (self.y[:, rows] - marginal.mean[k][:, None])
+        return np.asarray(marginal.peak[k] - 0.5 * np.einsum("in,in->n", z, z))
 
-    def _gather_direct(self, k: int, weights: Array) -> None:
+    def _gather_apart(self, k: int, weights: Array) -> None:
         """Add one component's sums from coordinates in float64, of rows that have any weight."""
         hit = np.flatnonzero(weights)
         if not len(hit):
             return
         y, r = self.y[:, hit], weights[hit].astype(np.float64)
-        weighed = y * r
         o = len(y)
+        weighed = y * r
         self.sums[k, : -1 - o] += (weighed @ y.T)[np.triu_indices(o)]
         self.sums[k, -1 - o : -1] += weighed.sum(axis=1)
         self.sums[k, -1] += r.sum()
@@ -623,14 +662,14 @@ class _PatternBlock:
         weights = resp if scaled is None else scaled
         if weights.dtype != self.features.dtype:
             weights = weights.astype(self.features.dtype)
-        if not self.apart.size:
+        if not self.apart:
             self.linear.accumulate(self.features, self.exact, weights, self.sums, self._summed)
             return
         np.matmul(weights, self.features.T, out=self._summed)
-        self._summed[self.apart] = 0.0
+        self._summed[list(self.apart)] = 0.0
         self.sums += self._summed
-        for k in self.apart.tolist():
-            self._gather_direct(k, weights[k])
+        for k in self.apart:
+            self._gather_apart(k, weights[k])
 
     def filled(self, resp: Array, drawn: Array | None) -> Array:
         if self.whole:
