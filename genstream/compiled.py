@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 from types import ModuleType
 from typing import Any, cast
@@ -20,12 +21,17 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from genstream.profile import current, mark
+
 Array = NDArray[Any]
 
-# A chunk with fewer scores (rows times components) than this is done before Numba is imported.
+# A chunk with fewer values and scores than this is done before Numba is imported.
 SMALL = 1 << 16
 # A block of so many is compiled where what it is a part of is not known.
 SMALL_BLOCK = 1 << 14
+# So few components are worked on without matrix products, and from so many features on blocks take
+# so long that threads hardly wait for one another: see `swept`.
+FEW, MANY_FEATURES = 4, 600
 SWITCH = "GENSTREAM_COMPILED"
 _EVERYWHERE = np.empty(0)
 
@@ -50,6 +56,12 @@ def pays(n_numbers: int, least: int = SMALL) -> bool:
     return n_numbers >= least and compiled_available() and loops() is not None
 
 
+def pays_for(values: Any, n_components: int) -> bool:
+    """Whether the E-step of a chunk of rows (n, d) is to be compiled."""
+    n_rows, n_columns = values.shape
+    return pays(n_rows * (n_columns + n_components))
+
+
 @functools.cache
 def loops() -> ModuleType | None:
     """`genstream.loops`, or None where Numba cannot be imported after all."""
@@ -68,7 +80,7 @@ def soft(log_joint: Array, weights: Array | None, sum_r: Array) -> Array:
     """
     found: Any = loops()
     value = np.empty(log_joint.shape[1])
-    kernel = found.soft32 if log_joint.dtype == np.float32 else found.soft64
+    kernel = found.soft
     given = _EVERYWHERE if weights is None else np.ascontiguousarray(weights, dtype=np.float64)
     if log_joint.flags.c_contiguous:
         kernel(log_joint, given, value, sum_r)
@@ -107,6 +119,69 @@ def squares(pivot: Any, together: bool, values: Array, out: Array) -> Array:
     d = values.shape[1]
     _written("squares", values, pivot, out, together)
     return out[: 1 + d + (1 if together else d), : len(values)]
+
+
+def swept(
+    features: str,
+    pivot: Any,
+    linear: Any,
+    values: Array,
+    weights: Array | None,
+    buffers: tuple[Array, Array],
+    sum_r: Array,
+    sums: Array,
+) -> Array | None:
+    """The E-step of complete rows (n, d) under K components, soft and times row weights (n,).
+
+    `features` are `quadratic`, `squares` or `together`, in which scores are `linear`. Adds the
+    responsibilities' sums to `sum_r` (K,), and those of features under them to `sums` (K, p).
+    `buffers` for features and scores, C-ordered, say how many rows a block has. Only where `pays`.
+
+    Returns the (n,) log-densities; None, and does nothing, where a component needs another
+    arithmetic or features are so many that blocks take long, which NumPy's products then do faster.
+    """
+    n_components, width = linear.eta.shape
+    few = features != "quadratic" and n_components <= FEW
+    if linear.direct.size or (not few and (linear.fine.size or width > MANY_FEATURES)):
+        return None
+    found: Any = loops()
+    value = np.empty(len(values))
+    given = _EVERYWHERE if weights is None else np.ascontiguousarray(weights, dtype=np.float64)
+    values = np.ascontiguousarray(values)
+    at = pivot.shift, 1.0 / pivot.scale
+    if few:
+        together = features == "together"
+        found.few_swept(together, values, *at, linear.whole, given, value, sum_r, sums)
+        mark("sweep")
+        return value
+    form, size = ("quadratic", "squares", "together").index(features), buffers[1].shape[1]
+    rooms = (*buffers, np.empty(sums.shape, dtype=linear.eta.dtype))
+
+    def step(stages: int, part: slice) -> None:
+        some = given[part] if len(given) else given
+        found.swept(
+            stages,
+            form,
+            values[part],
+            *at,
+            linear.eta,
+            some,
+            size,
+            rooms,
+            value[part],
+            sum_r,
+            sums,
+        )
+
+    if current() is None:
+        step(found.ALL, slice(None))
+        return value
+    # The same to the bit, with a look at the clock in between.
+    stages = zip(found.STAGES, ("features", "score", "softmax", "gather"), strict=True)
+    for first, (stage, name) in itertools.product(range(0, len(values), size), stages):
+        step(stage, slice(first, first + size))
+        mark(name)
+    return value
 
 
 def half_square(z: Array, fast: bool) -> Array:

@@ -18,11 +18,14 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from numba import extending
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Rows worked on at a time: two lanes of sums and one of scores are a few KiB.
 LANE = 256
+# The same where all columns of these are kept, in float64: at 32 columns 16 KiB.
+FEW = 64
 
 
 def _compiled(reorder: bool = False) -> Callable[[F], F]:
@@ -111,55 +114,39 @@ def _raise_peak_4(a: Any, b: Any, c: Any, d: Any, peak: Any) -> None:
         peak[i] = d[i] if d[i] > p else p  # noqa: FURB136
 
 
+def _exp(v: Any) -> Any:
+    """`_exp64` or `_exp32`, by the type of `v`."""
+
+
+@extending.overload(_exp, inline="always", strict=False)
+def _exp_of(v: Any) -> Any:
+    if v == numba.types.float32:
+        return lambda v: _exp32(v)
+    return lambda v: _exp64(v)
+
+
 @_compiled()
-def _exp_sum64(x: Any, peak: Any, total: Any) -> None:
-    """`exp(x - peak)`, exactly 0 below the clip, added to `total`."""
+def _exp_sum(x: Any, peak: Any, least: Any, zero: Any, total: Any) -> None:
+    """`exp(x - peak)`, exactly 0 below the clip `least`, added to `total`."""
     for i in range(x.shape[0]):
         v = x[i] - peak[i]
         # Written so that NaN is not below the clip.
-        low = v < -700.0
-        e = _exp64(-700.0 if low else v)
-        e = 0.0 if low else e
+        low = v < least
+        e = _exp(least if low else v)
+        e = zero if low else e
         x[i] = e
         total[i] += e
 
 
 @_compiled()
-def _exp_sum64_2(x: Any, y: Any, peak: Any, total: Any) -> None:
+def _exp_sum_2(x: Any, y: Any, peak: Any, least: Any, zero: Any, total: Any) -> None:
     """Two components at a time: two polynomials are under way at once."""
     for i in range(x.shape[0]):
         v, w = x[i] - peak[i], y[i] - peak[i]
-        low, lower = v < -700.0, w < -700.0
-        e, f = _exp64(-700.0 if low else v), _exp64(-700.0 if lower else w)
-        e = 0.0 if low else e
-        f = 0.0 if lower else f
-        x[i] = e
-        y[i] = f
-        total[i] += e + f
-
-
-_CLIP32, _ZERO32 = np.float32(-80.0), np.float32(0.0)
-
-
-@_compiled()
-def _exp_sum32(x: Any, peak: Any, total: Any) -> None:
-    for i in range(x.shape[0]):
-        v = x[i] - peak[i]
-        low = v < _CLIP32
-        e = _exp32(_CLIP32 if low else v)
-        e = _ZERO32 if low else e
-        x[i] = e
-        total[i] += e
-
-
-@_compiled()
-def _exp_sum32_2(x: Any, y: Any, peak: Any, total: Any) -> None:
-    for i in range(x.shape[0]):
-        v, w = x[i] - peak[i], y[i] - peak[i]
-        low, lower = v < _CLIP32, w < _CLIP32
-        e, f = _exp32(_CLIP32 if low else v), _exp32(_CLIP32 if lower else w)
-        e = _ZERO32 if low else e
-        f = _ZERO32 if lower else f
+        low, lower = v < least, w < least
+        e, f = _exp(least if low else v), _exp(least if lower else w)
+        e = zero if low else e
+        f = zero if lower else f
         x[i] = e
         y[i] = f
         total[i] += e + f
@@ -192,56 +179,33 @@ def _scale_sum(x: Any, factor: Any) -> float:
 
 
 @_compiled()
-def soft64(log_joint: Any, weights: Any, value: Any, sum_r: Any) -> None:
-    """Responsibilities of float64 log-joints (K, n) in place, times weights.
+def soft(log_joint: Any, weights: Any, value: Any, sum_r: Any) -> None:
+    """Responsibilities of log-joints (K, n) in place, in their arithmetic, times weights.
 
     `weights` are (n,), or empty: all 1. `value` (n,) takes the log of the sum over k, `sum_r` (K,)
-    is added the rows' sums. `log_joint` may be a part of a wider array.
+    is added the rows' sums; all three are float64. `log_joint` may be a part of a wider array.
     """
     K, n = log_joint.shape
-    peaks, totals = np.empty(LANE), np.empty(LANE)
+    number = log_joint.dtype.type
+    least, zero, one = number(-80.0 if log_joint.itemsize == 4 else -700.0), number(0), number(1)
+    peaks, totals = np.empty(LANE, log_joint.dtype), np.empty(LANE, log_joint.dtype)
     for start in range(0, n, LANE):
         stop = min(start + LANE, n)
         m = stop - start
         peak, total = peaks[:m], totals[:m]
         _peak_of(log_joint, start, stop, peak)
-        total[:] = 0.0
+        total[:] = zero
         for k in range(0, K - 1, 2):
-            _exp_sum64_2(log_joint[k, start:stop], log_joint[k + 1, start:stop], peak, total)
+            first, second = log_joint[k, start:stop], log_joint[k + 1, start:stop]
+            _exp_sum_2(first, second, peak, least, zero, total)
         if K % 2:
-            _exp_sum64(log_joint[K - 1, start:stop], peak, total)
-        for i in range(m):
-            value[start + i] = peak[i] + math.log(total[i])
-            total[i] = 1.0 / total[i]
-        if weights.shape[0]:
-            for i in range(m):
-                total[i] *= weights[start + i]
-        for k in range(K):
-            sum_r[k] += _scale_sum(log_joint[k, start:stop], total)
-
-
-@_compiled()
-def soft32(log_joint: Any, weights: Any, value: Any, sum_r: Any) -> None:
-    """As `soft64`, of float32 log-joints; `value` and `sum_r` are float64."""
-    K, n = log_joint.shape
-    peaks, totals = np.empty(LANE, np.float32), np.empty(LANE, np.float32)
-    one = np.float32(1.0)
-    for start in range(0, n, LANE):
-        stop = min(start + LANE, n)
-        m = stop - start
-        peak, total = peaks[:m], totals[:m]
-        _peak_of(log_joint, start, stop, peak)
-        total[:] = np.float32(0.0)
-        for k in range(0, K - 1, 2):
-            _exp_sum32_2(log_joint[k, start:stop], log_joint[k + 1, start:stop], peak, total)
-        if K % 2:
-            _exp_sum32(log_joint[K - 1, start:stop], peak, total)
+            _exp_sum(log_joint[K - 1, start:stop], peak, least, zero, total)
         for i in range(m):
             value[start + i] = np.float64(peak[i]) + math.log(np.float64(total[i]))
             total[i] = one / total[i]
         if weights.shape[0]:
             for i in range(m):
-                total[i] *= np.float32(weights[start + i])
+                total[i] *= number(weights[start + i])
         for k in range(K):
             sum_r[k] += _scale_sum(log_joint[k, start:stop], total)
 
@@ -301,6 +265,119 @@ def squares(x: Any, shift: Any, inverse: Any, together: bool, out: Any) -> None:
             _add_square(out[1 + i, :n], out[1 + d, :n])
         else:
             _product(out[1 + i, :n], out[1 + i, :n], out[1 + d + i, :n])
+
+
+# What `swept` does with a block, in this order; all of it together.
+STAGES = FEATURES, SCORE, SOFTMAX, GATHER = 1, 2, 4, 8
+ALL = sum(STAGES)
+
+
+@_compiled()
+def swept(
+    stages: int,
+    form: int,
+    x: Any,
+    shift: Any,
+    inverse: Any,
+    eta: Any,
+    weights: Any,
+    size: int,
+    buffers: Any,
+    value: Any,
+    sum_r: Any,
+    sums: Any,
+) -> None:
+    """The E-step of complete rows (n, d) in blocks of `size`, all without the interpreter.
+
+    Where threads take turns at the interpreter's lock between the steps of a block, they wait for
+    one another longer than a short step takes. `form` says which features: 0 `quadratic`, 1
+    `squares`, 2 these together. `eta` (K, p) are their natural parameters; `weights`, `value` and
+    `sum_r` are as those of `soft`, and `sums` (K, p) are added the sums of features. `buffers` are
+    of at least p, K rows of `size` numbers and (K, p), in the arithmetic of `eta`.
+    """
+    n = x.shape[0]
+    K, p = eta.shape
+    features, scores, room = buffers
+    features, scores = features.reshape(-1), scores.reshape(-1)
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        m = stop - start
+        # Of the block's own width, for the matrix products.
+        f, r = features[: p * m].reshape((p, m)), scores[: K * m].reshape((K, m))
+        if stages & FEATURES:
+            if form == 0:
+                quadratic(x[start:stop], shift, inverse, f)
+            else:
+                squares(x[start:stop], shift, inverse, form == 2, f)
+        if stages & SCORE:
+            np.dot(eta, f, r)
+        if stages & SOFTMAX:
+            some = weights[start:stop] if weights.shape[0] else weights
+            soft(r, some, value[start:stop], sum_r)
+        if stages & GATHER:
+            np.dot(r, f.T, room)
+            for k in range(K):
+                for j in range(p):
+                    sums[k, j] += room[k, j]
+
+
+@_compiled()
+def _add_quadratic(y: Any, slope: float, curvature: float, out: Any) -> None:
+    for r in range(out.shape[0]):
+        out[r] += (slope + curvature * y[r]) * y[r]
+
+
+@_compiled(reorder=True)
+def _moments(y: Any, weight: Any) -> Any:
+    """`sum r y` and `sum r y^2`."""
+    first = second = 0.0
+    for r in range(y.shape[0]):
+        v = weight[r] * y[r]
+        first += v
+        second += v * y[r]
+    return first, second
+
+
+@_compiled()
+def few_swept(
+    together: bool,
+    x: Any,
+    shift: Any,
+    inverse: Any,
+    eta: Any,
+    weights: Any,
+    value: Any,
+    sum_r: Any,
+    sums: Any,
+) -> None:
+    """As `swept` with the features of `squares`, for so few components that matrix products would
+    run far below their rate: all in float64 on a few rows at a time, whose coordinates stay in the
+    first cache and whose features are never written.
+    """
+    n, d = x.shape
+    K = eta.shape[0]
+    y, scores = np.empty((d, FEW)), np.empty((K, FEW))
+    found = np.zeros(K)
+    for start in range(0, n, FEW):
+        stop = min(start + FEW, n)
+        m = stop - start
+        pivoted(x[start:stop], shift, inverse, 0, y)
+        for k in range(K):
+            score = scores[k, :m]
+            score[:] = eta[k, 0]
+            for i in range(d):
+                curvature = eta[k, 1 + d] if together else eta[k, 1 + d + i]
+                _add_quadratic(y[i, :m], eta[k, 1 + i], curvature, score)
+        some = weights[start:stop] if weights.shape[0] else weights
+        soft(scores[:, :m], some, value[start:stop], found)
+        for k in range(K):
+            for i in range(d):
+                first, second = _moments(y[i, :m], scores[k, :m])
+                sums[k, 1 + i] += first
+                sums[k, 1 + d if together else 1 + d + i] += second
+    for k in range(K):
+        sum_r[k] += found[k]
+        sums[k, 0] += found[k]
 
 
 @_compiled()

@@ -139,7 +139,7 @@ class Search:
         self.kernel = family.prepare(params, log_weights) if kernel is None else kernel
         self.every = np.arange(len(log_weights))
         self.rng = np.random.default_rng([*seed, rows.n_rows])
-        self.fast = compiled.pays(rows.n_rows * len(self.every))
+        self.fast = compiled.pays_for(rows.values, len(self.every))
         useful: Any = np.ones(rows.n_rows, dtype=bool)
         if rows.observed is not None:
             useful = rows.observed.any(axis=1)

@@ -26,6 +26,7 @@ PARTS = {
     "decode": "checking and unpacking what was read",
     "prepare": "parameters made ready for a pass",
     "features": "features of blocks of rows",
+    "sweep": "features to statistics in one loop, where components are few",
     "score": "log-densities",
     "softmax": "responsibilities",
     "lists": "which components matter to which rows, where there are many",

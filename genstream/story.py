@@ -29,12 +29,21 @@ from genstream.families.blocks import (
     Index,
     Kernel,
     Pivot,
+    SweptWalk,
     Walk,
     slices,
 )
 from genstream.priors import Prior
 from genstream.profile import mark
-from genstream.responsibility import Key, Nearest, Responsibility, rule_of, soft, weighted_soft
+from genstream.responsibility import (
+    Key,
+    Nearest,
+    Responsibility,
+    Rule,
+    rule_of,
+    soft,
+    weighted_soft,
+)
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.stats import Monoid, Record, axes, record_from_json, record_to_json
@@ -281,11 +290,42 @@ class Story:
         given = responsibility if isinstance(responsibility, np.ndarray) else None
         rule = soft if isinstance(responsibility, np.ndarray) else rule_of(responsibility, key)
         walk = self._walk(params, rows)
-        fast = compiled.pays(rows.n_rows * self.n_components)
         sum_r = np.zeros(self.n_components)
+        mark("prepare")
+        value = None
+        if given is None and rule is soft and isinstance(walk, SweptWalk):
+            value = walk.swept(sum_r)
+        if value is not None:
+            n_observed = rows.n_rows
+            weight = float(n_observed if rows.weights is None else rows.weights.sum())
+            objective = float(value.sum() if rows.weights is None else rows.weights @ value)
+        else:
+            n_observed, weight, objective = self._e_step_by_block(walk, rows, given, rule, sum_r)
+        family = walk.close()
+        stats = StoryStats(
+            rows.n_rows,
+            rows.n_rows - n_observed,
+            weight,
+            objective,
+            sum_r,
+            family,
+            _rows_with_gaps(rows),
+        )
+        if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
+            # A row beyond float32's range: its chunk is done again, in float64.
+            return self._in_float64().e_step(params, rows, responsibility, key)
+        return stats
+
+    def _e_step_by_block(
+        self, walk: Walk, rows: Rows, given: Array | None, rule: Rule, sum_r: Array
+    ) -> tuple[int, float, float]:
+        """Gather the statistics of all blocks, and add the responsibilities' sums to `sum_r` (K,).
+
+        Returns how many rows have anything observed, their weight and their objective.
+        """
+        fast = compiled.pays_for(rows.values, self.n_components)
         objective = weight = 0.0
         n_observed = 0
-        mark("prepare")
         for index in walk.blocks():
             mark("features")
             log_joint = walk.score()
@@ -311,20 +351,7 @@ class Story:
             mark("softmax")
             walk.gather(log_joint)
             mark("gather")
-        family = walk.close()
-        stats = StoryStats(
-            rows.n_rows,
-            rows.n_rows - n_observed,
-            weight,
-            objective,
-            sum_r,
-            family,
-            _rows_with_gaps(rows),
-        )
-        if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
-            # A row beyond float32's range: its chunk is done again, in float64.
-            return self._in_float64().e_step(params, rows, responsibility, key)
-        return stats
+        return n_observed, weight, objective
 
     def _e_step_of_weighty(
         self, params: Params, rows: Rows, responsibility: Responsibility | Array, key: Key | None
@@ -441,7 +468,7 @@ class Story:
 
     def _posterior_blocks(self, params: Params, rows: Rows) -> Iterator[tuple[Index, Array, Array]]:
         walk = self._walk(params, rows)
-        fast = compiled.pays(rows.n_rows * self.n_components)
+        fast = compiled.pays_for(rows.values, self.n_components)
         sum_r = np.zeros(self.n_components)
         for index in walk.blocks():
             log_joint = walk.score()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ _limits: list[Any] = []
 
 @functools.cache
 def _controller() -> ThreadpoolController:
+    # SciPy may have a BLAS of its own, which compiled loops call.
+    importlib.import_module("scipy.linalg.cython_blas")
     return ThreadpoolController()
 
 

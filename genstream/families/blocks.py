@@ -74,6 +74,17 @@ class Walk(Protocol):
         """
 
 
+@runtime_checkable
+class SweptWalk(Walk, Protocol):
+    """A walk that can do all blocks in one go, without the interpreter."""
+
+    def swept(self, sum_r: Array) -> Array | None:
+        """(n,) log-densities of all rows, whose statistics are gathered under soft
+        responsibilities, the sums of which are added to `sum_r` (K,). None, and nothing is done,
+        where rows are to be walked block by block.
+        """
+
+
 class FactorWalk(Walk, Protocol):
     """A walk of a family that has factors."""
 

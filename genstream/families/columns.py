@@ -19,9 +19,8 @@ component are in the sums (`genstream.families.censored`).
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -29,7 +28,6 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream import compiled
 from genstream.families.blocks import (
     LOG_2PI,
     MAX_ROUNDING,
@@ -43,7 +41,7 @@ from genstream.families.blocks import (
     moments,
 )
 from genstream.families.censored import Limits, Tails
-from genstream.families.columns_walk import LinearWalk, log_prob_given
+from genstream.families.columns_walk import FastFeatures, LinearWalk, log_prob_given
 from genstream.families.factorials import log_factorial
 from genstream.families.levels import look_up
 from genstream.rows import Rows
@@ -896,14 +894,12 @@ class ColumnsKernel:
         return features
 
     @cached_property
-    def fast_features(self) -> Callable[[Array, Array], Array] | None:
-        """(p, n) features of complete rows (n, d) in a part of a buffer, compiled; None where there
-        are other columns than real ones without limits.
-        """
+    def fast_features(self) -> FastFeatures | None:
+        """None where there are other columns than real ones without limits."""
         family = self.family
         if len(family.real) < family.schema.n_features or not family.limits.none:
             return None
-        return functools.partial(compiled.squares, self.real_pivot, family.spherical)
+        return FastFeatures(self.real_pivot, family.spherical)
 
     def direct(self, k: int, values: Array, observed: Array | None, features: Array) -> Array:
         """Squared distances, for a mean far out in pivot units."""

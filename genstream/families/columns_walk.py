@@ -7,14 +7,15 @@ such walks share; `LinearWalk` is that of families that are linear in features o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from genstream import compiled
-from genstream.families.blocks import Array, Index, Linear, block_rows, slices
+from genstream.families.blocks import Array, Index, Linear, Pivot, block_rows, slices
 from genstream.rows import Rows, pick
 from genstream.stats import Monoid
 
@@ -82,12 +83,26 @@ class ConsecutiveWalk:
         return values
 
 
+@dataclass(frozen=True)
+class FastFeatures:
+    """Features of complete rows, all of real columns, in compiled loops: `[1, y, y^2]` in a pivot's
+    coordinates, or `[1, y, |y|^2]` if `together`.
+    """
+
+    pivot: Pivot
+    together: bool
+
+    def build(self, values: Array, out: Array) -> Array:
+        """(p, n) features of rows (n, d) in a part of `out`."""
+        return compiled.squares(self.pivot, self.together, values, out)
+
+
 class LinearKernel(Protocol):
     """Independent columns prepared for a pass, linear in features of single columns.
 
     The first feature is 1 and takes `log_weights`; the d last ones of a block with gaps are 1 where
     a column is observed and take what an observed entry adds whatever its value. One that can build
-    the features of complete blocks in compiled loops has `fast_features(values, out)`, or None.
+    the features of complete blocks in compiled loops has `fast_features`, or None.
     """
 
     params: Any
@@ -152,9 +167,9 @@ class LinearWalk(ConsecutiveWalk):
     def __init__(self, kernel: LinearKernel, rows: Rows) -> None:
         self.kernel = kernel
         self.gaps = rows.observed is not None
-        # How features of complete blocks are built in compiled loops, if they can be.
-        self.fast: Callable[[Array, Array], Array] | None = None
-        if not self.gaps and compiled.pays(rows.n_rows * kernel.n_components):
+        # What builds features of complete blocks in compiled loops, if they can be.
+        self.fast: FastFeatures | None = None
+        if not self.gaps and compiled.pays_for(rows.values, kernel.n_components):
             self.fast = getattr(kernel, "fast_features", None)
         self.linear = kernel.linear(self.gaps)
         self.width = self.linear.eta.shape[1]
@@ -186,9 +201,24 @@ class LinearWalk(ConsecutiveWalk):
             self._allocate(len(self.values))
         self._exact: Array | None = None
         if self.fast is not None and self._buffer.flags.c_contiguous:
-            self.features = self.fast(self.values, self._buffer)
+            self.features = self.fast.build(self.values, self._buffer)
         else:
             self.features = self.kernel.features(self.values, self.observed, self._buffer)
+
+    def swept(self, sum_r: Array) -> Array | None:
+        """As `SweptWalk.swept`."""
+        if self.fast is None or not self._buffer.flags.c_contiguous:
+            return None
+        return compiled.swept(
+            "together" if self.fast.together else "squares",
+            self.fast.pivot,
+            self.linear,
+            self.rows.values,
+            self.rows.weights,
+            (self._buffer, self._log_p),
+            sum_r,
+            self.sums,
+        )
 
     def exact(self) -> Array:
         """Features in float64."""

@@ -307,7 +307,7 @@ class GaussianWalk:
         # Complete rows under a tied covariance have no need of products of columns.
         alike = kernel.tied and rows.observed is None
         self.width = d + 2 if alike else d * (d + 1) // 2 + d + 2
-        self.fast = compiled.pays(rows.n_rows * k)
+        self.fast = compiled.pays_for(rows.values, k)
         size = block_rows(self.width + k, kernel.dtype.itemsize, self.fast)
         self.size = min(size, max(1, rows.n_rows))
         self.sum_w = np.zeros(k)
@@ -439,6 +439,23 @@ class GaussianWalk:
         y, features = self._room.take(marginal.n_observed, work.width, len(values))
         work.load(values, y, features)
         self.block.parts.append((chosen, work))
+
+    def swept(self, sum_r: Array) -> Array | None:
+        """As `SweptWalk.swept`."""
+        rows, complete = self.rows, self.kernel.complete
+        if not self.fast or self.kernel.tied or rows.observed is not None:
+            return None
+        work = self._works.setdefault(-1, self._work(complete))
+        return compiled.swept(
+            "quadratic",
+            self.kernel.pivot,
+            complete.linear,
+            rows.values,
+            rows.weights,
+            (self.features, self.log_p),
+            sum_r,
+            work.sums,
+        )
 
     def build_in(self, buffer: Array) -> None:
         self.features = buffer

@@ -119,7 +119,7 @@ class LookUpWalk(LinearWalk):
         # What is missing says nothing: the last column stays zero.
         self.table = np.pad(kernel.level_slopes, ((0, 0), (0, 1))).astype(kernel.dtype)
         self.level_sums = np.zeros(self.table.shape)
-        self.compiled = compiled.pays(rows.n_rows * kernel.n_components)
+        self.compiled = compiled.pays_for(rows.values, kernel.n_components)
 
     def blocks(self) -> Iterator[Index]:
         order = self.found.order
