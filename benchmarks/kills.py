@@ -39,7 +39,7 @@ def run(folder: Path, verb: str, *arguments: str) -> dict[str, Any]:
         command(verb, *arguments), cwd=folder, check=False, capture_output=True, text=True
     )
     if done.returncode != 0:
-        raise SystemExit(f"{verb} ended with {done.returncode}: {done.stderr}")
+        raise SystemExit(f"{verb} ended with {done.returncode}: {done.stderr or done.stdout}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
