@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracles
@@ -20,7 +21,7 @@ from genstream.passes import Passes
 from genstream.responsibility import Responsibility, Sampled, Truncated, hard, soft, weighted_soft
 from genstream.rows import Rows
 from genstream.sources import NumpySource
-from genstream.story import StoryStats
+from genstream.story import Story, StoryStats
 
 needs_compiler = pytest.mark.skipif(
     not compiled.compiled_available(), reason="Numba is not installed"
@@ -197,16 +198,18 @@ class TestSteps:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("gaps", (False, True))
     @pytest.mark.parametrize("weighted", (False, True))
+    @pytest.mark.parametrize("k", (3, 7))
     def test_compiled_or_not_a_step_is_the_same(
         self,
         kind: str,
+        k: int,
         dtype: str,
         gaps: bool,
         weighted: bool,
         everything_compiled: Callable[[bool], None],
     ) -> None:
         rng = np.random.default_rng(4)
-        story = oracles.make_story(kind, 3, 4, dtype=dtype)
+        story = oracles.make_story(kind, k, 4, dtype=dtype)
         params = oracles.random_params(story, rng)
         values = story.draw(params, 5000, rng).values
         if gaps:
@@ -223,6 +226,24 @@ class TestSteps:
         assert oracles.distance(*found) < 20 * ROUNDING[dtype]
         assert found[0].objective == pytest.approx(found[1].objective, rel=ROUNDING[dtype])
         np.testing.assert_allclose(found[0].sum_r.sum(), found[0].weight, rtol=1e-6)
+
+    @pytest.mark.parametrize("k", (3, 7))
+    def test_complete_rows_are_not_walked_block_by_block(
+        self, kind: str, k: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Which takes the interpreter's lock, for which threads would wait."""
+        story = oracles.make_story(kind, k, 4)
+        params = oracles.random_params(story, np.random.default_rng(9))
+        rows = story.draw(params, 20_000, np.random.default_rng(9)).values
+        walked: list[Any] = []
+        known = Story._e_step_by_block
+        monkeypatch.setattr(
+            Story, "_e_step_by_block", lambda *given: walked.append(1) or known(*given)
+        )
+        story.e_step(params, Rows(rows))
+        assert bool(walked) == (kind == "tied")
+        story.e_step(params, Rows(rows[:100]))
+        assert walked
 
     @pytest.mark.parametrize("on", (True, False))
     def test_float32_that_overflows_is_done_in_float64(

@@ -53,9 +53,15 @@ def test_parts_of_a_fit_sum_to_the_time_of_all_workers(workers: int, values: np.
     assert current() is None
 
 
-def test_a_profile_changes_no_bit(values: np.ndarray) -> None:
-    passes = Passes(NumpySource(values, chunk_rows=7000), workers=2)
-    story, state = warm_start(mixture(Schema.real(4), 3), passes, sample_rows=5000)
+@pytest.mark.parametrize("chunk_rows", [3000, 20_000])
+@pytest.mark.parametrize(("covariance", "k"), [("full", 3), ("diag", 3), ("spherical", 6)])
+def test_a_profile_changes_no_bit(
+    chunk_rows: int, covariance: str, k: int, values: np.ndarray
+) -> None:
+    """Whether chunks are walked block by block or in one go, which a profile interrupts."""
+    passes = Passes(NumpySource(values, chunk_rows=chunk_rows), workers=2)
+    model = mixture(Schema.real(4), k, covariance=covariance)
+    story, state = warm_start(model, passes, sample_rows=5000)
     plain = fit(story, BatchEM(3, 0.0), passes, state)
     with Profile():
         told = fit(story, BatchEM(3, 0.0), passes, state)
