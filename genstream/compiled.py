@@ -107,6 +107,22 @@ def pivoted(values: Array, pivot: Any, out: Array) -> Array:
     return out[: values.shape[1], : len(values)]
 
 
+def centred(values: Array, pivot: Any, out: Array) -> Array:
+    """`y` (n, d) row by row, in the first rows of a C-ordered `out`."""
+    _written("centred", values, pivot, out)
+    return out[: len(values)]
+
+
+def within(array: Array, limit: float) -> bool:
+    """Whether all of an array of floating-point numbers are there and none is beyond a limit."""
+    if array.flags.forc and pays(array.size):
+        found: Any = loops()
+        return bool(found.within(array.reshape(-1, order="A"), limit))
+    # A NaN is the least and the largest of whatever it is among, so that these two tell all.
+    with np.errstate(invalid="ignore"):
+        return not array.size or (float(array.min()) >= -limit and float(array.max()) <= limit)
+
+
 def quadratic(values: Array, pivot: Any, out: Array) -> Array:
     """`[y_i y_j (i <= j), y, 1]` of rows, as `pivoted`."""
     d = values.shape[1]

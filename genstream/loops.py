@@ -227,6 +227,28 @@ def pivoted(x: Any, shift: Any, inverse: Any, at: int, out: Any) -> None:
 
 
 @_compiled()
+def _centred(x: Any, shift: Any, inverse: Any, out: Any) -> None:
+    for i in range(out.shape[0]):
+        out[i] = (x[i] - shift[i]) * inverse[i]
+
+
+@_compiled()
+def centred(x: Any, shift: Any, inverse: Any, out: Any) -> None:
+    """`y` row by row, in the order of (n, d)."""
+    for r in range(x.shape[0]):
+        _centred(x[r], shift, inverse, out[r])
+
+
+@_compiled(reorder=True)
+def within(x: Any, limit: float) -> bool:
+    """Whether all of (n,) numbers are there and none is larger than a limit."""
+    beyond = 0
+    for i in range(x.shape[0]):
+        beyond += not (abs(x[i]) <= limit)
+    return beyond == 0
+
+
+@_compiled()
 def _product(a: Any, b: Any, out: Any) -> None:
     for r in range(out.shape[0]):
         out[r] = a[r] * b[r]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 
+from genstream import compiled
 from genstream.errors import DataError
 from genstream.schema import Column, Schema
 
@@ -91,10 +92,7 @@ class Rows:
                 "Reshape your data with reshape(-1, 1) for a single feature"
             )
         observed: NDArray[np.bool_] | None = None
-        # A NaN is the least and the largest of whatever it is among, so that these two tell all.
-        with np.errstate(invalid="ignore"):
-            least, most = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
-        if not (least >= -LARGEST and most <= LARGEST):
+        if not compiled.within(array, LARGEST):
             array, observed = _gaps_apart(array, first_row, names)
         return cls(array, observed, _checked_weights(weights, len(array), first_row))
 

@@ -28,6 +28,7 @@ from genstream.families.blocks import (
     Family,
     Index,
     Kernel,
+    LoneWalk,
     Pivot,
     SweptWalk,
     Walk,
@@ -292,29 +293,40 @@ class Story:
         walk = self._walk(params, rows)
         sum_r = np.zeros(self.n_components)
         mark("prepare")
-        value = None
-        if given is None and rule is soft and isinstance(walk, SweptWalk):
-            value = walk.swept(sum_r)
-        if value is not None:
-            n_observed = rows.n_rows
-            weight = float(n_observed if rows.weights is None else rows.weights.sum())
-            objective = float(value.sum() if rows.weights is None else rows.weights @ value)
+        plain = given is None and rule is soft
+        if plain and self.n_components == 1 and isinstance(walk, LoneWalk) and walk.summed():
+            stats = self._lone_stats(params, rows, walk.close())
         else:
-            n_observed, weight, objective = self._e_step_by_block(walk, rows, given, rule, sum_r)
-        family = walk.close()
-        stats = StoryStats(
-            rows.n_rows,
-            rows.n_rows - n_observed,
-            weight,
-            objective,
-            sum_r,
-            family,
-            _rows_with_gaps(rows),
-        )
+            value = walk.swept(sum_r) if plain and isinstance(walk, SweptWalk) else None
+            if value is None:
+                told = self._e_step_by_block(walk, rows, given, rule, sum_r)
+            elif rows.weights is None:
+                told = rows.n_rows, float(rows.n_rows), float(value.sum())
+            else:
+                told = rows.n_rows, float(rows.weights.sum()), float(rows.weights @ value)
+            n_observed, weight, objective = told
+            stats = StoryStats(
+                rows.n_rows,
+                rows.n_rows - n_observed,
+                weight,
+                objective,
+                sum_r,
+                walk.close(),
+                _rows_with_gaps(rows),
+            )
         if self.dtype == "float32" and not all(np.isfinite(v).all() for _, _, v in stats.leaves()):
             # A row beyond float32's range: its chunk is done again, in float64.
             return self._in_float64().e_step(params, rows, responsibility, key)
         return stats
+
+    def _lone_stats(self, params: Params, rows: Rows, family: Monoid) -> StoryStats:
+        """Statistics of complete rows under one component, of which these are the family's: their
+        log-likelihood follows from the sums.
+        """
+        weight = float(rows.n_rows if rows.weights is None else rows.weights.sum())
+        stats = StoryStats(rows.n_rows, 0, weight, 0.0, np.array([weight]), family, 0)
+        mark("gather")
+        return replace(stats, objective=self.expected_log_joint(params, stats))
 
     def _e_step_by_block(
         self, walk: Walk, rows: Rows, given: Array | None, rule: Rule, sum_r: Array

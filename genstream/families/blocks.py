@@ -85,6 +85,16 @@ class SweptWalk(Walk, Protocol):
         """
 
 
+@runtime_checkable
+class LoneWalk(Walk, Protocol):
+    """A walk that can sum the statistics of a single component without scores."""
+
+    def summed(self) -> bool:
+        """Gather all rows by their weights alone; false, and nothing is done, where they cannot be:
+        of several components, or with gaps.
+        """
+
+
 class FactorWalk(Walk, Protocol):
     """A walk of a family that has factors."""
 

@@ -660,7 +660,7 @@ class MomentsKernel(GaussianKernel):
         if rows.observed is not None and not rows.observed.all():
             return MomentsWalk(self, rows)
         whole = rows if rows.observed is None else Rows(rows.values, None, rows.weights)
-        return MomentWalk(self.of_complete, whole, FullStats)
+        return MomentWalk(self.of_complete, whole, FullStats, self.moment_dtype)
 
 
 class MomentsWalk(GaussianWalk):

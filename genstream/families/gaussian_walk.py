@@ -99,6 +99,11 @@ class GaussianKernel:
             self.complete = Marginal(self, np.ones(self.n_features, dtype=bool))
         self._marginals: dict[bytes, Marginal] = {}
 
+    @property
+    def moment_dtype(self) -> np.dtype[Any]:
+        """The arithmetic in which products of rows keep digits enough for every component."""
+        return self.dtype if not self.complete.linear.fine.size else np.dtype(np.float64)
+
     def marginal(self, pattern: NDArray[np.bool_]) -> Marginal:
         """The marginal of a pattern (d,), factored once for all chunks; of very many patterns, of
         the first ones that fit `MARGINALS_NBYTES`.
@@ -253,6 +258,36 @@ def fill_features(y: Array, out: Array) -> Array:
     features[start : start + o] = y
     features[start + o] = 1.0
     return features
+
+
+def second_moments(
+    rows: Rows, pivot: Pivot, dtype: np.dtype[Any], fast: bool
+) -> tuple[float, Array, Array]:
+    """Sums of `w`, `w y` (d,) and `w y y'` (d, d) over complete rows of weight w, in pivot
+    coordinates of some arithmetic: each block is multiplied with itself, and of a symmetric product
+    only half is computed.
+    """
+    n, d = rows.values.shape
+    size = min(n, block_rows(d, dtype.itemsize, fast))
+    room, ones = np.empty((size, d), dtype), np.ones(size, dtype)
+    sum_w, sum_wx, sum_wxx = 0.0, np.zeros(d), np.zeros((d, d))
+    for index in slices(n, size):
+        values = rows.values[index]
+        y = room[: len(values)]
+        if fast:
+            compiled.centred(values, pivot, y)
+        else:
+            np.subtract(values, pivot.shift, out=y, casting="same_kind")
+            y *= (1.0 / pivot.scale).astype(dtype)
+        weight = ones[: len(y)]
+        if rows.weights is not None:
+            weight = rows.weights[index].astype(dtype)
+        sum_w += float(weight.sum(dtype=np.float64))
+        sum_wx += weight @ y
+        if rows.weights is not None:
+            y *= np.sqrt(weight)[:, None]
+        sum_wxx += y.T @ y
+    return sum_w, sum_wx, sum_wxx
 
 
 class Block(Protocol):
@@ -456,6 +491,15 @@ class GaussianWalk:
             sum_r,
             work.sums,
         )
+
+    def summed(self) -> bool:
+        """As `LoneWalk.summed`."""
+        kernel = self.kernel
+        if self.rows.observed is not None or kernel.n_components > 1:
+            return False
+        n, s, q = second_moments(self.rows, kernel.pivot, kernel.moment_dtype, self.fast)
+        self.add(np.array([n]), s[None], q[None])
+        return True
 
     def build_in(self, buffer: Array) -> None:
         self.features = buffer
