@@ -460,6 +460,20 @@ class TestDigits:
             )
             np.testing.assert_allclose(found, wanted, rtol=1e-3)
 
+    @pytest.mark.parametrize("kind", ["full", "diag", "spherical"])
+    def test_float32_begins_with_digits_enough(self, kind: str) -> None:
+        """Components of one row each have no variance but ridge and floor, however far out."""
+        rng = np.random.default_rng(14)
+        values = rng.normal(0, 3, (9000, 8))
+        story = oracles.make_story(kind, 6, 8, dtype="float32", prior=None, reg_covar=1e-6)
+        story = story.anchored(Rows.of(values))
+        resp = np.zeros((9000, 6))
+        resp[np.arange(6), np.arange(6)] = 1.0
+        params = story.m_step(story.e_step(story.vague(), Rows.of(values), resp), story.vague())
+        for k in range(6):
+            found = oracles.covariance_of(params.family, k)
+            np.testing.assert_allclose(found, 1e-6 * np.eye(8), rtol=0, atol=2e-8)
+
     @pytest.mark.parametrize("gaps", [0.0, 0.05])
     @pytest.mark.parametrize("n_rows", [400, 40_000])
     def test_float32_keeps_one_thin_component_among_many_columns(

@@ -41,6 +41,10 @@ def stories() -> dict[str, Story]:
     }
 
 
+def of_dtype(story: Story, dtype: str) -> Story:
+    return replace(story, family=story.family.with_dtype(dtype))
+
+
 def rows_of(story: Story) -> np.ndarray:
     return X if story.schema.n_features == 5 else np.hstack([X, COUNTS])
 
@@ -97,3 +101,48 @@ def test_several_components_are_looked_at_again() -> None:
     start = FitState(Params(params.weights, family))
     fit(story, BatchEM(4, -1.0), Passes(source, scheduler="synchronous"), start)
     assert source.n_reads == 3 * 4
+
+
+@pytest.mark.parametrize("n_rows", [60, 700, 20_000])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", ["full", "tied", "spherical", "ppca", "fa"])
+def test_the_sums_tell_the_log_likelihood_of_each_row(
+    name: str, dtype: str, weighted: bool, n_rows: int
+) -> None:
+    """Which are not scored for it; compiled or not, as rows are many or few."""
+    rng = np.random.default_rng(n_rows)
+    x = np.resize(X, (n_rows, 5)) + rng.normal(size=(n_rows, 5))
+    weights = rng.uniform(0, 2, n_rows) if weighted else None
+    if weights is not None:
+        weights[:3] = 0.0
+    known = stories() | {"tied": mixture(Schema.real(5), 1, covariance="tied")}
+    story = of_dtype(known[name], dtype).anchored(Rows.of(x[:300]))
+    rows = Rows.of(x, weights)
+    params = story.vague()
+    for _ in range(2):
+        stats = story.e_step(params, rows)
+        of_rows = story.log_prob(params, rows)
+        wanted = rows.row_weights @ of_rows
+        assert stats.objective == pytest.approx(wanted, rel=1e-9 if dtype == "float64" else 2e-6)
+        assert stats.sum_r.tolist() == [pytest.approx(rows.row_weights.sum())]
+        params = story.m_step(stats, params)
+
+
+@pytest.mark.parametrize("name", ["full", "fa"])
+def test_what_float32_cannot_sum_is_summed_in_float64(name: str) -> None:
+    """Two columns that nearly determine one another: the difference keeps its digits."""
+    rng = np.random.default_rng(11)
+    x = np.repeat(rng.normal(size=(20_000, 1)), 5, axis=1)
+    x += 1e-3 * rng.normal(size=x.shape)
+    found = []
+    for dtype in ("float32", "float64"):
+        story = of_dtype(stories()[name], dtype).anchored(Rows.of(x[:300]))
+        params = story.vague()
+        params = story.m_step(story.e_step(params, Rows.of(x), np.ones((len(x), 1))), params)
+        begun = story.family.start(params.family, Rows.of(x), np.ones((len(x), 1)), rng)
+        params = replace(params, family=begun)
+        found.append(story.e_step(params, Rows.of(x)))
+    one, other = (stats.family.sum_wxx[0] for stats in found)
+    gap = np.array([1.0, -1.0, 0.0, 0.0, 0.0])
+    assert gap @ one @ gap == pytest.approx(gap @ other @ gap, rel=1e-6)
