@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import roofline
-from benchmarks.contestants import CONTESTANTS, Task
+from benchmarks.contestants import CONTESTANTS, Genstream, Task
 from benchmarks.data import path
 from benchmarks.measure import (
     ROOT,
@@ -83,7 +83,7 @@ class Player:
         python = options.peers if kind.peer else Path(sys.executable)
         if not python.exists():
             raise Failed(ABSENT)
-        threads = "1" if kind.package == "genstream" else str(options.threads)
+        threads = "1" if kind is Genstream else str(options.threads)
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         self._log = (folder / f"{name}.log").open("w+")
         self._process = subprocess.Popen(
