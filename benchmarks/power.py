@@ -29,7 +29,6 @@ on it is printed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -40,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data import POWER_COLUMNS, path
+from benchmarks.measure import parser
 from genstream.incremental import IncrementalEM
 from genstream.learn import BatchEM, FitState, Outcome
 from genstream.passes import Passes
@@ -189,7 +189,7 @@ class Kept:
 
 def main() -> None:
     """Fit, choose on validation rows, and look at the test rows once."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("model", choices=("gaussian", "story", "recorded"))
     options.add_argument("--minutes", type=float, default=30.0)
     options.add_argument("--components", type=int)
