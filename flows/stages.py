@@ -8,6 +8,7 @@ checkpoint: to resume a run is to walk its stages once more.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -578,8 +579,14 @@ def ingest(run: Run, *, quiet: bool = False) -> dict[str, Any]:
 
 def run_stages(run: Run, *, quiet: bool = False) -> Run:
     """All stages of a run that are not done yet, in this process."""
-    with run.working():
-        walk(run, quiet=quiet)
+    work: dict[str, Callable[[Run], object]] = {
+        "ingest": functools.partial(ingest, quiet=quiet),
+        "fit": functools.partial(fit, quiet=quiet),
+        "evaluate": functools.partial(evaluate, quiet=quiet),
+        "publish": publish,
+        "report": report,
+    }
+    walk(run, work)
     return run
 
 
@@ -596,17 +603,11 @@ def remaining(run: Run) -> list[str]:
     return [name for name, due in wanted.items() if due and not run.stage(name)]
 
 
-def walk(run: Run, *, quiet: bool = False) -> None:
-    """The stages that remain, in their order."""
-    for name in remaining(run):
-        match name:
-            case "ingest":
-                ingest(run, quiet=quiet)
-            case "fit":
-                fit(run, quiet=quiet)
-            case "evaluate":
-                evaluate(run, quiet=quiet)
-            case "publish":
-                publish(run)
-            case "report":
-                report(run)
+def walk(run: Run, work: Mapping[str, Callable[[Run], object]]) -> None:
+    """Do the stages that are not done yet in this process, in their order, each by its `work`.
+
+    Raises ConflictError where another process is at it.
+    """
+    with run.working():
+        for name in remaining(run):
+            work[name](run)

@@ -8,6 +8,7 @@ scored in shared passes; one that fails says why and stops no other.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import os
@@ -54,19 +55,14 @@ def begin(config_path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 
 def carry_out(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     """All stages of a sweep that are not done yet, in this process; returns what it found."""
-    with run.working():
-        for name in stages.remaining(run):
-            match name:
-                case "ingest":
-                    stages.ingest(run, quiet=quiet)
-                case "fit":
-                    fit(run, quiet=quiet)
-                case "evaluate":
-                    evaluate(run, quiet=quiet)
-                case "publish":
-                    publish(run)
-                case "report":
-                    report(run)
+    work: dict[str, Callable[[Run], object]] = {
+        "ingest": functools.partial(stages.ingest, quiet=quiet),
+        "fit": functools.partial(fit, quiet=quiet),
+        "evaluate": functools.partial(evaluate, quiet=quiet),
+        "publish": publish,
+        "report": report,
+    }
+    stages.walk(run, work)
     return run.stage("evaluate")
 
 
