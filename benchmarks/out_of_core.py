@@ -53,10 +53,12 @@ ZARR, PASS = "zarr-python, chunk by chunk", "a pass"
 FORGOTTEN, KEPT = "on disk alone", "kept in memory by the operating system"
 
 
-def model(task: Task, shape: tuple[int, int], dtype: str) -> tuple[Story, Params, Array]:
-    """Story and parameters of a task, and rows of some type drawn for it."""
+def model(
+    task: Task, shape: tuple[int, int], dtype: str, options: Options
+) -> tuple[Story, Params, Array]:
+    """Story and parameters of a task, and the rows drawn for it, fewer where it is quick."""
     n_rows, d = shape
-    x, start = overlapping(d, task.n_components)(task, n_rows)
+    x, start = overlapping(d, task.n_components)(task, options.rows(n_rows))
     schema = Schema.real(d)
     story = mixture(schema, task.n_components, covariance=task.covariance, dtype=dtype)
     none = np.zeros((task.n_components, 0))
@@ -85,8 +87,8 @@ def warmed(turns: Mapping[str, Callable[[], float]], options: Options) -> dict[s
 def against_memory(options: Options) -> Table:
     """A pass that computes more than it reads: from a dataset, and from an array."""
     told("out of core: compute-bound")
-    n_rows = options.rows(COMPUTE_SHAPE[0])
-    story, params, x = model(COMPUTE, (n_rows, COMPUTE_SHAPE[1]), "float64")
+    story, params, x = model(COMPUTE, COMPUTE_SHAPE, "float64", options)
+    n_rows = len(x)
     with tempfile.TemporaryDirectory() as top:
         stored = roofline.write_dataset(Path(top) / "dataset", x)
         turns: dict[str, Callable[[], float]] = {
@@ -111,9 +113,8 @@ def against_memory(options: Options) -> Table:
 def read_bound(options: Options) -> Table:
     """A pass that reads more than it computes, beside reading alone."""
     told("out of core: read-bound")
-    n_rows = options.rows(READ_SHAPE[0])
-    story, params, x = model(READ, (n_rows, READ_SHAPE[1]), "float32")
-    nbytes = x.nbytes
+    story, params, x = model(READ, READ_SHAPE, "float32", options)
+    n_rows, nbytes = x.shape[0], x.nbytes
     with tempfile.TemporaryDirectory() as top:
         folder = Path(top) / "dataset"
         stored = roofline.write_dataset(folder, x)
@@ -165,8 +166,8 @@ def dask_workers(options: Options) -> Table:
     import distributed
 
     told("Dask workers")
-    n_rows = options.rows(COMPUTE_SHAPE[0])
-    story, params, x = model(COMPUTE, (n_rows, COMPUTE_SHAPE[1]), "float64")
+    story, params, x = model(COMPUTE, COMPUTE_SHAPE, "float64", options)
+    n_rows = len(x)
     with tempfile.TemporaryDirectory() as top:
         stored = roofline.write_dataset(Path(top) / "dataset", x)
         clusters = {
