@@ -103,10 +103,9 @@ class Contestant:
         Arithmetic, and type of the rows.
     """
 
-    # What it takes part in, whether it begins where all begin, and the extra it needs.
+    # What it takes part in, whether it begins where all begin, and whether `make peers` brings it.
     kinds: ClassVar[tuple[str, ...]] = ()
     given_start: ClassVar[bool] = True
-    package: ClassVar[str] = ""
     peer: ClassVar[bool] = True
 
     def __init__(self, task: Task, x: Array, start: dict[str, Array], dtype: str) -> None:
@@ -128,9 +127,12 @@ class Contestant:
         """What the last round came to: `mean` (K, d), `axes` (d, q) or `loglik`, nats a row."""
         return {}
 
-    def covariances(self, name: str = "covariance") -> Array:
-        """(K, ...) the start's covariances, one a component, or variances of that form."""
-        return np.asarray(self.start[name], dtype=self.dtype)
+    def given(self, name: str) -> Array:
+        """An array of the start, as `peers.begin` has them, in the contestant's arithmetic.
+
+        It is a copy, since some peers learn in place.
+        """
+        return self.start[name].astype(self.dtype)
 
 
 class Genstream(Contestant):
@@ -140,7 +142,6 @@ class Genstream(Contestant):
         *(f"gaussian {form}" for form in ("full", "tied", "diag", "spherical")),
         *("kmeans", "bernoulli", "poisson", "mfa", "ppca", "fa"),
     )
-    package = "genstream"
     peer = False
 
     def open(self) -> None:
@@ -254,7 +255,6 @@ class ScikitLearn(Contestant):
         *(f"gaussian {form}" for form in ("full", "tied", "diag", "spherical")),
         *("kmeans", "ppca", "fa"),
     )
-    package = "scikit-learn"
     peer = False
 
     def _model(self) -> Any:
@@ -269,8 +269,8 @@ class ScikitLearn(Contestant):
             return GaussianMixture(
                 task.n_components,
                 covariance_type=task.covariance,
-                weights_init=self.start["weights"].astype(self.dtype),
-                means_init=self.start["mean"].astype(self.dtype),
+                weights_init=self.given("weights"),
+                means_init=self.given("mean"),
                 precisions_init=(np.linalg.inv(covariance) if full else 1 / covariance).astype(
                     self.dtype
                 ),
@@ -291,7 +291,7 @@ class ScikitLearn(Contestant):
     def _kmeans(self) -> Any:
         return self._kmeans_type()(
             self.task.n_components,
-            init=self.start["mean"].astype(self.dtype),
+            init=self.given("mean"),
             n_init=1,
             max_iter=self.task.iterations,
             tol=0.0,
@@ -349,7 +349,6 @@ class Intelex(ScikitLearn):
     """scikit-learn-intelex, which accelerates k-means and PCA, and neither mixtures nor factors."""
 
     kinds = ("kmeans", "ppca")
-    package = "scikit-learn-intelex"
     peer = True
 
     def _kmeans_type(self) -> Any:
@@ -367,7 +366,6 @@ class OneDAL(Contestant):
     """EM of Intel's oneDAL, which scikit-learn-intelex brings (daal4py) but does not put to use."""
 
     kinds = ("gaussian full", "gaussian diag")
-    package = "daal"
 
     def open(self) -> None:
         import daal4py
@@ -377,7 +375,7 @@ class OneDAL(Contestant):
 
     def _fit(self, x: Array, iterations: int) -> None:
         task, full = self.task, self.task.covariance == "full"
-        covariances = [np.atleast_2d(one) for one in self.covariances()]
+        covariances = [np.atleast_2d(one) for one in self.given("covariance")]
         model = self._peer.em_gmm(
             nComponents=task.n_components,
             fptype="float" if self.dtype == "float32" else "double",
@@ -385,8 +383,8 @@ class OneDAL(Contestant):
             accuracyThreshold=0.0,
             covarianceStorage="full" if full else "diagonal",
         )
-        weights = self.start["weights"].astype(self.dtype)[None]
-        self.last = model.compute(x, weights, self.start["mean"].astype(self.dtype), covariances)
+        weights = self.given("weights")[None]
+        self.last = model.compute(x, weights, self.given("mean"), covariances)
 
     def warm_up(self) -> None:
         self._fit(self.x[:WARM_ROWS], 1)
@@ -403,7 +401,6 @@ class Pomegranate(Contestant):
     """pomegranate on PyTorch: `summarize` and `from_summaries` are an iteration."""
 
     kinds = ("gaussian full", "gaussian diag", "bernoulli", "poisson", "kmeans")
-    package = "pomegranate"
 
     def open(self) -> None:
         import torch
@@ -418,12 +415,12 @@ class Pomegranate(Contestant):
         from pomegranate.kmeans import KMeans
 
         tensor = self._torch.from_numpy
-        mean = self.start["mean"].astype(self.dtype)
+        mean = self.given("mean")
         k = self.task.n_components
         if self.task.model == "kmeans":
             return KMeans(centroids=tensor(mean), max_iter=self.task.iterations, tol=0.0)
         if self.task.model == "gaussian":
-            form, spread = self.task.covariance, self.covariances()
+            form, spread = self.task.covariance, self.given("covariance")
             parts = [
                 distributions.Normal(tensor(mean[i]), tensor(spread[i]), covariance_type=form)
                 for i in range(k)
@@ -431,7 +428,7 @@ class Pomegranate(Contestant):
         else:
             name = self.task.model.capitalize()
             parts = [getattr(distributions, name)(tensor(mean[i])) for i in range(k)]
-        return GeneralMixtureModel(parts, priors=tensor(self.start["weights"].astype(self.dtype)))
+        return GeneralMixtureModel(parts, priors=tensor(self.given("weights")))
 
     def _iterate(self, x: Any, iterations: int) -> None:
         self.last = self._model()
@@ -458,7 +455,6 @@ class Gmmx(Contestant):
     """gmmx on JAX, compiled beforehand; float32 only."""
 
     kinds = ("gaussian full", "gaussian diag")
-    package = "gmmx"
 
     def open(self) -> None:
         import jax
@@ -467,9 +463,9 @@ class Gmmx(Contestant):
         self._jax = jax
         self._x = jax.numpy.asarray(self.x)
         self._model = GaussianMixtureModelJax.from_squeezed(
-            means=self.start["mean"].astype(self.dtype),
-            covariances=self.covariances(),
-            weights=self.start["weights"].astype(self.dtype),
+            means=self.given("mean"),
+            covariances=self.given("covariance"),
+            weights=self.given("weights"),
             covariance_type=self.task.covariance,
         )
         self._fitter = EMFitter(self.task.iterations, 0.0, self.task.reg_covar)
@@ -516,7 +512,6 @@ class Spark(Contestant):
 
     kinds = ("gaussian full", "kmeans", "ppca")
     given_start = False
-    package = "pyspark"
 
     def open(self) -> None:
         from pyspark.sql import SparkSession
@@ -588,7 +583,6 @@ class DaskML(Contestant):
     """dask-ml on threads: k-means, and PCA by blocks of rows."""
 
     kinds = ("kmeans", "ppca")
-    package = "dask-ml"
     # Whether batches go one after another (IncrementalPCA).
     incremental: ClassVar[bool] = False
 
@@ -605,9 +599,8 @@ class DaskML(Contestant):
     def _model(self) -> Any:
         task = self.task
         if task.model == "kmeans":
-            mean = self.start["mean"].astype(self.dtype)
             return self._cluster.KMeans(
-                task.n_components, init=mean, max_iter=task.iterations, tol=0.0
+                task.n_components, init=self.given("mean"), max_iter=task.iterations, tol=0.0
             )
         if self.incremental:
             return self._decomposition.IncrementalPCA(task.n_factors, batch_size=10_000)

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.measure import parser
 from genstream.families.factors import FactorsParams
 from genstream.learn import BatchEM, FitState, fit
 from genstream.passes import Passes
@@ -204,7 +205,7 @@ def draw_figure(story: Story, params: Params, test: Array, target: Path) -> None
 
 def main() -> None:
     """Read the options, fit, compare and draw."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("--rows", type=int, default=60_000)
     options.add_argument("--components", type=int, default=50)
     options.add_argument("--factors", type=int, default=10)

@@ -11,6 +11,7 @@ seconds of a pass, rows a second, and the ratio to the complete pass in the same
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from benchmarks.measure import (
     Options,
     Table,
     alternate,
-    median,
     parser,
+    pass_row,
     ratio,
     say,
     told,
@@ -47,7 +48,9 @@ N_ROWS, N_FEATURES, N_COMPONENTS = 1_000_000, 16, 8
 LIMITS = {f"{N_PATTERNS} patterns": 2.0, f"{SHARE:.0%} at random": 8.0}
 
 
-def drawn(n_rows: int, n_features: int, n_components: int, rng: np.random.Generator) -> Any:
+def drawn(
+    n_rows: int, n_features: int, n_components: int, rng: np.random.Generator
+) -> tuple[Params, Array]:
     """Parameters of a full-covariance mixture whose components overlap, and rows drawn from it."""
     d, k = n_features, n_components
     factor = np.tril(rng.normal(0, 0.4, (k, d, d)), -1) + np.eye(d)
@@ -78,7 +81,7 @@ def compare(n_rows: int, d: int, k: int, rounds: int, workers: int | None) -> Ta
     rng = np.random.default_rng(0)
     params, values = drawn(n_rows, d, k, rng)
     sources = {name: NumpySource(rows) for name, rows in cases(values, rng).items()}
-    turns = {}
+    turns: dict[str, Callable[[], float]] = {}
     for dtype in DTYPES:
         story = mixture(Schema.real(d), k, dtype=dtype).anchored(Rows.of(values[:50_000]))
         for name, source in sources.items():
@@ -96,8 +99,7 @@ def compare(n_rows: int, d: int, k: int, rounds: int, workers: int | None) -> Ta
                 {
                     "arithmetic": dtype,
                     "rows": name,
-                    "s a pass": median(seconds),
-                    "rows/s": n_rows / median(seconds),
+                    **pass_row(n_rows, seconds),
                     "x complete": times,
                 }
             )

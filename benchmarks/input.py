@@ -10,12 +10,13 @@ not: with the next chunk read meanwhile, the former should cost little more than
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any, Self
 
 import numpy as np
 
+from benchmarks.contestants import clock
+from benchmarks.measure import parser
 from genstream.learn import EStep
 from genstream.passes import Passes
 from genstream.rows import Rows
@@ -46,17 +47,12 @@ class Far(NumpySource):
 
 def seconds(passes: Passes, work: Any, rounds: int) -> float:
     """The shortest of some passes."""
-    taken = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        passes.fold(work)
-        taken.append(time.perf_counter() - begin)
-    return min(taken)
+    return min(clock(lambda: passes.fold(work)) for _ in range(rounds))
 
 
 def main() -> None:
     """Print both figures."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("--chunks", type=int, default=10_000)
     options.add_argument("--workers", type=int, default=2)
     options.add_argument("--rounds", type=int, default=3)

@@ -9,7 +9,6 @@ nothing to resume, so that the fit is started again. Exits with 1 where a digest
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data import path
+from benchmarks.measure import parser
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 
@@ -46,7 +46,7 @@ def run(folder: Path, verb: str, *arguments: str) -> dict[str, Any]:
 
 def main() -> None:
     """Kill, resume, compare."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("--kills", type=int, default=10)
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()

@@ -135,6 +135,11 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     return median(theirs) / median(ours) if ours else math.nan
 
 
+def pass_row(n_rows: int, seconds: Sequence[float]) -> dict[str, Any]:
+    """Cells of a row of a table: how long a pass over so many rows takes."""
+    return {"s a pass": median(seconds), "rows/s": n_rows / median(seconds)}
+
+
 def versions(names: Sequence[str]) -> dict[str, str]:
     """Installed versions of distributions, without those that are not there."""
     found = {}

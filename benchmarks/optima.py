@@ -11,7 +11,6 @@ and says which of the two ended higher.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from benchmarks.data import path
 from benchmarks.flights import flights
+from benchmarks.measure import parser
 from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
 from genstream.refine import refine
 from genstream.rows import Rows
@@ -171,7 +171,7 @@ def accelerate(name: str, story: Story, sample: Rows, seeds: int) -> None:
 
 def main() -> None:
     """Print both tables."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("--seeds", type=int, default=20)
     options.add_argument("--rows", type=int, default=4000)
     options.add_argument("--problems", nargs="*", default=list(PROBLEMS), choices=list(PROBLEMS))

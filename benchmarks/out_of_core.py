@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,21 @@ from numpy.typing import NDArray
 
 from benchmarks import roofline
 from benchmarks.contestants import Task, clock
-from benchmarks.measure import Bar, Benchmark, Options, Table, alternate, median, ratio, told
+from benchmarks.measure import (
+    Bar,
+    Benchmark,
+    Options,
+    Table,
+    alternate,
+    median,
+    pass_row,
+    ratio,
+    told,
+)
 from benchmarks.peers import overlapping
 from genstream.families.columns import ColumnsParams
 from genstream.families.gaussian import FullParams
+from genstream.learn import EStep
 from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -42,10 +53,12 @@ ZARR, PASS = "zarr-python, chunk by chunk", "a pass"
 FORGOTTEN, KEPT = "on disk alone", "kept in memory by the operating system"
 
 
-def model(task: Task, shape: tuple[int, int], dtype: str) -> tuple[Story, Params, Array]:
-    """Story and parameters of a task, and rows of some type drawn for it."""
+def model(
+    task: Task, shape: tuple[int, int], dtype: str, options: Options
+) -> tuple[Story, Params, Array]:
+    """Story and parameters of a task, and the rows drawn for it, fewer where it is quick."""
     n_rows, d = shape
-    x, start = overlapping(d, task.n_components)(task, n_rows)
+    x, start = overlapping(d, task.n_components)(task, options.rows(n_rows))
     schema = Schema.real(d)
     story = mixture(schema, task.n_components, covariance=task.covariance, dtype=dtype)
     none = np.zeros((task.n_components, 0))
@@ -60,20 +73,22 @@ def model(task: Task, shape: tuple[int, int], dtype: str) -> tuple[Story, Params
 
 def one_pass(story: Story, params: Params, passes: Passes) -> float:
     """Seconds of an E-step over all rows."""
-    work = functools.partial(_e_step, story, params)
+    work = EStep(story, params)
     return clock(lambda: passes.fold(work))
 
 
-def _e_step(story: Story, params: Params, chunk: int, rows: Rows) -> Any:
-    del chunk
-    return story.e_step(params, rows)
+def warmed(turns: Mapping[str, Callable[[], float]], options: Options) -> dict[str, list[float]]:
+    """Seconds of twice as many turns as elsewhere, after one of each that does not count."""
+    for turn in turns.values():
+        turn()
+    return alternate(turns, 2 * options.rounds)
 
 
 def against_memory(options: Options) -> Table:
     """A pass that computes more than it reads: from a dataset, and from an array."""
     told("out of core: compute-bound")
-    n_rows = options.rows(COMPUTE_SHAPE[0])
-    story, params, x = model(COMPUTE, (n_rows, COMPUTE_SHAPE[1]), "float64")
+    story, params, x = model(COMPUTE, COMPUTE_SHAPE, "float64", options)
+    n_rows = len(x)
     with tempfile.TemporaryDirectory() as top:
         stored = roofline.write_dataset(Path(top) / "dataset", x)
         turns: dict[str, Callable[[], float]] = {
@@ -82,14 +97,9 @@ def against_memory(options: Options) -> Table:
             )
             for name, source in (("in memory", NumpySource(x)), ("dataset on disk", stored))
         }
-        for turn in turns.values():
-            turn()
-        taken = alternate(turns, 2 * options.rounds)
+        taken = warmed(turns, options)
     slower = ratio(taken["dataset on disk"], taken["in memory"])
-    rows = [
-        {"rows are": name, "s a pass": median(seconds), "rows/s": n_rows / median(seconds)}
-        for name, seconds in taken.items()
-    ]
+    rows = [{"rows are": name, **pass_row(n_rows, seconds)} for name, seconds in taken.items()]
     what = f"out of core against in memory, full d = 16 K = 16 float64, {n_rows:,} rows"
     return Table(
         "out-of-core",
@@ -103,9 +113,8 @@ def against_memory(options: Options) -> Table:
 def read_bound(options: Options) -> Table:
     """A pass that reads more than it computes, beside reading alone."""
     told("out of core: read-bound")
-    n_rows = options.rows(READ_SHAPE[0])
-    story, params, x = model(READ, (n_rows, READ_SHAPE[1]), "float32")
-    nbytes = x.nbytes
+    story, params, x = model(READ, READ_SHAPE, "float32", options)
+    n_rows, nbytes = x.shape[0], x.nbytes
     with tempfile.TemporaryDirectory() as top:
         folder = Path(top) / "dataset"
         stored = roofline.write_dataset(folder, x)
@@ -124,9 +133,7 @@ def read_bound(options: Options) -> Table:
         cold = {name: functools.partial(forgotten, turn) for name, turn in turns.items()}
         taken = {}
         for files, each in ((FORGOTTEN, cold), (KEPT, turns)):
-            for turn in each.values():
-                turn()
-            taken[files] = alternate(each, 2 * options.rounds)
+            taken[files] = warmed(each, options)
     rows = [
         {
             "what": name,
@@ -159,9 +166,8 @@ def dask_workers(options: Options) -> Table:
     import distributed
 
     told("Dask workers")
-    n_rows = options.rows(COMPUTE_SHAPE[0])
-    story, params, x = model(COMPUTE, (n_rows, COMPUTE_SHAPE[1]), "float64")
-    taken: dict[int, list[float]] = {}
+    story, params, x = model(COMPUTE, COMPUTE_SHAPE, "float64", options)
+    n_rows = len(x)
     with tempfile.TemporaryDirectory() as top:
         stored = roofline.write_dataset(Path(top) / "dataset", x)
         clusters = {
@@ -184,25 +190,19 @@ def dask_workers(options: Options) -> Table:
 
         try:
             turns = {str(n): functools.partial(turn, n) for n in clusters}
-            for each in turns.values():
-                each()
-            found = alternate(turns, 2 * options.rounds)
-            taken = {int(n): seconds for n, seconds in found.items()}
+            taken = warmed(turns, options)
         finally:
             for n, cluster in clusters.items():
                 clients[n].close()
                 cluster.close()
-    rows = [
-        {"workers": n, "s a pass": median(seconds), "rows/s": n_rows / median(seconds)}
-        for n, seconds in taken.items()
-    ]
+    rows = [{"workers": int(n), **pass_row(n_rows, seconds)} for n, seconds in taken.items()]
     what = f"two Dask workers against one, full d = 16 K = 16 float64, {n_rows:,} rows"
     return Table(
         "dask-workers",
         "Dask workers, a process with one thread each",
         rows,
         [f"{n_rows:,} x 16 rows of a dataset on disk, K = 16, full covariance, float64."],
-        [Bar(f"{what}: times as fast", 1.8, ratio(taken[1], taken[2]))],
+        [Bar(f"{what}: times as fast", 1.8, ratio(taken["1"], taken["2"]))],
     )
 
 

@@ -11,7 +11,6 @@ is removed afterwards; `--gigabytes 0` leaves them out.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data import path
+from benchmarks.measure import parser
 from flows.config import Drawn
 from flows.draw import draw_rows, known_story, n_rows
 from genstream.learn import BatchEM, FitState, Learner, StepInfo, fit
@@ -116,7 +116,7 @@ def drawn_rows(drawn: Drawn, place: Path, workers: int) -> Source:
 
 def main() -> None:
     """Run all cases."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("--components", type=int, nargs="*", default=[50, 200])
     options.add_argument("--rows", type=int, default=None, help="of power, all by default")
     options.add_argument("--gigabytes", type=float, default=3.0, help="of drawn rows")

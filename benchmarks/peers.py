@@ -15,6 +15,7 @@ rows once, where that is longer.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -23,7 +24,7 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import roofline
-from benchmarks.contestants import CONTESTANTS, Task
+from benchmarks.contestants import CONTESTANTS, Genstream, Task
 from benchmarks.data import path
 from benchmarks.measure import (
     ROOT,
@@ -82,7 +83,7 @@ class Player:
         python = options.peers if kind.peer else Path(sys.executable)
         if not python.exists():
             raise Failed(ABSENT)
-        threads = "1" if kind.package == "genstream" else str(options.threads)
+        threads = "1" if kind is Genstream else str(options.threads)
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         self._log = (folder / f"{name}.log").open("w+")
         self._process = subprocess.Popen(
@@ -287,6 +288,31 @@ def discrete(d: int) -> Callable[[Task, int], Drawn]:
     return draw
 
 
+def gaussians(
+    covariance: str,
+    n_rows: int,
+    d: int,
+    k: int,
+    iterations: int,
+    peers: tuple[str, ...],
+    bar: tuple[float, float],
+    gemm_share: float | None = None,
+) -> Case:
+    """A Gaussian mixture of K components and overlapping rows of a quarter more sources; `bar` is
+    the one against scikit-learn.
+    """
+    form = {"diag": "diagonal"}.get(covariance, covariance)
+    return Case(
+        f"Gaussian mixture, {form}, {n_rows:,} x {d}, K = {k}",
+        Task("gaussian", covariance, k, iterations=iterations),
+        overlapping(d, k + k // 4),
+        n_rows,
+        peers,
+        {"scikit-learn": bar},
+        gemm_share,
+    )
+
+
 GAUSSIAN = ("scikit-learn", "oneDAL (daal4py)", "oneDAL (daal4py) float32")
 TORCH = ("pomegranate float32", "gmmx float32")
 CASES: dict[str, Case] = {
@@ -302,56 +328,26 @@ CASES: dict[str, Case] = {
             "pomegranate float32": (None, 150),
         },
     ),
-    "gmm-16": Case(
-        "Gaussian mixture, full, 300,000 x 16, K = 16",
-        Task("gaussian", "full", 16, iterations=5),
-        overlapping(16, 20),
-        300_000,
+    "gmm-16": gaussians(
+        *("full", 300_000, 16, 16, 5),
         (*GAUSSIAN, "Spark", *TORCH),
-        {"scikit-learn": (12, 20)},
+        (12, 20),
     ),
-    "gmm-64-16": Case(
-        "Gaussian mixture, full, 100,000 x 64, K = 16",
-        Task("gaussian", "full", 16, iterations=5),
-        overlapping(64, 20),
-        100_000,
+    "gmm-64-16": gaussians(
+        *("full", 100_000, 64, 16, 5),
         (*GAUSSIAN, "scikit-learn float32", *TORCH),
-        {"scikit-learn": (4, 7)},
+        (4, 7),
         gemm_share=0.25,
     ),
-    "gmm-64-64": Case(
-        "Gaussian mixture, full, 100,000 x 64, K = 64",
-        Task("gaussian", "full", 64, iterations=3),
-        overlapping(64, 80),
-        100_000,
+    "gmm-64-64": gaussians(
+        *("full", 100_000, 64, 64, 3),
         (*GAUSSIAN, "scikit-learn float32", *TORCH),
-        {"scikit-learn": (6, 12)},
+        (6, 12),
         gemm_share=0.40,
     ),
-    "gmm-diag": Case(
-        "Gaussian mixture, diagonal, 500,000 x 32, K = 64",
-        Task("gaussian", "diag", 64, iterations=3),
-        overlapping(32, 80),
-        500_000,
-        (*GAUSSIAN, *TORCH),
-        {"scikit-learn": (6, 10)},
-    ),
-    "gmm-spherical": Case(
-        "Gaussian mixture, spherical, 500,000 x 32, K = 64",
-        Task("gaussian", "spherical", 64, iterations=3),
-        overlapping(32, 80),
-        500_000,
-        ("scikit-learn",),
-        {"scikit-learn": (6, 10)},
-    ),
-    "gmm-tied": Case(
-        "Gaussian mixture, tied, 500,000 x 32, K = 64",
-        Task("gaussian", "tied", 64, iterations=3),
-        overlapping(32, 80),
-        500_000,
-        ("scikit-learn",),
-        {"scikit-learn": (25, 25)},
-    ),
+    "gmm-diag": gaussians("diag", 500_000, 32, 64, 3, (*GAUSSIAN, *TORCH), (6, 10)),
+    "gmm-spherical": gaussians("spherical", 500_000, 32, 64, 3, ("scikit-learn",), (6, 10)),
+    "gmm-tied": gaussians("tied", 500_000, 32, 64, 3, ("scikit-learn",), (25, 25)),
     "kmeans": Case(
         "K-means, 500,000 x 32, K = 64",
         Task("kmeans", "", 64, iterations=5),
@@ -382,20 +378,16 @@ CASES: dict[str, Case] = {
         ("scikit-learn",),
         note="Each with its own defaults and rule to stop; no other peer has factor analysis.",
     ),
-    "bernoulli": Case(
-        "Bernoulli mixture, 200,000 x 64, K = 32",
-        Task("bernoulli", "", 32, iterations=2),
-        discrete(64),
-        200_000,
-        ("pomegranate float32",),
-    ),
-    "poisson": Case(
-        "Poisson mixture, 200,000 x 64, K = 32",
-        Task("poisson", "", 32, iterations=2),
-        discrete(64),
-        200_000,
-        ("pomegranate float32",),
-    ),
+    **{
+        model: Case(
+            f"{model.capitalize()} mixture, 200,000 x 64, K = 32",
+            Task(model, "", 32, iterations=2),
+            discrete(64),
+            200_000,
+            ("pomegranate float32",),
+        )
+        for model in ("bernoulli", "poisson")
+    },
     "mfa": Case(
         "Mixture of factor analysers, 100,000 x 32, K = 16, q = 4",
         Task("mfa", "", 16, 4, iterations=5),
@@ -407,7 +399,7 @@ CASES: dict[str, Case] = {
 }
 
 
-def gap(task: Task, scale: Array, found: Mapping[str, Array], ours: Mapping[str, Array]) -> float:
+def gap(scale: Array, found: Mapping[str, Array], ours: Mapping[str, Array]) -> float:
     """How far apart two outcomes are: the largest difference of means in standard deviations of
     the columns, or the sine of the largest angle between two sets of axes; not a number where
     there is nothing to compare.
@@ -417,7 +409,6 @@ def gap(task: Task, scale: Array, found: Mapping[str, Array], ours: Mapping[str,
     if "axes" in found and "axes" in ours:
         one, other = (np.linalg.qr(np.asarray(a["axes"], float))[0] for a in (found, ours))
         return float(np.linalg.norm(other - one @ (one.T @ other), 2))
-    del task
     return float("nan")
 
 
@@ -430,36 +421,33 @@ def compare(name: str, case: Case, options: Options) -> Table:
     told_why: dict[str, str] = {}
     players: dict[str, Player] = {}
     outcomes: dict[str, dict[str, Array]] = {}
-    # A virtual machine may take a moment to notice that it is no longer wanted.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as top:
-        folder = Path(top)
-        task.write(folder, x, start)
+
+    def turn(each: str) -> float:
+        if each in told_why:
+            return float("nan")
         try:
-            for each in (*OURS, *case.peers):
-                try:
-                    players[each] = Player(each, folder, options)
-                except Failed as error:
-                    told_why[each] = str(error)
+            seconds = players[each].round()
+        except Failed as error:
+            told_why[each] = str(error)
+            return float("nan")
+        told(f"  {each}: {seconds:.4f} s")
+        return seconds
 
-            def turn(each: str) -> float:
-                if each in told_why:
-                    return float("nan")
-                try:
-                    seconds = players[each].round()
-                except Failed as error:
-                    told_why[each] = str(error)
-                    return float("nan")
-                told(f"  {each}: {seconds:.4f} s")
-                return seconds
-
-            turns = {each: functools.partial(turn, each) for each in players}
-            taken = alternate(turns, options.rounds, options.budget)
-            for each, player in players.items():
-                if each not in told_why:
-                    outcomes[each] = player.found()
-        finally:
-            for player in players.values():
-                player.close()
+    with contextlib.ExitStack() as taking_part:
+        # A virtual machine may take a moment to notice that it is no longer wanted.
+        place = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        folder = Path(taking_part.enter_context(place))
+        task.write(folder, x, start)
+        for each in (*OURS, *case.peers):
+            try:
+                players[each] = taking_part.enter_context(Player(each, folder, options))
+            except Failed as error:
+                told_why[each] = str(error)
+        turns = {each: functools.partial(turn, each) for each in players}
+        taken = alternate(turns, options.rounds, options.budget)
+        for each, player in players.items():
+            if each not in told_why:
+                outcomes[each] = player.found()
     return _table(name, case, task, x, taken, outcomes, told_why, roofline.rates(options))
 
 
@@ -487,7 +475,7 @@ def _table(
         for ours in OURS:
             short = ours.removeprefix("genstream ")
             row[f"{short} is times as fast"] = ratio(seconds, known.get(ours, []))
-        row["differs by"] = gap(task, scale, outcomes.get(each, {}), reference)
+        row["differs by"] = gap(scale, outcomes.get(each, {}), reference)
         if "loglik" in reference:
             row["nats a row"] = float(outcomes.get(each, {}).get("loglik", np.asarray(np.nan)))
         if each in OURS and seconds:
@@ -499,21 +487,6 @@ def _table(
                 rate = roofline.step_gemm(*shape, dtype, task.threads)
                 row["of GEMM at its shape"] = f"{work.flops / rate / median(seconds):.0%}"
         rows.append(row)
-    bars = []
-    for peer, limits in case.bars.items():
-        for ours, limit in zip(OURS, limits, strict=True):
-            if limit is not None:
-                what = f"{name}, {len(x):,} rows: {ours} against {peer}, times as fast"
-                bars.append(Bar(what, limit, ratio(known.get(peer, []), known.get(ours, []))))
-    if case.gemm_share is not None:
-        share = work.flops / rates.gemm["float64"] / median(known.get(OURS[0], []))
-        what = f"{name}, {len(x):,} rows: genstream float64, share of the GEMM rate"
-        bars.append(Bar(what, case.gemm_share, share))
-    if task.model in ("ppca", "fa", "bernoulli", "poisson") and case.peers:
-        fastest = min((known[p] for p in case.peers if p in known), key=median, default=[])
-        what = f"{name}, {len(x):,} rows: the better of ours against the fastest peer"
-        best = min((known[o] for o in OURS if o in known), key=median, default=[])
-        bars.append(Bar(what, 1.0, ratio(fastest, best)))
     length = f"{task.iterations} iterations a round" if task.iterations else "whole fits"
     notes = [f"{x.shape[0]:,} x {x.shape[1]} rows, {length}, {task.threads} threads each."]
     unlike = [p for p in case.peers if not CONTESTANTS[p][0].given_start and p in known]
@@ -521,7 +494,36 @@ def _table(
         notes.append(f"{', '.join(unlike)}: cannot be given a start, so begins at one of its own.")
     if case.note:
         notes.append(case.note)
+    gemm_seconds = work.flops / rates.gemm["float64"]
+    bars = _bars(f"{name}, {len(x):,} rows", case, known, gemm_seconds)
     return Table(name, case.title, rows, notes, bars)
+
+
+def _bars(
+    what: str, case: Case, known: Mapping[str, Sequence[float]], gemm_seconds: float
+) -> list[Bar]:
+    """What a case is held against: the seconds of each contestant that went on to the end, and
+    those of its products at the rate of a large one.
+    """
+    bars = []
+    for peer, limits in case.bars.items():
+        for ours, limit in zip(OURS, limits, strict=True):
+            if limit is not None:
+                times = ratio(known.get(peer, []), known.get(ours, []))
+                bars.append(Bar(f"{what}: {ours} against {peer}, times as fast", limit, times))
+    if case.gemm_share is not None:
+        share = gemm_seconds / median(known.get(OURS[0], []))
+        bars.append(
+            Bar(f"{what}: genstream float64, share of the GEMM rate", case.gemm_share, share)
+        )
+    if case.task.model in ("ppca", "fa", "bernoulli", "poisson") and case.peers:
+        best, fastest = (
+            min((known[each] for each in side if each in known), key=median, default=[])
+            for side in (OURS, case.peers)
+        )
+        times = ratio(fastest, best)
+        bars.append(Bar(f"{what}: the better of ours against the fastest peer", 1.0, times))
+    return bars
 
 
 BENCHMARKS: dict[str, Benchmark] = {

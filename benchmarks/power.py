@@ -29,7 +29,6 @@ on it is printed.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -40,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.data import POWER_COLUMNS, path
+from benchmarks.measure import parser
 from genstream.incremental import IncrementalEM
 from genstream.learn import BatchEM, FitState, Outcome
 from genstream.passes import Passes
@@ -189,7 +189,7 @@ class Kept:
 
 def main() -> None:
     """Fit, choose on validation rows, and look at the test rows once."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("model", choices=("gaussian", "story", "recorded"))
     options.add_argument("--minutes", type=float, default=30.0)
     options.add_argument("--components", type=int)
@@ -201,14 +201,14 @@ def main() -> None:
     space, parts = loaded(chosen.model, chosen.rows)
     gain, schema = space.gain, space.schema
     k = chosen.components or (4096 if chosen.model == "gaussian" else 3072)
-    train = parts["train"].astype(np.float32)
-    passes = Passes(
-        NumpySource(train, schema, chunk_rows=-(-len(train) // TASKS)), workers=chosen.workers
-    )
-    held_out = Passes(
-        NumpySource(parts["validation"].astype(np.float32), schema, chunk_rows=CHUNK),
-        workers=chosen.workers,
-    )
+
+    def passes_over(part: str, chunk_rows: int) -> Passes:
+        source = NumpySource(parts[part].astype(np.float32), schema, chunk_rows=chunk_rows)
+        return Passes(source, workers=chosen.workers)
+
+    n_train = len(parts["train"])
+    passes = passes_over("train", -(-n_train // TASKS))
+    held_out = passes_over("validation", CHUNK)
 
     def staged(story: Story, state: FitState) -> None:
         value = state.trace[-1].mean_loglik + gain
@@ -256,7 +256,7 @@ def main() -> None:
     while n_passes < FIRST and clock.share() < ONWARD:
         state, info = incremental.step(story, state, passes)
         learned = info.mean_loglik
-        n_passes += info.n_rows == len(train) or (info.step - 1) % (TASKS // GROUP) == 0
+        n_passes += info.n_rows == n_train or (info.step - 1) % (TASKS // GROUP) == 0
     look("incremental pass")
     batch = BatchEM(MANY, 0.0, near, accelerate=True)
     while clock.share() < ENOUGH and state.outcome is not Outcome.NONFINITE:
@@ -269,11 +269,7 @@ def main() -> None:
             look("batch pass")
     look("batch pass")
     story, state = best.story, best.state
-    tests = Passes(
-        NumpySource(parts["test"].astype(np.float32), schema, chunk_rows=CHUNK),
-        workers=chosen.workers,
-    )
-    (test,) = scores(story, [state.params], tests)
+    (test,) = scores(story, [state.params], passes_over("test", CHUNK))
     on_floor = len({component for component, _ in story.family.floored(state.params.family)})
     uses = {
         "gaussian": "of Gaussian components only",
@@ -284,7 +280,7 @@ def main() -> None:
     print(
         f"test log-likelihood {test + gain:.4f} nats a row {uses}; validation "
         f"{best.value + gain:.4f}; K={k}, prior {story.prior}, {n_passes} passes over "
-        f"{len(train):,} rows, {on_floor / k:.1%} of components on the floor, {clock}, load "
+        f"{n_train:,} rows, {on_floor / k:.1%} of components on the floor, {clock}, load "
         f"{os.getloadavg()[0]:.1f}"
     )
 

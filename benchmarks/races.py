@@ -11,7 +11,6 @@ the order of the ledger. Exits with 1 where anything is otherwise.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -34,6 +33,7 @@ from benchmarks.landings import (
     view,
     wrongs,
 )
+from benchmarks.measure import parser
 from flows import updating
 from genstream.models import ModelStore
 
@@ -113,7 +113,7 @@ def replayed(fitted: Path, folder: Path, settings: Sequence[str], files: dict[st
 
 def main() -> None:
     """Race, learn alone, compare."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("--races", type=int, default=50)
     options.add_argument("--rows", type=int, default=400)
     options.add_argument("--seed", type=int, default=0)

@@ -11,7 +11,6 @@ Exits with 1 where a batch was lost or counted twice, or a bit differs.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -28,6 +27,7 @@ import httpx
 import numpy as np
 import psutil
 
+from benchmarks.measure import parser
 from flows.terminal import table
 from genstream.models import ModelStore
 
@@ -192,7 +192,7 @@ def digest(folder: Path) -> str:
 
 def main() -> None:
     """Serve through everything, then compare with an undisturbed model."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("--every", type=int, default=30, help="seconds between firings")
     options.add_argument("--rows", type=int, default=100_000, help="rows of a batch")
     chosen = options.parse_args()

@@ -18,7 +18,6 @@ first fit did not meet are missing entries.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -39,6 +38,7 @@ import psutil
 
 from benchmarks.data import path
 from benchmarks.kills import command
+from benchmarks.measure import parser
 from genstream.learn import BatchEM, FitState, fit
 from genstream.models import Event, ModelStore
 from genstream.passes import Passes
@@ -236,7 +236,7 @@ def first_fit(stream: Stream, folder: Path, config: Path, model: Path) -> tuple[
 
 def main() -> None:
     """Stream, refit, compare."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("stream", choices=[*STREAMS])
     options.add_argument("--days-per-call", type=int, help="0 for all days in one call")
     options.add_argument("--folder", type=Path, help="a scratch folder that is kept")

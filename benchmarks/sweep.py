@@ -14,7 +14,6 @@ ratios.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import tempfile
 import threading
@@ -27,6 +26,7 @@ import numpy as np
 
 from benchmarks import roofline
 from benchmarks.data import POWER_COLUMNS, path
+from benchmarks.measure import parser
 from flows.config import Drawn
 from flows.draw import draw_rows, known_story
 from genstream.learn import BatchEM, FitState, fit
@@ -149,7 +149,7 @@ def rounds(
 
 def main() -> None:
     """Run both kinds of dataset and print a table."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("--components", type=int, nargs="+", default=list(ALL))
     options.add_argument("--rows", type=int, default=None, help="of power, all by default")
     options.add_argument("--gigabytes", type=float, default=None, help="of drawn rows instead")

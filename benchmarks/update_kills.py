@@ -11,7 +11,6 @@ updates that nobody disturbed, with every good batch in it once. Exits with 1 wh
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import signal
@@ -27,6 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.landings import SETTINGS, fit_first, land, start_update, view, write_batches, wrongs
+from benchmarks.measure import parser
 from genstream.models import ModelStore
 from genstream.store import Dataset
 
@@ -103,7 +103,7 @@ class Trail:
 
 def main() -> None:
     """Kill, run again, compare."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    options = parser(__doc__)
     options.add_argument("--kills", type=int, default=100)
     options.add_argument("--rows", type=int, default=1000)
     options.add_argument("--seed", type=int, default=0)

@@ -632,6 +632,10 @@ class _Document:
                 return self.places[path[:n]]
         return self.name
 
+    def problem(self, path: Path_, message: str, *, key: bool = False) -> Problem:
+        """What is wrong with the value at `path`, or with its key."""
+        return Problem(self.place(path, key=key), _dotted(path), message)
+
     def get(self, path: Path_) -> Any:
         """The value at `path`. Raises LookupError where there is none."""
         value = self.values
@@ -818,10 +822,7 @@ def _validated(document: _Document, overrides: Sequence[str]) -> Config:
     if config.sweep is not None:
         found = _sweep_problems(document, config)
     else:
-        found = [
-            Problem(document.place(path), _dotted(path), message)
-            for path, message in _contradictions(config)
-        ]
+        found = [document.problem(path, message) for path, message in _contradictions(config)]
     if found:
         raise ConfigError("\n".join(map(str, found)))
     return config
@@ -874,18 +875,18 @@ def _value_problems(document: _Document) -> list[Problem]:
             if key != "fit.seed":
                 hint = _suggest(key, _SWEPT) or "; such as model.n_components or model.covariance"
                 message = f"a sweep is over keys of model and fit{hint}"
-            found.append(Problem(document.place(path, key=True), _dotted(path), message))
+            found.append(document.problem(path, message, key=True))
             continue
         name = tuple(key.split("."))
         for i, value in enumerate(values if isinstance(values, list) else ()):
-            here = document.place((*path, i))
+            here = (*path, i)
             if value in values[:i]:
-                found.append(Problem(here, _dotted((*path, i)), f"{_short(value)} is listed twice"))
+                found.append(document.problem(here, f"{_short(value)} is listed twice"))
             try:
                 Config.model_validate(_with(document.values, {key: (i, value)}))
             except ValidationError as error:
                 found += [
-                    Problem(here, _dotted((*path, i)), _explained(document, details).message)
+                    document.problem(here, _explained(document, details).message)
                     for details in error.errors()
                     if _plain_path(details["loc"])[: len(name)] == name
                 ]
@@ -903,7 +904,7 @@ def _sweep_problems(document: _Document, config: Config) -> list[Problem]:
     n_cells = math.prod(map(len, over.values()))
     if n_cells > MAX_CANDIDATES:
         message = f"these are {n_cells} candidates, and a sweep has at most {MAX_CANDIDATES}"
-        found.append(Problem(document.place(("sweep", "over")), "sweep.over", message))
+        found.append(document.problem(("sweep", "over"), message))
     if found:
         return found
     told: dict[tuple[Path_, str], Problem] = {}
@@ -911,19 +912,14 @@ def _sweep_problems(document: _Document, config: Config) -> list[Problem]:
         candidate = Config.model_validate(_with(document.values, cell))
         for path, message in _contradictions(candidate):
             swept = ".".join(map(str, path[:2]))
-            if swept in cell:
-                place: Path_ = ("sweep", "over", swept, cell[swept][0])
-                problem = Problem(document.place(place), _dotted(place), message)
-            else:
-                place = path
-                problem = Problem(document.place(path), _dotted(path), message)
+            where = ("sweep", "over", swept, cell[swept][0]) if swept in cell else path
             # Of all combinations that have it, the first one is named.
-            named = Problem(problem.place, problem.path, f"{message} (as {_cell_label(cell)})")
-            told.setdefault((place, message), named)
+            problem = document.problem(where, f"{message} (as {_cell_label(cell)})")
+            told.setdefault((where, message), problem)
     if config.sweep.by == "held_out" and config.holdout is None and config.data.test is None:
         path = ("sweep", "by")
         message = "no rows are held out: set data.holdout or data.test, or compare by bic"
-        told[path, message] = Problem(document.place(path), _dotted(path), message)
+        told[path, message] = document.problem(path, message)
     return list(told.values())
 
 
@@ -941,7 +937,7 @@ def _explained(document: _Document, details: ErrorDetails) -> Problem:
     if kind == "extra_forbidden":
         allowed = _allowed_keys(path[:-1])
         message = f"unknown key; allowed are {', '.join(allowed)}{_suggest(str(path[-1]), allowed)}"
-        return Problem(document.place(path, key=True), _dotted(path), message)
+        return document.problem(path, message, key=True)
     if kind == "missing":
         message = "is required and missing"
     elif kind == "literal_error":
@@ -959,7 +955,7 @@ def _explained(document: _Document, details: ErrorDetails) -> Problem:
     else:
         message = details["msg"].replace("Input should be", "expected").strip()
         message = message[0].lower() + message[1:] + given
-    return Problem(document.place(path), _dotted(path), message)
+    return document.problem(path, message)
 
 
 def _allowed_keys(path: Path_) -> list[str]:

@@ -14,17 +14,8 @@ from prefect import flow, task  # noqa: E402 - Prefect reads its settings when i
 from prefect.artifacts import create_markdown_artifact, create_table_artifact  # noqa: E402
 from prefect.cache_policies import NO_CACHE  # noqa: E402
 
-
-@task(name="evaluate", cache_policy=NO_CACHE)
-def score(run: str) -> dict[str, Any]:
-    """What `stages.evaluate` does, for the run in folder `run`."""
-    return stages.evaluate(Run(Path(run)))
-
-
-@task(name="publish", cache_policy=NO_CACHE)
-def publish(run: str) -> dict[str, Any]:
-    """What `stages.publish` does, for the run in folder `run`."""
-    return stages.publish(Run(Path(run)))
+score = orchestration.run_task("evaluate", stages.evaluate)
+publish = orchestration.run_task("publish", stages.publish)
 
 
 @task(name="report", cache_policy=NO_CACHE)

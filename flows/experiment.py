@@ -17,40 +17,21 @@ from flows.run import Run
 
 orchestration.prepare()
 
-from prefect import flow, task  # noqa: E402 - Prefect reads its settings when imported
+from prefect import flow  # noqa: E402 - Prefect reads its settings when imported
 from prefect.artifacts import (  # noqa: E402
     create_image_artifact,
     create_markdown_artifact,
     create_table_artifact,
 )
-from prefect.cache_policies import NO_CACHE  # noqa: E402
 
 SHOWN = ("candidate", *showing.SCORES, "outcome", "status")
 """Columns of the table of candidates."""
 
 
-@task(name="fit-candidates", cache_policy=NO_CACHE)
-def fit_candidates(run: str) -> dict[str, Any]:
-    """What `sweeping.fit` does, for the run in folder `run`."""
-    return sweeping.fit(Run(Path(run)))
-
-
-@task(name="compare", cache_policy=NO_CACHE)
-def compare(run: str) -> dict[str, Any]:
-    """What `sweeping.evaluate` does, for the run in folder `run`."""
-    return sweeping.evaluate(Run(Path(run)))
-
-
-@task(name="publish", cache_policy=NO_CACHE)
-def publish(run: str) -> dict[str, Any]:
-    """What `sweeping.publish` does, for the run in folder `run`."""
-    return sweeping.publish(Run(Path(run)))
-
-
-@task(name="report", cache_policy=NO_CACHE)
-def report(run: str) -> dict[str, Any]:
-    """What `sweeping.report` does, for the run in folder `run`."""
-    return sweeping.report(Run(Path(run)))
+fit_candidates = orchestration.run_task("fit-candidates", sweeping.fit)
+compare = orchestration.run_task("compare", sweeping.evaluate)
+publish = orchestration.run_task("publish", sweeping.publish)
+report = orchestration.run_task("report", sweeping.report)
 
 
 @flow(name="experiment", flow_run_name="{run}")

@@ -10,15 +10,10 @@ from flows.run import Run
 
 orchestration.prepare()
 
-from prefect import flow, task  # noqa: E402 - Prefect reads its settings when imported
+from prefect import flow  # noqa: E402 - Prefect reads its settings when imported
 from prefect.artifacts import create_table_artifact  # noqa: E402
-from prefect.cache_policies import NO_CACHE  # noqa: E402
 
-
-@task(name="ingest", cache_policy=NO_CACHE)
-def ingest_batches(run: str) -> dict[str, Any]:
-    """What `stages.ingest` does, for the run in folder `run`."""
-    return stages.ingest(Run(Path(run)))
+ingest_batches = orchestration.run_task("ingest", stages.ingest)
 
 
 @flow(name="ingest", flow_run_name="{run}")

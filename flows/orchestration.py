@@ -9,10 +9,15 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from flows.run import STATE
+from flows.run import STATE, Run
 from genstream.errors import ComputeError, StorageError
+
+if TYPE_CHECKING:
+    from prefect import Task
 
 _SETTINGS = {
     "DO_NOT_TRACK": "1",
@@ -83,6 +88,20 @@ def _end_orphans(home: Path) -> None:
         with contextlib.suppress(psutil.Error):
             if process.environ().get("PREFECT_HOME") == str(home):
                 process.terminate()
+
+
+def run_task(name: str, work: Callable[[Run], dict[str, Any]]) -> Task[[str], dict[str, Any]]:
+    """A Prefect task that does `work` for the run in a folder, again whenever it is called."""
+    from prefect import task
+    from prefect.cache_policies import NO_CACHE
+
+    def of_folder(run: str) -> dict[str, Any]:
+        return work(Run(Path(run)))
+
+    # What Prefect tells tasks apart by, and describes them with.
+    of_folder.__name__ = of_folder.__qualname__ = name.replace("-", "_")
+    of_folder.__doc__ = f"What `{work.__module__}.{work.__name__}` does, for the run in a folder."
+    return task(name=name, cache_policy=NO_CACHE)(of_folder)
 
 
 def artifact_key(run: str, what: str) -> str:

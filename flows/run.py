@@ -111,17 +111,7 @@ class Run:
         run.path.mkdir(parents=True)
         shutil.copyfile(config_path, run.path / "config.yaml")
         _write(run.path / "resolved.yaml", config.to_yaml())
-        run.update(
-            id=run.id,
-            name=config.name,
-            kind=kind,
-            config=str(config_path),
-            overrides=list(overrides),
-            created=now.isoformat(timespec="milliseconds"),
-            status="running",
-            reason="",
-            process=_this_process(),
-        )
+        run._introduce(config, kind, now, config=str(config_path), overrides=list(overrides))
         return run
 
     @classmethod
@@ -173,17 +163,19 @@ class Run:
         run.path.mkdir(parents=True, exist_ok=True)
         for file in ("config.yaml", "resolved.yaml"):
             _write(run.path / file, config.to_yaml())
-        run.update(
-            id=run.id,
-            name=config.name,
-            kind="fit",
-            label=label,
-            created=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            status="running",
-            reason="",
-            process=_this_process(),
-        )
+        run._introduce(config, "fit", datetime.now(UTC), label=label)
         return run
+
+    def _introduce(self, about: Config, kind: Kind, now: datetime, **more: Any) -> None:
+        """Write the `run.json` of a new run."""
+        self.update(
+            id=self.id,
+            name=about.name,
+            kind=kind,
+            **more,
+            created=now.isoformat(timespec="milliseconds"),
+            **_at_work(),
+        )
 
     @property
     def candidates(self) -> list[Run]:
@@ -192,7 +184,7 @@ class Run:
 
     def begun(self) -> None:
         """This process is at work on the run."""
-        self.update(status="running", reason="", process=_this_process())
+        self.update(**_at_work())
 
     def ended(self, reason: str = "") -> None:
         """The run is done, or failed for a reason."""
@@ -292,7 +284,7 @@ class Run:
                 f"run {self.id} is being worked on by process {info['process']['pid']}: wait for "
                 "it, or stop it first"
             )
-        self.update(status="running", reason="", process=mine)
+        self.begun()
         handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
@@ -325,6 +317,11 @@ class Run:
 def _resolved(path: Path, _changed: int) -> Config:
     """A configuration of which the candidates of a sweep ask again and again."""
     return load(path)
+
+
+def _at_work() -> dict[str, Any]:
+    """What `run.json` says while this process is at work."""
+    return {"status": "running", "reason": "", "process": _this_process()}
 
 
 def _write(path: Path, text: str) -> None:

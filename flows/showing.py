@@ -38,10 +38,7 @@ def summary_text(run: Run) -> str:
         return f"run       {run.id}\n{update_text(run.stage('update'))}"
     config = run.config
     ingested, fitted, scores = run.stage("ingest"), run.stage("fit"), run.stage("evaluate")
-    published, written = run.stage("publish"), run.stage("report")
-    lines = [("run", run.id)]
-    if run.status in ("failed", "interrupted"):
-        lines.append(("status", f"{run.status} {run.info()['reason']}".strip()))
+    lines = _first_lines(run)
     if ingested:
         before = ingested.get("rows_before", 0)
         beside = f", {before:,} of them of batches brought in before" if before else ""
@@ -61,14 +58,10 @@ def summary_text(run: Run) -> str:
         lines.append(("train", f"mean {what} {_mean(scores['train'])}"))
         if scores["held_out"]:
             lines.append(("held out", f"mean {what} {_mean(scores['held_out'])}"))
-    if published:
-        lines.append(("model", f"{published['model']}, version {published['version']}"))
-    if written:
-        lines.append(("report", written["path"]))
-    text = "\n".join(f"{name:<9} {value}" for name, value in lines)
+    text = _aligned([*lines, *_last_lines(run)])
     if not scores:
         return text
-    target = shlex.quote(published.get("model") or run.id)
+    target = shlex.quote(run.stage("publish").get("model") or run.id)
     source = shlex.quote(str(config.paths[0] if config.paths else config.dataset))
     following = [
         (f"genstream sample {target} -n 10", "draw rows"),
@@ -78,6 +71,30 @@ def summary_text(run: Run) -> str:
     width = max(len(command) for command, _ in following)
     hints = "\n".join(f"  {command:<{width}}   {why}" for command, why in following)
     return f"{text}\n\nnext:\n{hints}"
+
+
+def _first_lines(run: Run) -> list[tuple[str, str]]:
+    """Which run it is, and how it ended if not well."""
+    lines = [("run", run.id)]
+    if run.status in ("failed", "interrupted"):
+        lines.append(("status", f"{run.status} {run.info()['reason']}".strip()))
+    return lines
+
+
+def _last_lines(run: Run) -> list[tuple[str, str]]:
+    """What a run published, and its report."""
+    published, written = run.stage("publish"), run.stage("report")
+    lines = []
+    # A sweep of which no candidate could be fitted has published none.
+    if published.get("model"):
+        lines.append(("model", f"{published['model']}, version {published['version']}"))
+    if written:
+        lines.append(("report", written["path"]))
+    return lines
+
+
+def _aligned(lines: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<9} {value}" for name, value in lines)
 
 
 def update_text(found: dict[str, Any]) -> str:
@@ -151,9 +168,7 @@ def sweep_text(run: Run) -> str:
     rows = [
         {**row, "": "*" if row["run"] == scores.get("best") else ""} for row in found["candidates"]
     ]
-    lines = [("run", run.id)]
-    if run.status in ("failed", "interrupted"):
-        lines.append(("status", f"{run.status} {run.info()['reason']}".strip()))
+    lines = _first_lines(run)
     if fitted:
         saved = fitted["bytes_alone"] / max(fitted["bytes_read"], 1)
         what = (
@@ -165,14 +180,12 @@ def sweep_text(run: Run) -> str:
         lines += [("fit", what), ("read", read)]
     if scores.get("best"):
         lines.append(("best", f"{scores['best']} (*), by {scores['by']}"))
-    if run.stage("publish").get("model"):
-        published = run.stage("publish")
-        lines.append(("model", f"{published['model']}, version {published['version']}"))
-    if run.stage("report"):
-        lines.append(("report", run.stage("report")["path"]))
+    lines += _last_lines(run)
     shown = table(rows, ["", "candidate", *SCORES, "outcome"]) + "\n\n" if rows else ""
-    failed = [f"failed    {r['candidate']}: {r['reason']}" for r in rows if r["status"] == "failed"]
-    return shown + "\n".join([*(f"{name:<9} {value}" for name, value in lines), *failed])
+    lines += [
+        ("failed", f"{r['candidate']}: {r['reason']}") for r in rows if r["status"] == "failed"
+    ]
+    return shown + _aligned(lines)
 
 
 def compare(references: Sequence[str]) -> tuple[dict[str, Any], str]:

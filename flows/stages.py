@@ -8,6 +8,7 @@ checkpoint: to resume a run is to walk its stages once more.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -246,10 +247,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
     from genstream.sources import n_rows
 
     config = run.config
-    data = open_data(config, pinned(run))
-    record = reproducibility(config, data)
-    check_unchanged(run, record)
-    run.write_json("repro.json", record)
+    data, _ = open_to_fit(run)
     options = config.fit
     begin = time.monotonic()
     profile = Profile() if run.info().get("profile") else None
@@ -332,7 +330,19 @@ def peak_memory() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def reproducibility(config: Config, data: Data) -> dict[str, Any]:
+def open_to_fit(run: Run) -> tuple[Data, dict[str, Any]]:
+    """The data of a run that is to be fitted, and the record of it that is kept.
+
+    Raises DataError where the run began with other data.
+    """
+    data = open_data(run.config, pinned(run))
+    record = _reproducibility(run.config, data)
+    _check_unchanged(run, record)
+    run.write_json("repro.json", record)
+    return data, record
+
+
+def _reproducibility(config: Config, data: Data) -> dict[str, Any]:
     """What decides every bit of a fit."""
     import threadpoolctl
 
@@ -360,7 +370,7 @@ def reproducibility(config: Config, data: Data) -> dict[str, Any]:
     }
 
 
-def check_unchanged(run: Run, record: dict[str, Any]) -> None:
+def _check_unchanged(run: Run, record: dict[str, Any]) -> None:
     """Raise DataError where a run began with other data than `record` names."""
     before = run.read_json("repro.json")
     for key in ("data", "held_out", "chunking"):
@@ -398,18 +408,28 @@ def evaluate(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     data = open_data(config, pinned(run))
     story, state = fitted_model(run)
     params = state.params
-    with cluster(config.compute), bars(quiet) as progress:
-        train = held_out(
-            story, params, passes_over(data.train, config.compute, RowProgress(progress, "score"))
-        )
-        test = None
-        if data.held_out is not None and any(data.held_out.chunk_rows):
-            on_rows = RowProgress(progress, "score held-out rows")
-            test = held_out(story, params, passes_over(data.held_out, config.compute, on_rows))
+    train, test, unseen = scored(
+        config, data, lambda passes: held_out(story, params, passes), quiet=quiet
+    )
     rng = np.random.default_rng([config.fit.seed, 3])
-    unseen = data.held_out if test is not None and data.held_out is not None else data.train
     check = predictive_check(story, params, unseen, rng)
     return record_scores(run, story, params, train, test, check)
+
+
+def scored(
+    config: Config, data: Data, score: Callable[[Passes], T], *, quiet: bool
+) -> tuple[T, T | None, Source]:
+    """What `score` makes of the rows fitted, and of those held out where there are any.
+
+    Last come the rows that a check should look at: those held out, or else those fitted.
+    """
+    with cluster(config.compute), bars(quiet) as progress:
+        on_rows = RowProgress(progress, "score")
+        train = score(passes_over(data.train, config.compute, on_rows))
+        if data.held_out is None or not any(data.held_out.chunk_rows):
+            return train, None, data.train
+        on_rows = RowProgress(progress, "score held-out rows")
+        return train, score(passes_over(data.held_out, config.compute, on_rows)), data.held_out
 
 
 def record_scores(
@@ -578,8 +598,14 @@ def ingest(run: Run, *, quiet: bool = False) -> dict[str, Any]:
 
 def run_stages(run: Run, *, quiet: bool = False) -> Run:
     """All stages of a run that are not done yet, in this process."""
-    with run.working():
-        walk(run, quiet=quiet)
+    work: dict[str, Callable[[Run], object]] = {
+        "ingest": functools.partial(ingest, quiet=quiet),
+        "fit": functools.partial(fit, quiet=quiet),
+        "evaluate": functools.partial(evaluate, quiet=quiet),
+        "publish": publish,
+        "report": report,
+    }
+    walk(run, work)
     return run
 
 
@@ -596,17 +622,11 @@ def remaining(run: Run) -> list[str]:
     return [name for name, due in wanted.items() if due and not run.stage(name)]
 
 
-def walk(run: Run, *, quiet: bool = False) -> None:
-    """The stages that remain, in their order."""
-    for name in remaining(run):
-        match name:
-            case "ingest":
-                ingest(run, quiet=quiet)
-            case "fit":
-                fit(run, quiet=quiet)
-            case "evaluate":
-                evaluate(run, quiet=quiet)
-            case "publish":
-                publish(run)
-            case "report":
-                report(run)
+def walk(run: Run, work: Mapping[str, Callable[[Run], object]]) -> None:
+    """Do the stages that are not done yet in this process, in their order, each by its `work`.
+
+    Raises ConflictError where another process is at it.
+    """
+    with run.working():
+        for name in remaining(run):
+            work[name](run)

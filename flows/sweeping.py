@@ -8,6 +8,7 @@ scored in shared passes; one that fails says why and stops no other.
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from flows.data import Data, open_data
 from flows.plan import make_plan, n_workers
 from flows.run import Run
 from flows.showing import candidate_rows, run_row
-from flows.terminal import RowProgress, SweepProgress, bars
+from flows.terminal import SweepProgress, bars
 from genstream.errors import ComputeError, ConfigError, GenstreamError, RefusedError
 
 if TYPE_CHECKING:
@@ -54,19 +55,14 @@ def begin(config_path: str | os.PathLike[str], overrides: Sequence[str] = ()) ->
 
 def carry_out(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     """All stages of a sweep that are not done yet, in this process; returns what it found."""
-    with run.working():
-        for name in stages.remaining(run):
-            match name:
-                case "ingest":
-                    stages.ingest(run, quiet=quiet)
-                case "fit":
-                    fit(run, quiet=quiet)
-                case "evaluate":
-                    evaluate(run, quiet=quiet)
-                case "publish":
-                    publish(run)
-                case "report":
-                    report(run)
+    work: dict[str, Callable[[Run], object]] = {
+        "ingest": functools.partial(stages.ingest, quiet=quiet),
+        "fit": functools.partial(fit, quiet=quiet),
+        "evaluate": functools.partial(evaluate, quiet=quiet),
+        "publish": publish,
+        "report": report,
+    }
+    stages.walk(run, work)
     return run.stage("evaluate")
 
 
@@ -91,10 +87,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
     each is saved first.
     """
     config = run.config
-    data = open_data(config, stages.pinned(run))
-    record = stages.reproducibility(config, data)
-    stages.check_unchanged(run, record)
-    run.write_json("repro.json", record)
+    data, record = stages.open_to_fit(run)
     candidates = []
     for number, (label, each) in enumerate(config.candidates().items()):
         candidate = run.candidate(number, label, each)
@@ -316,19 +309,14 @@ def evaluate(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     if fitted:
         models = [stages.fitted_model(each) for each in fitted]
         asked = [(story, state.params) for story, state in models]
-        with stages.cluster(config.compute), bars(quiet) as progress:
-            on_rows = RowProgress(progress, "score")
-            train = held_out_many(asked, stages.passes_over(data.train, config.compute, on_rows))
-            test: list[HeldOut | Exception | None] = [None] * len(fitted)
-            unseen = data.train
-            if data.held_out is not None and any(data.held_out.chunk_rows):
-                unseen = data.held_out
-                on_rows = RowProgress(progress, "score held-out rows")
-                test = [*held_out_many(asked, stages.passes_over(unseen, config.compute, on_rows))]
+        train, test, unseen = stages.scored(
+            config, data, lambda passes: held_out_many(asked, passes), quiet=quiet
+        )
+        tests: Sequence[HeldOut | Exception | None] = test or [None] * len(fitted)
         rng = np.random.default_rng([config.fit.seed, 3])
         rows = rows_to_check(unseen, rng)
         for each, (story, params), on_train, on_test in zip(
-            fitted, asked, train, test, strict=True
+            fitted, asked, train, tests, strict=True
         ):
             for score in (on_train, on_test):
                 if isinstance(score, Exception):

@@ -15,22 +15,18 @@ from flows.run import Run
 
 orchestration.prepare()
 
-from prefect import flow, task  # noqa: E402 - Prefect reads its settings when imported
+from prefect import flow  # noqa: E402 - Prefect reads its settings when imported
 from prefect.artifacts import (  # noqa: E402
     create_image_artifact,
     create_markdown_artifact,
     create_table_artifact,
 )
-from prefect.cache_policies import NO_CACHE  # noqa: E402
 
 SHOWN = ("name", "status", "rows", "prequential", "champion", "candidate", "outside", "reason")
 """Columns of the table of batches."""
 
 
-@task(name="learn", cache_policy=NO_CACHE)
-def learn_batches(run: str) -> dict[str, Any]:
-    """What `updating.carry_out` does, for the run in folder `run`."""
-    return updating.carry_out(Run(Path(run)))
+learn_batches = orchestration.run_task("learn", updating.carry_out)
 
 
 @flow(name="learn", flow_run_name="{run}")

@@ -105,14 +105,14 @@ def test_the_work_of_an_iteration_is_counted():
 
 
 def test_differences_are_those_of_known_outcomes():
-    task, scale = Task("gaussian", "full", 2), np.array([1.0, 10.0])
+    scale = np.array([1.0, 10.0])
     ours = {"mean": np.zeros((2, 2))}
     theirs = {"mean": np.array([[0.0, 1.0], [0.05, 0.0]])}
-    assert peers.gap(task, scale, theirs, ours) == pytest.approx(0.1)
+    assert peers.gap(scale, theirs, ours) == pytest.approx(0.1)
     turned = np.array([[math.cos(0.3)], [math.sin(0.3)]])
-    found = peers.gap(task, scale, {"axes": -5 * turned}, {"axes": np.array([[2.0], [0.0]])})
+    found = peers.gap(scale, {"axes": -5 * turned}, {"axes": np.array([[2.0], [0.0]])})
     assert found == pytest.approx(math.sin(0.3))
-    assert math.isnan(peers.gap(task, scale, {}, ours))
+    assert math.isnan(peers.gap(scale, {}, ours))
 
 
 @pytest.fixture
