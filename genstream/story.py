@@ -290,7 +290,7 @@ class Story:
             return self._e_step_of_weighty(params, rows, responsibility, key)
         given = responsibility if isinstance(responsibility, np.ndarray) else None
         if given is not None and self.dtype == "float32":
-            # Nothing is known yet of how small variances may be, and so of how many digits it takes.
+            # Nothing is known yet of how small variances are, and so of how many digits it takes.
             return self._in_float64().e_step(params, rows, given)
         rule = soft if isinstance(responsibility, np.ndarray) else rule_of(responsibility, key)
         walk = self._walk(params, rows)
