@@ -80,13 +80,12 @@ def soft(log_joint: Array, weights: Array | None, sum_r: Array) -> Array:
     """
     found: Any = loops()
     value = np.empty(log_joint.shape[1])
-    kernel = found.soft
     given = _EVERYWHERE if weights is None else np.ascontiguousarray(weights, dtype=np.float64)
     if log_joint.flags.c_contiguous:
-        kernel(log_joint, given, value, sum_r)
+        found.soft(log_joint, given, value, sum_r)
     else:
         work = np.ascontiguousarray(log_joint)
-        kernel(work, given, value, sum_r)
+        found.soft(work, given, value, sum_r)
         log_joint[:] = work
     return value
 

@@ -378,23 +378,24 @@ def few_swept(
     """
     n, d = x.shape
     K = eta.shape[0]
-    y, scores = np.empty((d, FEW)), np.empty((K, FEW))
+    y, room = np.empty((d, FEW)), np.empty(K * FEW)
     found = np.zeros(K)
     for start in range(0, n, FEW):
         stop = min(start + FEW, n)
         m = stop - start
         pivoted(x[start:stop], shift, inverse, 0, y)
+        scores = room[: K * m].reshape((K, m))
         for k in range(K):
-            score = scores[k, :m]
+            score = scores[k]
             score[:] = eta[k, 0]
             for i in range(d):
                 curvature = eta[k, 1 + d] if together else eta[k, 1 + d + i]
                 _add_quadratic(y[i, :m], eta[k, 1 + i], curvature, score)
         some = weights[start:stop] if weights.shape[0] else weights
-        soft(scores[:, :m], some, value[start:stop], found)
+        soft(scores, some, value[start:stop], found)
         for k in range(K):
             for i in range(d):
-                first, second = _moments(y[i, :m], scores[k, :m])
+                first, second = _moments(y[i, :m], scores[k])
                 sums[k, 1 + i] += first
                 sums[k, 1 + d if together else 1 + d + i] += second
     for k in range(K):
