@@ -16,6 +16,11 @@ components whose rounding needs float64 (`Linear`) cost a second set of features
 few: these are then worked on one by one, on the rows for which they matter. Where most components
 need it, all are in float64.
 
+Threads that walk block by block take turns at the interpreter's lock, and where a step of a block
+is short they wait for it as long again. So complete rows are swept in one compiled call a chunk
+(`genstream.compiled.swept`): with two threads that took 0.8 of the time at d = 6, K = 50 and 0.4 to
+0.6 with two diagonal components. With wide features steps are long, and NumPy's products faster.
+
 Rows of rare patterns are worked on side by side, in the lanes of `genstream.families.lanes`.
 
 A mixture of scales (`genstream.families.student`) is Gaussian given the scale `u` of a row, whose
