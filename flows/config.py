@@ -187,6 +187,10 @@ def _source_tag(value: object) -> str | None:
     return "<paths>" if isinstance(value, list) else "<path>"
 
 
+def _prior_tag(value: object) -> str:
+    return "<prior>" if isinstance(value, Mapping | PriorSpec) else "<word>"
+
+
 def _column_tag(value: object) -> str:
     return "<column>" if isinstance(value, Mapping | ColumnSpec) else "<kind>"
 
@@ -383,9 +387,13 @@ class Model(Section):
         description="A model or run whose parameters the fit begins with; left out, many "
         "starts compete on a sample of rows.",
     )
-    prior: Literal["weak"] | PriorSpec | None = Field(
-        "weak", description="null for maximum likelihood; a mapping for stronger ones."
-    )
+    prior: (
+        Annotated[
+            Annotated[Literal["weak"], Tag("<word>")] | Annotated[PriorSpec, Tag("<prior>")],
+            Discriminator(_prior_tag),
+        ]
+        | None
+    ) = Field("weak", description="null for maximum likelihood; a mapping for stronger ones.")
 
 
 class Fit(Section):
@@ -886,9 +894,10 @@ def _value_problems(document: _Document) -> list[Problem]:
                 Config.model_validate(_with(document.values, {key: (i, value)}))
             except ValidationError as error:
                 found += [
-                    document.problem(here, _explained(document, details).message)
+                    document.problem((*here, *inside), _explained(document, details).message)
                     for details in error.errors()
-                    if _plain_path(details["loc"])[: len(name)] == name
+                    if (at := _plain_path(details["loc"]))[: len(name)] == name
+                    for inside in [at[len(name) :]]
                 ]
     return found
 

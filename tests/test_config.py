@@ -202,6 +202,17 @@ def test_a_wrong_override_is_named_by_its_number(write: Any, override: str, word
     assert words in line
 
 
+def test_an_unknown_key_of_a_prior_is_named_among_those_there_are(write: Any) -> None:
+    allowed = "strength, spread, independence, frequencies, weights; did you mean 'strength'?"
+    (line,) = problems(write(SMALL), "model.prior={strenght: 2}")
+    assert line.endswith(f"): model.prior.strenght: unknown key; allowed are {allowed}")
+    swept = "sweep={over: {model.prior: [weak, {strenght: 2}]}}"
+    (line,) = problems(write(SMALL), swept)
+    assert line.endswith(
+        f"): sweep.over.model.prior.1.strenght: unknown key; allowed are {allowed}"
+    )
+
+
 @pytest.mark.parametrize(
     ("overrides", "key", "words"),
     [
