@@ -191,6 +191,12 @@ def _prior_tag(value: object) -> str:
     return "<prior>" if isinstance(value, Mapping | PriorSpec) else "<word>"
 
 
+def _weak(value: object) -> object:
+    if value != "weak":
+        raise ValueError("expected weak, null or a mapping such as {strength: 2}")
+    return value
+
+
 def _column_tag(value: object) -> str:
     return "<column>" if isinstance(value, Mapping | ColumnSpec) else "<kind>"
 
@@ -389,7 +395,8 @@ class Model(Section):
     )
     prior: (
         Annotated[
-            Annotated[Literal["weak"], Tag("<word>")] | Annotated[PriorSpec, Tag("<prior>")],
+            Annotated[Literal["weak"], BeforeValidator(_weak), Tag("<word>")]
+            | Annotated[PriorSpec, Tag("<prior>")],
             Discriminator(_prior_tag),
         ]
         | None

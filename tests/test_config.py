@@ -214,6 +214,22 @@ def test_an_unknown_key_of_a_prior_is_named_among_those_there_are(write: Any) ->
 
 
 @pytest.mark.parametrize(
+    ("prior", "said"),
+    [
+        ("{strength: -1}", "model.prior.strength: expected greater than 0, got -1"),
+        (
+            "strong",
+            "model.prior: expected weak, null or a mapping such as {strength: 2}, got 'strong'",
+        ),
+        ("2", "model.prior: expected weak, null or a mapping such as {strength: 2}, got 2"),
+    ],
+)
+def test_a_wrong_prior_is_told_once(write: Any, prior: str, said: str) -> None:
+    (line,) = problems(write(SMALL), f"model.prior={prior}")
+    assert line.endswith(f"): {said}")
+
+
+@pytest.mark.parametrize(
     ("overrides", "key", "words"),
     [
         (["data.columns.n_seats={kind: count, lower: 1}"], "data.columns.n_seats.lower", "count"),
