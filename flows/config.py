@@ -326,25 +326,29 @@ class BlockSpec(Section):
     )
 
 
+MOST_PSEUDO_ROWS = 1e9
+"""As in `genstream.priors`, whose import would make that of a configuration slow."""
+
+
 class PriorSpec(Section):
     """How strong the conjugate priors are; `weak` is what all of these leave out."""
 
-    strength: Annotated[Finite, Field(gt=0)] = Field(
+    strength: Annotated[Finite, Field(gt=0, le=MOST_PSEUDO_ROWS)] = Field(
         1.0, description="Times the pseudo-rows of the weak priors."
     )
-    spread: Annotated[Finite, Field(gt=0)] = Field(
+    spread: Annotated[Finite, Field(gt=0, le=MOST_PSEUDO_ROWS)] = Field(
         1.0, description="Times the variances that they expect."
     )
-    independence: Annotated[Finite, Field(ge=0)] = Field(
+    independence: Annotated[Finite, Field(ge=0, le=MOST_PSEUDO_ROWS)] = Field(
         0.0,
         description="Pseudo-rows that say that the columns of a component are uncorrelated; of "
         "full and tied covariances.",
     )
-    frequencies: Annotated[Finite, Field(ge=0)] | None = Field(
+    frequencies: Annotated[Finite, Field(ge=0, le=MOST_PSEUDO_ROWS)] | None = Field(
         None,
         description="Pseudo-rows of binary, count and categorical columns; left out, strength.",
     )
-    weights: Annotated[Finite, Field(ge=0)] | None = Field(
+    weights: Annotated[Finite, Field(ge=0, le=MOST_PSEUDO_ROWS)] | None = Field(
         None, description="Pseudo-rows a mixing weight; left out, strength / n_components."
     )
 
