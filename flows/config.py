@@ -970,6 +970,11 @@ def _explained(document: _Document, details: ErrorDetails) -> Problem:
         message += "" if ", got " in message else given
     elif kind == "model_type":
         message = f"expected keys and values{given}"
+    elif kind == "too_short" and path[:2] == ("sweep", "over"):
+        none = "expected a key such as model.n_components, with at least one value"
+        message = f"{'each key needs at least one value' if path[2:] else none}{given}"
+    elif kind == "too_short":
+        message = f"expected at least {context['min_length']} of them{given}"
     elif kind == "string_pattern_mismatch":
         message = f"expected letters, digits, '.', '_' and '-', at most 64{given}"
     else:

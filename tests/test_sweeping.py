@@ -101,6 +101,19 @@ def test_every_mistake_is_told_where_it_was_written(folder: Path) -> None:
     assert "did you mean 'window'?" in at["guard.windo"]
 
 
+def test_a_sweep_over_nothing_is_told_what_it_needs(folder: Path) -> None:
+    (found,) = problems("sweep.over={model.n_components: []}")
+    assert found.endswith(
+        "sweep.over.model.n_components: each key needs at least one value, got []"
+    )
+    (found,) = problems("sweep.over={}")
+    assert found.endswith(
+        "sweep.over: expected a key such as model.n_components, with at least one value, got {}"
+    )
+    (found,) = problems("data.source=[]")
+    assert found.endswith("data.source: expected at least 1 of them, got []")
+
+
 def test_contradictions_name_the_combination(folder: Path) -> None:
     found, other = problems("sweep.over.model.kind=[mixture, kmeans]")
     assert "sweep.over.model.covariance.1: is of mixture" in other
