@@ -169,6 +169,22 @@ def test_a_candidate_that_no_column_bears_is_refused_at_once(folder: Path) -> No
         planned_candidates(config, Schema.real(3))
 
 
+def test_a_candidate_with_more_components_than_rows_is_refused_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save("rows.npy", np.load("rows.npy")[:40])
+    np.savetxt("rows.csv", np.load("rows.npy"), delimiter=",", header="a,b,c", comments="")
+    over = "sweep={over: {model.n_components: [2, 50]}}"
+    words = "error: sweep: the candidate n_components=50: model.n_components is 50, more than the"
+    for data in ("data={source: rows.npy}", "data={source: rows.csv, dataset: data/rows}"):
+        assert call(monkeypatch, "sweep", "config.yaml", over, data) == 2
+        errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert len(errors) == 1
+        assert errors[0].startswith(words)
+    # No candidate was begun.
+    assert not Run.find("last").candidates
+
+
 # --- fits ----------------------------------------------------------------------------------------
 
 
