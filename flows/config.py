@@ -187,6 +187,16 @@ def _source_tag(value: object) -> str | None:
     return "<paths>" if isinstance(value, list) else "<path>"
 
 
+def _prior_tag(value: object) -> str:
+    return "<prior>" if isinstance(value, Mapping | PriorSpec) else "<word>"
+
+
+def _weak(value: object) -> object:
+    if value != "weak":
+        raise ValueError("expected weak, null or a mapping such as {strength: 2}")
+    return value
+
+
 def _column_tag(value: object) -> str:
     return "<column>" if isinstance(value, Mapping | ColumnSpec) else "<kind>"
 
@@ -316,25 +326,29 @@ class BlockSpec(Section):
     )
 
 
+MOST_PSEUDO_ROWS = 1e9
+"""As in `genstream.priors`, whose import would make that of a configuration slow."""
+
+
 class PriorSpec(Section):
     """How strong the conjugate priors are; `weak` is what all of these leave out."""
 
-    strength: Annotated[Finite, Field(gt=0)] = Field(
+    strength: Annotated[Finite, Field(gt=0, le=MOST_PSEUDO_ROWS)] = Field(
         1.0, description="Times the pseudo-rows of the weak priors."
     )
-    spread: Annotated[Finite, Field(gt=0)] = Field(
+    spread: Annotated[Finite, Field(gt=0, le=MOST_PSEUDO_ROWS)] = Field(
         1.0, description="Times the variances that they expect."
     )
-    independence: Annotated[Finite, Field(ge=0)] = Field(
+    independence: Annotated[Finite, Field(ge=0, le=MOST_PSEUDO_ROWS)] = Field(
         0.0,
         description="Pseudo-rows that say that the columns of a component are uncorrelated; of "
         "full and tied covariances.",
     )
-    frequencies: Annotated[Finite, Field(ge=0)] | None = Field(
+    frequencies: Annotated[Finite, Field(ge=0, le=MOST_PSEUDO_ROWS)] | None = Field(
         None,
         description="Pseudo-rows of binary, count and categorical columns; left out, strength.",
     )
-    weights: Annotated[Finite, Field(ge=0)] | None = Field(
+    weights: Annotated[Finite, Field(ge=0, le=MOST_PSEUDO_ROWS)] | None = Field(
         None, description="Pseudo-rows a mixing weight; left out, strength / n_components."
     )
 
@@ -383,9 +397,14 @@ class Model(Section):
         description="A model or run whose parameters the fit begins with; left out, many "
         "starts compete on a sample of rows.",
     )
-    prior: Literal["weak"] | PriorSpec | None = Field(
-        "weak", description="null for maximum likelihood; a mapping for stronger ones."
-    )
+    prior: (
+        Annotated[
+            Annotated[Literal["weak"], BeforeValidator(_weak), Tag("<word>")]
+            | Annotated[PriorSpec, Tag("<prior>")],
+            Discriminator(_prior_tag),
+        ]
+        | None
+    ) = Field("weak", description="null for maximum likelihood; a mapping for stronger ones.")
 
 
 class Fit(Section):
@@ -886,9 +905,10 @@ def _value_problems(document: _Document) -> list[Problem]:
                 Config.model_validate(_with(document.values, {key: (i, value)}))
             except ValidationError as error:
                 found += [
-                    document.problem(here, _explained(document, details).message)
+                    document.problem((*here, *inside), _explained(document, details).message)
                     for details in error.errors()
-                    if _plain_path(details["loc"])[: len(name)] == name
+                    if (at := _plain_path(details["loc"]))[: len(name)] == name
+                    for inside in [at[len(name) :]]
                 ]
     return found
 
@@ -950,6 +970,11 @@ def _explained(document: _Document, details: ErrorDetails) -> Problem:
         message += "" if ", got " in message else given
     elif kind == "model_type":
         message = f"expected keys and values{given}"
+    elif kind == "too_short" and path[:2] == ("sweep", "over"):
+        none = "expected a key such as model.n_components, with at least one value"
+        message = f"{'each key needs at least one value' if path[2:] else none}{given}"
+    elif kind == "too_short":
+        message = f"expected at least {context['min_length']} of them{given}"
     elif kind == "string_pattern_mismatch":
         message = f"expected letters, digits, '.', '_' and '-', at most 64{given}"
     else:

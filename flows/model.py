@@ -65,6 +65,18 @@ def make_story(config: Config, schema: Schema) -> Story:
     )
 
 
+def check_components(config: Config, rows: int) -> None:
+    """Raise ConfigError where a fit would begin with more components than rows.
+
+    A model that `model.start` names has its components already. No rows at all are told elsewhere.
+    """
+    k = config.model.n_components or 1
+    if 0 < rows < k and config.model.start is None:
+        raise ConfigError(
+            f"model.n_components is {k}, more than the rows that are fitted: there are {rows}"
+        )
+
+
 def responsibility_of(config: Config) -> Responsibility:
     """How the fit of a configuration shares rows among components."""
     from genstream.responsibility import by_size, named

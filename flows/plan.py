@@ -14,7 +14,7 @@ import numpy as np
 
 from flows.config import MAX_CANDIDATES, Config, Drawn, in_place
 from flows.data import at_hand, columns_of, expand, open_data
-from flows.model import make_story
+from flows.model import check_components, make_story
 from flows.terminal import bytes_text
 from genstream.errors import ConfigError, DataError, StorageError
 from genstream.schema import Column, Schema
@@ -212,10 +212,13 @@ def n_workers(config: Config) -> int:
 def make_plan(config: Config) -> Plan:
     """The plan of a configuration; reads headers and metadata only.
 
-    Raises DataError where the data are not there or lack a column.
+    Raises DataError where the data are not there or lack a column, ConfigError where they do not
+    bear a model.
     """
     extent = _extent(config)
-    candidates = planned_candidates(config, extent.schema)
+    # Of a dataset there may be other rows once it is brought up to date.
+    rows = extent.rows if config.dataset is None else None
+    candidates = planned_candidates(config, extent.schema, rows)
     sizes = grouped(candidates, extent, config.compute.memory_limit)
     ends = np.cumsum(sizes)
     groups = [candidates[end - size : end] for size, end in zip(sizes, ends, strict=True)]
@@ -244,17 +247,25 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def planned_candidates(config: Config, schema: Schema) -> list[tuple[Config, Story]]:
+def planned_candidates(
+    config: Config, schema: Schema, rows: int | None = None
+) -> list[tuple[Config, Story]]:
     """What is fitted, with its story: the candidates of a sweep, or the one model there is.
 
-    Raises ConfigError where the columns do not bear a story.
+    Raises ConfigError where the columns, or the rows if they are known, do not bear a story.
     """
+
+    def story_of(candidate: Config) -> Story:
+        if rows is not None:
+            check_components(candidate, rows)
+        return make_story(candidate, schema)
+
     if config.sweep is None:
-        return [(config, make_story(config, schema))]
+        return [(config, story_of(config))]
     found = []
     for label, candidate in config.candidates().items():
         try:
-            found.append((candidate, make_story(candidate, schema)))
+            found.append((candidate, story_of(candidate)))
         except ConfigError as error:
             raise ConfigError(f"sweep: the candidate {label}: {error}") from None
     return found

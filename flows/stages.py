@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from flows.config import Compute, Config, Drawn, Publish, load
 from flows.data import Data, files_of, ingest_data, open_data
-from flows.model import given_start, make_story, online_of, responsibility_of
+from flows.model import check_components, given_start, make_story, online_of, responsibility_of
 from flows.plan import memo_nbytes
 from flows.run import Run
 from flows.terminal import FitProgress, RowProgress, bars, bytes_text
@@ -201,10 +201,14 @@ def begin_fit(
     sample: Rows | None = None,
     on_start: Callable[[int, float], None] | None = None,
 ) -> tuple[Story, FitState]:
-    """The story of a configuration and the state from which its full passes begin."""
+    """The story of a configuration and the state from which its full passes begin.
+
+    Raises ConfigError where there are fewer rows than components.
+    """
     from genstream import splitting, start
     from genstream.responsibility import soft
 
+    check_components(config, passes.n_rows)
     story = make_story(config, schema)
     if config.fit.grow is not None:
         rule, stages = responsibility_of(config), itertools.count()

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from flows import stages
 from flows.config import Config, load
 from flows.data import Data, open_data
-from flows.plan import make_plan, n_workers
+from flows.plan import make_plan, n_workers, planned_candidates
 from flows.run import Run
 from flows.showing import candidate_rows, run_row
 from flows.terminal import SweepProgress, bars
@@ -84,10 +84,11 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
 
     As many share their passes as the memory limit allows. Candidates that fail are marked so, and
     stay failed when the run is resumed. Whatever is raised, and whenever, the last finished step of
-    each is saved first.
+    each is saved first. Raises ConfigError where one of them has more components than rows.
     """
     config = run.config
     data, record = stages.open_to_fit(run)
+    planned_candidates(config, data.train.schema, sum(data.train.chunk_rows))
     candidates = []
     for number, (label, each) in enumerate(config.candidates().items()):
         candidate = run.candidate(number, label, each)

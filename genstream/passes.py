@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from numbers import Integral
 from typing import Any, Self, TypeVar
 
 from genstream.errors import ComputeError, ConfigError, GenstreamError
@@ -75,8 +76,10 @@ class Passes:
                 f"scheduler {scheduler!r} is not threads, synchronous, distributed or the address "
                 "of a Dask scheduler such as tcp://127.0.0.1:8786"
             )
-        if workers is not None and workers < 1:
-            raise ConfigError(f"workers is {workers}: at least 1 is needed")
+        asked: Any = workers
+        whole = isinstance(asked, Integral) and not isinstance(asked, bool)
+        if asked is not None and not (whole and asked >= 1):
+            raise ConfigError(f"workers is {workers!r}: it must be an int of at least 1, or None")
         if task_chunks is not None and (task_chunks < 1 or task_chunks & (task_chunks - 1)):
             raise ConfigError(f"task_chunks is {task_chunks}: it must be a power of two")
         self.source = source

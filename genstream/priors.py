@@ -20,6 +20,9 @@ from typing import Any
 from genstream.errors import ConfigError
 from genstream.stats import Joint, Record
 
+MOST_PSEUDO_ROWS = 1e9
+"""No number of a prior may be larger: sums with it would lose what the rows say."""
+
 
 @dataclass(frozen=True)
 class Prior:
@@ -50,7 +53,8 @@ class Prior:
     Raises
     ------
     ConfigError
-        Where strength or spread are not positive numbers, or one of the others is negative.
+        Where strength or spread are not positive numbers, one of the others is negative, or any
+        is above `MOST_PSEUDO_ROWS`.
     """
 
     strength: float = 1.0
@@ -69,6 +73,10 @@ class Prior:
             if not number or not math.isfinite(value) or value < 0 or (positive and value == 0):
                 word = "a positive number" if positive else "a number that is not negative"
                 raise ConfigError(f"prior: {name} is {value!r}: it must be {word}")
+            if value > MOST_PSEUDO_ROWS:
+                raise ConfigError(
+                    f"prior: {name} is {value!r}: it must be at most {MOST_PSEUDO_ROWS:g}"
+                )
 
     @classmethod
     def of(cls, given: str | Mapping[str, Any] | Prior | None) -> Prior | None:

@@ -202,6 +202,33 @@ def test_a_wrong_override_is_named_by_its_number(write: Any, override: str, word
     assert words in line
 
 
+def test_an_unknown_key_of_a_prior_is_named_among_those_there_are(write: Any) -> None:
+    allowed = "strength, spread, independence, frequencies, weights; did you mean 'strength'?"
+    (line,) = problems(write(SMALL), "model.prior={strenght: 2}")
+    assert line.endswith(f"): model.prior.strenght: unknown key; allowed are {allowed}")
+    swept = "sweep={over: {model.prior: [weak, {strenght: 2}]}}"
+    (line,) = problems(write(SMALL), swept)
+    assert line.endswith(
+        f"): sweep.over.model.prior.1.strenght: unknown key; allowed are {allowed}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prior", "said"),
+    [
+        ("{strength: -1}", "model.prior.strength: expected greater than 0, got -1"),
+        (
+            "strong",
+            "model.prior: expected weak, null or a mapping such as {strength: 2}, got 'strong'",
+        ),
+        ("2", "model.prior: expected weak, null or a mapping such as {strength: 2}, got 2"),
+    ],
+)
+def test_a_wrong_prior_is_told_once(write: Any, prior: str, said: str) -> None:
+    (line,) = problems(write(SMALL), f"model.prior={prior}")
+    assert line.endswith(f"): {said}")
+
+
 @pytest.mark.parametrize(
     ("overrides", "key", "words"),
     [

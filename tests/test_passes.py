@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genstream.errors import ComputeError, ConfigError, DataError
+from genstream.estimators import GaussianMixture
 from genstream.learn import BatchEM, EStep, FitState, fit
 from genstream.passes import Passes, fold_tree
 from genstream.rows import Rows
@@ -208,7 +209,10 @@ class TestErrors:
         ("options", "message"),
         [
             ({"scheduler": "processes"}, "'processes'"),
-            ({"workers": 0}, "workers is 0"),
+            ({"workers": 0}, "workers is 0: it must be an int of at least 1, or None"),
+            ({"workers": "2"}, "workers is '2': it must be an int of at least 1, or None"),
+            ({"workers": 2.0}, "workers is 2.0: it must be an int"),
+            ({"workers": True}, "workers is True: it must be an int"),
             ({"task_chunks": 3}, "power of two"),
             ({"task_chunks": 0}, "power of two"),
         ],
@@ -216,6 +220,11 @@ class TestErrors:
     def test_wrong_options_are_named(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             Passes(NumpySource(np.zeros((3, 1))), **options)
+
+    def test_an_estimator_names_wrong_workers(self) -> None:
+        with pytest.raises(ConfigError, match="workers is '2': it must be an int of at least 1"):
+            GaussianMixture(workers="2").fit(np.zeros((3, 1)))
+        assert Passes(NumpySource(np.zeros((3, 1))), workers=np.int64(2)).workers == 2
 
     @pytest.mark.parametrize("scheduler", ["threads", "synchronous"])
     def test_no_chunk_at_all(self, scheduler: str) -> None:

@@ -413,6 +413,9 @@ class TestOf:
             ({"spread": float("nan")}, "spread is nan"),
             ({"independence": -1.0}, "independence is -1.0: it must be a number that is not"),
             ({"weights": True}, "weights is True"),
+            ({"strength": 1e300}, "strength is 1e[+]300: it must be at most 1e[+]09"),
+            ({"spread": 1e300}, "spread is 1e[+]300: it must be at most 1e[+]09"),
+            ({"independence": 1e300}, "independence is 1e[+]300: it must be at most 1e[+]09"),
         ],
     )
     def test_what_may_not(self, given, words):
@@ -481,6 +484,19 @@ class TestConfigured:
         story = make_story(load(path), schema)
         assert story.prior == Prior(5.0, independence=40.0)
         assert story.family.floor == (0.0, 1 / 12)
+
+    @pytest.mark.parametrize("name", Prior.__dataclass_fields__)
+    def test_no_number_is_without_bound(self, name):
+        from flows import config
+        from genstream.priors import MOST_PSEUDO_ROWS
+
+        assert config.MOST_PSEUDO_ROWS == MOST_PSEUDO_ROWS
+        plain = {"data": {"source": "x.npy"}, "model": {"n_components": 2}}
+        config.validate(plain, [f"model.prior={{{name}: {MOST_PSEUDO_ROWS}}}"])
+        with pytest.raises(ConfigError) as told:
+            config.validate(plain, [f"model.prior={{{name}: 1e300}}"])
+        (line,) = str(told.value).splitlines()
+        assert f"prior.{name}: expected less than or equal to 1000000000, got 1e+300" in line
 
     def test_says_what_is_wrong(self, tmp_path):
         from flows.config import load

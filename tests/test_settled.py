@@ -146,3 +146,11 @@ def test_what_float32_cannot_sum_is_summed_in_float64(name: str) -> None:
     one, other = (stats.family.sum_wxx[0] for stats in found)
     gap = np.array([1.0, -1.0, 0.0, 0.0, 0.0])
     assert gap @ one @ gap == pytest.approx(gap @ other @ gap, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", stories())
+def test_no_rows_at_all_sum_to_nothing(name: str) -> None:
+    story = stories()[name]
+    stats = story.e_step(story.vague(), Rows(np.empty((0, story.schema.n_features))))
+    assert stats.n_rows == 0
+    assert all(not np.any(value) for path, _, value in stats.leaves() if "sum" in str(path))

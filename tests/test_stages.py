@@ -183,6 +183,24 @@ def test_publishing_twice_publishes_once(folder: Path) -> None:
     assert other.stage("publish")["version"] == 2
 
 
+def test_more_components_than_rows_are_refused_before_the_fit(folder: Path) -> None:
+    np.save("rows.npy", np.random.default_rng(0).standard_normal((40, 3)))
+    more = ["model.n_components=50"]
+    words = r"^model\.n_components is 50, more than the rows that are fitted: there are \d\d$"
+    with pytest.raises(ConfigError, match=words):
+        stages.begin("config.yaml", more)
+    assert not Path("runs").exists()
+    # A dataset is counted once it is up to date.
+    np.savetxt("rows.csv", np.load("rows.npy"), delimiter=",", header="a,b,c", comments="")
+    run = stages.begin("config.yaml", ["data={source: rows.csv, dataset: data/rows}", *more])
+    with pytest.raises(ConfigError, match=words):
+        stages.run_stages(run)
+    assert run.status == "failed"
+    assert not run.metrics()
+    # As many rows as components are enough.
+    stages.begin("config.yaml", ["model.n_components=40", "data.holdout=null"])
+
+
 def test_a_resume_on_other_data_is_refused(folder: Path) -> None:
     run = start()
 

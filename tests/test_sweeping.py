@@ -101,6 +101,19 @@ def test_every_mistake_is_told_where_it_was_written(folder: Path) -> None:
     assert "did you mean 'window'?" in at["guard.windo"]
 
 
+def test_a_sweep_over_nothing_is_told_what_it_needs(folder: Path) -> None:
+    (found,) = problems("sweep.over={model.n_components: []}")
+    assert found.endswith(
+        "sweep.over.model.n_components: each key needs at least one value, got []"
+    )
+    (found,) = problems("sweep.over={}")
+    assert found.endswith(
+        "sweep.over: expected a key such as model.n_components, with at least one value, got {}"
+    )
+    (found,) = problems("data.source=[]")
+    assert found.endswith("data.source: expected at least 1 of them, got []")
+
+
 def test_contradictions_name_the_combination(folder: Path) -> None:
     found, other = problems("sweep.over.model.kind=[mixture, kmeans]")
     assert "sweep.over.model.covariance.1: is of mixture" in other
@@ -154,6 +167,22 @@ def test_a_candidate_that_no_column_bears_is_refused_at_once(folder: Path) -> No
     config = load("config.yaml", ["model={kind: factors}", over])
     with pytest.raises(ConfigError, match="sweep: the candidate n_factors=7: "):
         planned_candidates(config, Schema.real(3))
+
+
+def test_a_candidate_with_more_components_than_rows_is_refused_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save("rows.npy", np.load("rows.npy")[:40])
+    np.savetxt("rows.csv", np.load("rows.npy"), delimiter=",", header="a,b,c", comments="")
+    over = "sweep={over: {model.n_components: [2, 50]}}"
+    words = "error: sweep: the candidate n_components=50: model.n_components is 50, more than the"
+    for data in ("data={source: rows.npy}", "data={source: rows.csv, dataset: data/rows}"):
+        assert call(monkeypatch, "sweep", "config.yaml", over, data) == 2
+        errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+        assert len(errors) == 1
+        assert errors[0].startswith(words)
+    # No candidate was begun.
+    assert not Run.find("last").candidates
 
 
 # --- fits ----------------------------------------------------------------------------------------

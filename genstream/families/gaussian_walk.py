@@ -273,7 +273,7 @@ def second_moments(
     only half is computed.
     """
     n, d = rows.values.shape
-    size = min(n, block_rows(d, dtype.itemsize, fast))
+    size = max(1, min(n, block_rows(d, dtype.itemsize, fast)))
     room, ones = np.empty((size, d), dtype), np.ones(size, dtype)
     sum_w, sum_wx, sum_wxx = 0.0, np.zeros(d), np.zeros((d, d))
     for index in slices(n, size):
