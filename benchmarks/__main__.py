@@ -123,10 +123,10 @@ def write(
             f"Medians of up to {options.rounds} rounds in turns, {options.threads} threads each."
             + (" **A quick run on few rows: no figures to go by.**" if options.quick else ""),
         ]
-        place.write_text(measure.markdown(tables, facts, notes))
+        measure.put(place, measure.markdown(tables, facts, notes))
     place = files["json"]
     if place is not None:
-        place.write_text(measure.as_json(tables, facts))
+        measure.put(place, measure.as_json(tables, facts))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,14 +137,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs.add_parser("list", help="all benchmarks")
     runs = verbs.add_parser("run", help="run some, or all")
     runs.add_argument("names", nargs="*")
-    runs.add_argument("--rounds", type=int, default=default.rounds)
-    runs.add_argument("--budget", type=float, default=default.budget, help="s a contestant a case")
-    runs.add_argument("--threads", type=int, default=default.threads)
+    runs.add_argument("--rounds", type=measure.count, default=default.rounds)
+    runs.add_argument(
+        "--budget", type=measure.amount, default=default.budget, help="s a contestant a case"
+    )
+    runs.add_argument("--threads", type=measure.count, default=default.threads)
     runs.add_argument("--quick", action="store_true", help="few rows: to see that all runs")
     runs.add_argument("--whole", action="store_true", help="also what takes hours")
-    runs.add_argument("--peers", type=Path, default=default.peers, help="the peers' interpreter")
-    runs.add_argument("--json", type=Path)
-    runs.add_argument("--markdown", type=Path)
+    runs.add_argument(
+        "--peers", type=measure.interpreter, default=default.peers, help="the peers' interpreter"
+    )
+    runs.add_argument("--json", type=measure.output)
+    runs.add_argument("--markdown", type=measure.output)
     told_options = vars(options.parse_args(arguments))
     if told_options.pop("verb") == "list":
         print(listing())

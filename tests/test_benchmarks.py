@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("psutil")
 
 import benchmarks.__main__ as entry
-from benchmarks import measure, peers, roofline
+from benchmarks import measure, peers, roofline, speed
 from benchmarks.contestants import CONTESTANTS, Task
 from benchmarks.measure import Bar, Benchmark, Options, Table
 
@@ -198,14 +198,95 @@ def test_a_run_writes_what_it_found(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(entry, "SUITE", ("peers",))
     monkeypatch.setattr(peers, "BENCHMARKS", {"one": Benchmark("a benchmark", run)})
+    monkeypatch.setattr(measure, "peer_versions", lambda python: {})
     json_file, text_file = tmp_path / "found.json", tmp_path / "found.md"
-    arguments = ["run", "one", "--rounds", "7", "--quick", "--peers", str(tmp_path / "none")]
+    arguments = ["run", "one", "--rounds", "7", "--quick"]
     arguments += ["--json", str(json_file), "--markdown", str(text_file)]
     assert entry.main(arguments) == 0
     assert (seen[0].rounds, seen[0].quick) == (7, True)
     assert json.loads(json_file.read_text())["tables"][0]["rows"] == table.rows
     assert "quick run" in text_file.read_text()
     assert "| fast | >= 1 | 2.00 | yes |" in capsys.readouterr().out
+
+
+def test_what_a_run_has_measured_is_kept_where_the_next_benchmark_fails(monkeypatch, tmp_path):
+    table = Table("one", "A title", [{"what": "x", "s": 1.5}])
+    seen: list[str] = []
+    json_file, text_file = tmp_path / "found.json", tmp_path / "found.md"
+
+    def fails(options: Options) -> Table:
+        seen.extend(file.read_text() for file in (json_file, text_file))
+        raise KeyboardInterrupt
+
+    every = {
+        "one": Benchmark("a benchmark", lambda options: table),
+        "two": Benchmark("another", fails),
+    }
+    monkeypatch.setattr(entry, "SUITE", ("peers",))
+    monkeypatch.setattr(peers, "BENCHMARKS", every)
+    monkeypatch.setattr(measure, "peer_versions", lambda python: {})
+    with pytest.raises(KeyboardInterrupt):
+        entry.main(["run", "peers", "--json", str(json_file), "--markdown", str(text_file)])
+    assert seen == [json_file.read_text(), text_file.read_text()]
+    assert json.loads(seen[0])["tables"][0]["rows"] == table.rows
+    assert "A title" in seen[1]
+    assert {file.name for file in tmp_path.iterdir()} == {"found.json", "found.md"}
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(monkeypatch, tmp_path):
+    file = tmp_path / "found.json"
+    file.write_text("before")
+    with pytest.raises(UnicodeEncodeError):
+        measure.put(file, "\udc00")
+    assert file.read_text() == "before"
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    measure.put(link, "after")
+    assert file.read_text() == "after"
+    assert link.is_symlink()
+    assert {one.name for one in tmp_path.iterdir()} == {"found.json", "link"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--threads", "0", "a whole number from 1 on, not '0'"),
+        ("--threads", "two", "a whole number from 1 on, not 'two'"),
+        ("--rounds", "-1", "a whole number from 1 on, not '-1'"),
+        ("--rounds", "1.5", "a whole number from 1 on, not '1.5'"),
+        ("--budget", "0", "a finite number above 0, not '0'"),
+        ("--budget", "inf", "a finite number above 0, not 'inf'"),
+        ("--budget", "nan", "a finite number above 0, not 'nan'"),
+        ("--peers", "none", "there is no interpreter 'none'"),
+        ("--peers", "folder", "there is no interpreter 'folder'"),
+        ("--json", "folder", "'folder' is a folder, not a file"),
+        ("--json", "none/found.json", "there is no folder 'none'"),
+        ("--markdown", "folder", "'folder' is a folder, not a file"),
+        ("--markdown", "none/found.md", "there is no folder 'none'"),
+    ],
+)
+def test_options_that_cannot_be_are_told_before_anything_is_measured(
+    option, value, says, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(entry, "run", lambda *arguments: pytest.fail("something was measured"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        entry.main(["run", "roofline", f"{option}={value}"])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"python -m benchmarks run: error: argument {option}: {says}"
+
+
+def test_an_interpreter_that_was_typed_is_found_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").symlink_to(sys.executable)
+    assert measure.interpreter("python") == tmp_path / "python"
+
+
+def test_usage_says_how_a_benchmark_is_called():
+    assert measure.parser(entry.__doc__).prog == "python -m benchmarks"
+    assert measure.parser(speed.__doc__).prog == "python -m benchmarks.speed"
 
 
 def test_a_quick_run_has_few_rows_and_never_more_than_there_are():
