@@ -9,13 +9,17 @@ import math
 import platform
 import re
 import sys
+import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("psutil")
+
+import psutil
 
 import benchmarks.__main__ as entry
 from benchmarks import measure, peers, roofline, speed
@@ -159,6 +163,58 @@ def test_what_a_peer_lacks_or_why_it_fails_is_told(tiny, tmp_path):
     task.write(tmp_path, x[:20], start)
     with pytest.raises(peers.Failed, match=r"failed: ValueError: .*n_samples"):
         peers.Player("scikit-learn", tmp_path, options)
+
+
+def contestant(folder: Path, answers: str) -> Path:
+    """An interpreter that starts a process, keeps its number in `child`, and answers so."""
+    python = folder / "python"
+    lines = ["#!/bin/sh", "sleep 300 &", f"echo $! > '{folder}/child'", answers]
+    python.write_text("\n".join(lines) + "\n")
+    python.chmod(0o755)
+    return python
+
+
+def ended(folder: Path, seconds: float = 10.0) -> bool:
+    """Whether the process that a contestant has started ends in time."""
+    number = int((folder / "child").read_text())
+    for _ in range(int(seconds * 20)):
+        try:
+            if psutil.Process(number).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        pytest.param("wait", id="never ready"),
+        pytest.param("exit 0", id="ends and leaves a process"),
+        pytest.param("echo '{\"ready\": true}'; wait", id="never done"),
+        pytest.param(
+            "echo '{\"ready\": true}'; read l; echo '{\"seconds\": 1.0}'; wait", id="never found"
+        ),
+    ],
+)
+def test_who_hangs_has_a_row_and_leaves_nothing_behind(answers, tiny, monkeypatch, tmp_path):
+    python = contestant(tmp_path, answers)
+    peer = "pomegranate float32"
+
+    def player(name: str, folder: Path, options: Options) -> peers.Player:
+        impatient = replace(options, patience=1.0)
+        return alike(name, folder, impatient if name == peer else options)
+
+    alike = peers.Player
+    monkeypatch.setattr(peers, "Player", player)
+    task = Task("gaussian", "full", 2, iterations=1)
+    case = peers.Case("tiny", task, peers.overlapping(4, 4), 200, (peer,))
+    table = peers.compare("tiny", case, Options(rounds=1, threads=1, peers=python))
+    rows = {row["contestant"]: row for row in table.rows}
+    assert rows[peer]["s an iteration"] == "failed: ended or took too long"
+    assert isinstance(rows["genstream float64"]["s an iteration"], float)
+    assert ended(tmp_path)
 
 
 @pytest.mark.parametrize("name", peers.CASES)
