@@ -104,6 +104,7 @@ def run(names: Sequence[str], options: Options, files: dict[str, Path | None]) -
     good = True
     for benchmark in picked.values():
         tables.append(benchmark.run(options))
+        good &= not tables[-1].failed
         measure.say(tables[-1])
         write(tables, facts | {"minutes": (time.monotonic() - begin) / 60}, options, files)
     for script in called:

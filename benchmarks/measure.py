@@ -89,13 +89,14 @@ class Bar:
 
 @dataclass
 class Table:
-    """What a benchmark found: rows of named values, remarks, and bars."""
+    """What a benchmark found: rows of named values, remarks, bars, and whether a part failed."""
 
     name: str
     title: str
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
+    failed: bool = False
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ pytest.importorskip("psutil")
 import psutil
 
 import benchmarks.__main__ as entry
-from benchmarks import measure, peers, roofline, speed
+from benchmarks import kills, measure, memory, peers, roofline, speed
 from benchmarks.contestants import CONTESTANTS, Task
 from benchmarks.measure import Bar, Benchmark, Options, Table
 
@@ -287,6 +287,41 @@ def test_what_a_run_has_measured_is_kept_where_the_next_benchmark_fails(monkeypa
     assert json.loads(seen[0])["tables"][0]["rows"] == table.rows
     assert "A title" in seen[1]
     assert {file.name for file in tmp_path.iterdir()} == {"found.json", "found.md"}
+
+
+def test_a_size_that_fails_has_a_row_and_the_others_are_kept(monkeypatch):
+    row = {"data": "1 GiB", "limit, MiB": 500, "peak, MiB": 400}
+
+    def fitted(gigabytes: float) -> dict[str, object]:
+        if gigabytes == 4:
+            raise SystemExit("fit ended with -9: out of memory\nand more")
+        if gigabytes == 12:
+            raise SystemExit(
+                "fit ended with 1: Traceback (most recent call last):\n  File\nOSError: no"
+            )
+        return row
+
+    monkeypatch.setattr(memory, "fitted", fitted)
+    table = memory.measure([1.0, 4.0, 12.0])
+    assert table.rows[0] == row
+    assert [one["peak, MiB"] for one in table.rows[1:]] == [
+        "failed: fit ended with -9: out of memory",
+        "failed: fit ended with 1: OSError: no",
+    ]
+    assert [bar.met for bar in table.bars] == [True, True, False]
+    assert table.bars[-1].found == 2
+    assert "out of memory" in measure.section(table)
+    monkeypatch.setattr(entry, "SUITE", ("memory",))
+    monkeypatch.setattr(measure, "peer_versions", lambda python: {})
+    assert entry.main(["run", "memory"]) == 1
+    monkeypatch.setattr(memory, "fitted", lambda gigabytes: row)
+    assert [bar.met for bar in memory.measure([1.0, 4.0]).bars] == [True, True]
+    assert entry.main(["run", "memory"]) == 0
+
+
+def test_a_verb_that_fails_is_told_by_its_error(tmp_path):
+    with pytest.raises(SystemExit, match=r"plan ended with 2: [^{]*nothing\.yaml"):
+        kills.run(tmp_path, "plan", "nothing.yaml")
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(monkeypatch, tmp_path):
