@@ -68,8 +68,8 @@ class Options:
     peers: Path = ROOT / ".venv-peers" / "bin" / "python"
 
     def rows(self, n: int) -> int:
-        """Rows of a case of n: one in twenty, and at least 2,000, where it is quick."""
-        return min(n, max(2000, n // 20)) if self.quick else n
+        """Rows of a case of n: one in twenty, from 2,000 to 10,000 of them, where it is quick."""
+        return min(n, max(2000, n // 20), 10_000) if self.quick else n
 
 
 @dataclass(frozen=True)

@@ -381,10 +381,41 @@ def test_usage_says_how_a_benchmark_is_called():
 
 
 def test_a_quick_run_has_few_rows_and_never_more_than_there_are():
-    assert Options(quick=True).rows(1_000_000) == 50_000
+    assert Options(quick=True).rows(1_659_917) == 10_000
+    assert Options(quick=True).rows(100_000) == 5000
     assert Options(quick=True).rows(10_000) == 2000
     assert Options(quick=True).rows(300) == 300
     assert Options().rows(1_000_000) == 1_000_000
+
+
+def test_a_quick_run_of_a_script_that_knows_of_it_is_quick(monkeypatch):
+    called: list[list[str]] = []
+
+    class Done:
+        returncode = 0
+
+    def call(command: list[str], **options: object) -> Done:
+        called.append(command[2:])
+        return Done()
+
+    monkeypatch.setattr(measure, "machine", dict)
+    monkeypatch.setattr(measure, "peer_versions", lambda python: {})
+    monkeypatch.setattr(entry.subprocess, "run", call)
+    assert entry.main(["run", "speed --steps 1", "races", "--quick"]) == 0
+    assert entry.main(["run", "speed"]) == 0
+    assert called == [
+        ["benchmarks.speed", "--steps", "1", "--quick"],
+        ["benchmarks.races"],
+        ["benchmarks.speed"],
+    ]
+    seen: list[Options] = []
+    monkeypatch.setattr(
+        speed, "compare", lambda name, case, options: seen.append(options) or Table(name, "", [])
+    )
+    for arguments in (["--quick"], []):
+        monkeypatch.setattr(sys, "argv", ["speed", *arguments])
+        speed.main()
+    assert [options.quick for options in seen] == [True, False]
 
 
 def test_peers_are_pinned_once():
