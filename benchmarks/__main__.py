@@ -34,6 +34,8 @@ SCRIPTS = (
     *("kills", "bad_inputs", "stream flights", "stream power", "update_kills", "races"),
     *("schedule", "nearest", "input", "sweep"),
 )
+# Scripts that have a `--quick` of their own, which that of a run reaches.
+QUICK = ("speed",)
 
 
 def benchmarks(module: str) -> dict[str, Benchmark]:
@@ -104,11 +106,14 @@ def run(names: Sequence[str], options: Options, files: dict[str, Path | None]) -
     good = True
     for benchmark in picked.values():
         tables.append(benchmark.run(options))
+        good &= not tables[-1].failed
         measure.say(tables[-1])
         write(tables, facts | {"minutes": (time.monotonic() - begin) / 60}, options, files)
     for script in called:
         told(f"== {script}")
         command = [sys.executable, "-m", *shlex.split(f"benchmarks.{script}")]
+        if options.quick and script.split()[0] in QUICK:
+            command.append("--quick")
         good &= subprocess.run(command, cwd=ROOT, check=False).returncode == 0
     return good
 
@@ -123,10 +128,10 @@ def write(
             f"Medians of up to {options.rounds} rounds in turns, {options.threads} threads each."
             + (" **A quick run on few rows: no figures to go by.**" if options.quick else ""),
         ]
-        place.write_text(measure.markdown(tables, facts, notes))
+        measure.put(place, measure.markdown(tables, facts, notes))
     place = files["json"]
     if place is not None:
-        place.write_text(measure.as_json(tables, facts))
+        measure.put(place, measure.as_json(tables, facts))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,14 +142,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs.add_parser("list", help="all benchmarks")
     runs = verbs.add_parser("run", help="run some, or all")
     runs.add_argument("names", nargs="*")
-    runs.add_argument("--rounds", type=int, default=default.rounds)
-    runs.add_argument("--budget", type=float, default=default.budget, help="s a contestant a case")
-    runs.add_argument("--threads", type=int, default=default.threads)
+    runs.add_argument("--rounds", type=measure.count, default=default.rounds)
+    runs.add_argument(
+        "--budget", type=measure.amount, default=default.budget, help="s a contestant a case"
+    )
+    runs.add_argument("--threads", type=measure.count, default=default.threads)
     runs.add_argument("--quick", action="store_true", help="few rows: to see that all runs")
     runs.add_argument("--whole", action="store_true", help="also what takes hours")
-    runs.add_argument("--peers", type=Path, default=default.peers, help="the peers' interpreter")
-    runs.add_argument("--json", type=Path)
-    runs.add_argument("--markdown", type=Path)
+    runs.add_argument(
+        "--peers", type=measure.interpreter, default=default.peers, help="the peers' interpreter"
+    )
+    runs.add_argument("--json", type=measure.output)
+    runs.add_argument("--markdown", type=measure.output)
     told_options = vars(options.parse_args(arguments))
     if told_options.pop("verb") == "list":
         print(listing())

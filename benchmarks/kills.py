@@ -34,14 +34,30 @@ def command(verb: str, *arguments: str) -> list[str]:
 
 
 def run(folder: Path, verb: str, *arguments: str) -> dict[str, Any]:
-    """What a verb prints as JSON; it must end well."""
+    """What a verb prints as JSON.
+
+    Raises
+    ------
+    SystemExit
+        Where it does not end well; the message says why.
+    """
     done = subprocess.run(
         command(verb, *arguments), cwd=folder, check=False, capture_output=True, text=True
     )
     if done.returncode != 0:
-        raise SystemExit(f"{verb} ended with {done.returncode}: {done.stderr or done.stdout}")
+        raise SystemExit(
+            f"{verb} ended with {done.returncode}: {_wrong(done.stderr or done.stdout)}"
+        )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def _wrong(said: str) -> str:
+    """The error that a verb has told as a line of JSON, or else all it has said."""
+    for line in reversed(said.splitlines()):
+        if line.startswith('{"error": '):
+            return str(json.loads(line)["error"])
+    return said.strip() or "nothing was said"
 
 
 def main() -> None:

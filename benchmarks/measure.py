@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -67,8 +68,8 @@ class Options:
     peers: Path = ROOT / ".venv-peers" / "bin" / "python"
 
     def rows(self, n: int) -> int:
-        """Rows of a case of n: one in twenty, and at least 2,000, where it is quick."""
-        return min(n, max(2000, n // 20)) if self.quick else n
+        """Rows of a case of n: one in twenty, from 2,000 to 10,000 of them, where it is quick."""
+        return min(n, max(2000, n // 20), 10_000) if self.quick else n
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,14 @@ class Bar:
 
 @dataclass
 class Table:
-    """What a benchmark found: rows of named values, remarks, and bars."""
+    """What a benchmark found: rows of named values, remarks, bars, and whether a part failed."""
 
     name: str
     title: str
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -304,8 +306,71 @@ def as_json(tables: Sequence[Table], facts: Mapping[str, Any]) -> str:
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
-    """A parser that is described by the first line of a module's docstring."""
-    return argparse.ArgumentParser(description=doc.splitlines()[0] if doc else None)
+    """A parser that is described by the first line of a module's docstring, and called as the
+    docstring says first.
+    """
+    called = re.search(r"python -m benchmarks[.\w]*", doc or "")
+    return argparse.ArgumentParser(
+        prog=called[0] if called else None, description=doc.splitlines()[0] if doc else None
+    )
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on, as an option's type."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on, not {text!r}")
+    return number
+
+
+def amount(text: str) -> float:
+    """A finite number above 0, as an option's type."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"a finite number above 0, not {text!r}")
+    return number
+
+
+def interpreter(text: str) -> Path:
+    """A program that is there, as an option's type; absolute, as processes start elsewhere."""
+    place = Path(text).absolute()
+    if not (place.is_file() and os.access(place, os.X_OK)):
+        raise argparse.ArgumentTypeError(f"there is no interpreter {text!r}")
+    return place
+
+
+def output(text: str) -> Path:
+    """A file that can be written once all is measured, as an option's type."""
+    place = Path(text)
+    if place.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, not a file")
+    if not place.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(place.parent)!r}")
+    if not os.access(place if place.exists() else place.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} may not be written")
+    return place
+
+
+def put(place: Path, text: str) -> None:
+    """Write a file in one go: who is interrupted leaves the one before. What is no file, as a
+    pipe, is written as it is.
+    """
+    if place.exists() and not place.is_file():
+        place.write_text(text, encoding="utf-8")
+        return
+    place = place.resolve()
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(place)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def say(table: Table) -> None:

@@ -11,14 +11,16 @@ The rows are removed before the next size is drawn, so that the disk needs room 
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.kills import run
-from benchmarks.measure import Bar, Benchmark, Options, Table, parser, say, told
+from benchmarks.measure import Bar, Benchmark, Options, Table, amount, parser, say, told
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "bigger-than-memory.yaml"
 SIZES = (1.0, 4.0, 12.0)
@@ -51,22 +53,41 @@ def fitted(gigabytes: float) -> dict[str, Any]:
     }
 
 
+def wrong(error: SystemExit) -> str:
+    """What an error says in a line: its first, or the one that a traceback ends in."""
+    said = re.sub(r"Traceback \(most recent call last\):.*\n", "", str(error), flags=re.DOTALL)
+    return said.splitlines()[0]
+
+
 def measure(sizes: Sequence[float]) -> Table:
-    """Fit every size and hold the peaks against the limit and one another."""
-    rows = []
+    """Fit every size and hold the peaks against the limit and one another. A size that fails has a
+    row that says why, and counts against the sizes that were to be fitted.
+    """
+    rows: list[dict[str, Any]] = []
+    measured: list[float] = []
+    failed = 0
     for gigabytes in sizes:
         told(f"memory: {gigabytes:g} GiB")
-        rows.append(fitted(gigabytes))
+        try:
+            rows.append(fitted(gigabytes))
+        except SystemExit as error:
+            told(f"  {error}")
+            rows.append({"data": f"{gigabytes:g} GiB", "peak, MiB": f"failed: {wrong(error)}"})
+            failed += 1
+        if isinstance(rows[-1]["peak, MiB"], int):
+            measured.append(gigabytes)
     peaks = [row["peak, MiB"] for row in rows if isinstance(row["peak, MiB"], int)]
     bars = []
     if peaks:
-        span = f"{sizes[0]:g} to {sizes[-1]:g} GiB of data"
+        span = f"{measured[0]:g} to {measured[-1]:g} GiB of data"
         limit = max(row["limit, MiB"] for row in rows if "limit, MiB" in row)
         bars = [
             Bar(f"peak memory, {span}, MiB", limit, max(peaks), at_most=True),
             Bar(f"peak memory, {span}: largest over smallest", 1.25, max(peaks) / min(peaks), True),
         ]
-    return Table("memory", "Peak memory of a fit under a limit", rows, [], bars)
+    if failed:
+        bars.append(Bar("peak memory: sizes that failed", 0, failed, at_most=True))
+    return Table("memory", "Peak memory of a fit under a limit", rows, [], bars, bool(failed))
 
 
 def _of(options: Options) -> Table:
@@ -79,8 +100,10 @@ BENCHMARKS = {"memory": Benchmark("peak memory of a fit as the data grow", _of)}
 def main() -> None:
     """Fit the sizes asked for."""
     options = parser(__doc__)
-    options.add_argument("--gigabytes", type=float, nargs="+", default=list(SIZES))
-    say(measure(options.parse_args().gigabytes))
+    options.add_argument("--gigabytes", type=amount, nargs="+", default=list(SIZES))
+    table = measure(options.parse_args().gigabytes)
+    say(table)
+    sys.exit(1 if table.failed else 0)
 
 
 if __name__ == "__main__":

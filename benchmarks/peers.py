@@ -21,6 +21,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,12 +96,14 @@ class Player:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            # A group of its own, so that what it has started ends with it.
+            start_new_session=True,
         )
         try:
             absent = self._answer().get("absent")
             if absent:
                 raise Failed(f"{absent} {ABSENT}")
-        except Failed:
+        except BaseException:
             self.close()
             raise
 
@@ -110,7 +113,7 @@ class Player:
         assert out is not None
         line = out.readline() if select.select([out], [], [], self._patience)[0] else ""
         if not line:
-            self._process.kill()
+            self._kill()
             self._log.seek(0)
             raised = re.findall(r"^\S*(?:Error|Exception): .*", self._log.read(), re.MULTILINE)
             raise Failed(f"failed: {raised[-1][:120] if raised else 'ended or took too long'}")
@@ -135,9 +138,17 @@ class Player:
         with np.load(self.folder / self._ask(f"found-{os.getpid()}")["found"]) as arrays:
             return {name: arrays[name] for name in arrays.files}
 
+    def _kill(self) -> None:
+        """Send SIGKILL to the process and to all that it has started, as Spark's virtual machine,
+        whether or not it still runs itself; once, as its number may go to others thereafter.
+        """
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
+        """End the process and what it has started."""
+        self._kill()
         self._process.communicate()
         self._log.close()
 
@@ -447,7 +458,10 @@ def compare(name: str, case: Case, options: Options) -> Table:
         taken = alternate(turns, options.rounds, options.budget)
         for each, player in players.items():
             if each not in told_why:
-                outcomes[each] = player.found()
+                try:
+                    outcomes[each] = player.found()
+                except Failed as error:
+                    told_why[each] = str(error)
     return _table(name, case, task, x, taken, outcomes, told_why, roofline.rates(options))
 
 

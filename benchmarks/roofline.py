@@ -183,7 +183,7 @@ def _rates(threads: int, large: int, nbytes: int) -> Rates:
 
 def rates(options: Options) -> Rates:
     """The rates that bounds are made of, measured once a run."""
-    return _rates(options.threads, options.rows(LARGE) if options.quick else LARGE, 1 << 28)
+    return _rates(options.threads, 500 if options.quick else LARGE, 1 << 28)
 
 
 def measure(options: Options) -> Table:

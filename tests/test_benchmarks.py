@@ -9,7 +9,9 @@ import math
 import platform
 import re
 import sys
+import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,10 @@ import pytest
 
 pytest.importorskip("psutil")
 
+import psutil
+
 import benchmarks.__main__ as entry
-from benchmarks import measure, peers, roofline
+from benchmarks import kills, measure, memory, peers, roofline, speed
 from benchmarks.contestants import CONTESTANTS, Task
 from benchmarks.measure import Bar, Benchmark, Options, Table
 
@@ -161,6 +165,58 @@ def test_what_a_peer_lacks_or_why_it_fails_is_told(tiny, tmp_path):
         peers.Player("scikit-learn", tmp_path, options)
 
 
+def contestant(folder: Path, answers: str) -> Path:
+    """An interpreter that starts a process, keeps its number in `child`, and answers so."""
+    python = folder / "python"
+    lines = ["#!/bin/sh", "sleep 300 &", f"echo $! > '{folder}/child'", answers]
+    python.write_text("\n".join(lines) + "\n")
+    python.chmod(0o755)
+    return python
+
+
+def ended(folder: Path, seconds: float = 10.0) -> bool:
+    """Whether the process that a contestant has started ends in time."""
+    number = int((folder / "child").read_text())
+    for _ in range(int(seconds * 20)):
+        try:
+            if psutil.Process(number).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        pytest.param("wait", id="never ready"),
+        pytest.param("exit 0", id="ends and leaves a process"),
+        pytest.param("echo '{\"ready\": true}'; wait", id="never done"),
+        pytest.param(
+            "echo '{\"ready\": true}'; read l; echo '{\"seconds\": 1.0}'; wait", id="never found"
+        ),
+    ],
+)
+def test_who_hangs_has_a_row_and_leaves_nothing_behind(answers, tiny, monkeypatch, tmp_path):
+    python = contestant(tmp_path, answers)
+    peer = "pomegranate float32"
+
+    def player(name: str, folder: Path, options: Options) -> peers.Player:
+        impatient = replace(options, patience=1.0)
+        return alike(name, folder, impatient if name == peer else options)
+
+    alike = peers.Player
+    monkeypatch.setattr(peers, "Player", player)
+    task = Task("gaussian", "full", 2, iterations=1)
+    case = peers.Case("tiny", task, peers.overlapping(4, 4), 200, (peer,))
+    table = peers.compare("tiny", case, Options(rounds=1, threads=1, peers=python))
+    rows = {row["contestant"]: row for row in table.rows}
+    assert rows[peer]["s an iteration"] == "failed: ended or took too long"
+    assert isinstance(rows["genstream float64"]["s an iteration"], float)
+    assert ended(tmp_path)
+
+
 @pytest.mark.parametrize("name", peers.CASES)
 def test_who_takes_part_in_a_case_can(name):
     case = peers.CASES[name]
@@ -198,8 +254,9 @@ def test_a_run_writes_what_it_found(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(entry, "SUITE", ("peers",))
     monkeypatch.setattr(peers, "BENCHMARKS", {"one": Benchmark("a benchmark", run)})
+    monkeypatch.setattr(measure, "peer_versions", lambda python: {})
     json_file, text_file = tmp_path / "found.json", tmp_path / "found.md"
-    arguments = ["run", "one", "--rounds", "7", "--quick", "--peers", str(tmp_path / "none")]
+    arguments = ["run", "one", "--rounds", "7", "--quick"]
     arguments += ["--json", str(json_file), "--markdown", str(text_file)]
     assert entry.main(arguments) == 0
     assert (seen[0].rounds, seen[0].quick) == (7, True)
@@ -208,11 +265,157 @@ def test_a_run_writes_what_it_found(monkeypatch, tmp_path, capsys):
     assert "| fast | >= 1 | 2.00 | yes |" in capsys.readouterr().out
 
 
+def test_what_a_run_has_measured_is_kept_where_the_next_benchmark_fails(monkeypatch, tmp_path):
+    table = Table("one", "A title", [{"what": "x", "s": 1.5}])
+    seen: list[str] = []
+    json_file, text_file = tmp_path / "found.json", tmp_path / "found.md"
+
+    def fails(options: Options) -> Table:
+        seen.extend(file.read_text() for file in (json_file, text_file))
+        raise KeyboardInterrupt
+
+    every = {
+        "one": Benchmark("a benchmark", lambda options: table),
+        "two": Benchmark("another", fails),
+    }
+    monkeypatch.setattr(entry, "SUITE", ("peers",))
+    monkeypatch.setattr(peers, "BENCHMARKS", every)
+    monkeypatch.setattr(measure, "peer_versions", lambda python: {})
+    with pytest.raises(KeyboardInterrupt):
+        entry.main(["run", "peers", "--json", str(json_file), "--markdown", str(text_file)])
+    assert seen == [json_file.read_text(), text_file.read_text()]
+    assert json.loads(seen[0])["tables"][0]["rows"] == table.rows
+    assert "A title" in seen[1]
+    assert {file.name for file in tmp_path.iterdir()} == {"found.json", "found.md"}
+
+
+def test_a_size_that_fails_has_a_row_and_the_others_are_kept(monkeypatch):
+    row = {"data": "1 GiB", "limit, MiB": 500, "peak, MiB": 400}
+
+    def fitted(gigabytes: float) -> dict[str, object]:
+        if gigabytes == 4:
+            raise SystemExit("fit ended with -9: out of memory\nand more")
+        if gigabytes == 12:
+            raise SystemExit(
+                "fit ended with 1: Traceback (most recent call last):\n  File\nOSError: no"
+            )
+        return row
+
+    monkeypatch.setattr(memory, "fitted", fitted)
+    table = memory.measure([1.0, 4.0, 12.0])
+    assert table.rows[0] == row
+    assert [one["peak, MiB"] for one in table.rows[1:]] == [
+        "failed: fit ended with -9: out of memory",
+        "failed: fit ended with 1: OSError: no",
+    ]
+    assert [bar.met for bar in table.bars] == [True, True, False]
+    assert table.bars[-1].found == 2
+    assert "out of memory" in measure.section(table)
+    monkeypatch.setattr(entry, "SUITE", ("memory",))
+    monkeypatch.setattr(measure, "peer_versions", lambda python: {})
+    assert entry.main(["run", "memory"]) == 1
+    monkeypatch.setattr(memory, "fitted", lambda gigabytes: row)
+    assert [bar.met for bar in memory.measure([1.0, 4.0]).bars] == [True, True]
+    assert entry.main(["run", "memory"]) == 0
+
+
+def test_a_verb_that_fails_is_told_by_its_error(tmp_path):
+    with pytest.raises(SystemExit, match=r"plan ended with 2: [^{]*nothing\.yaml"):
+        kills.run(tmp_path, "plan", "nothing.yaml")
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(monkeypatch, tmp_path):
+    file = tmp_path / "found.json"
+    file.write_text("before")
+    with pytest.raises(UnicodeEncodeError):
+        measure.put(file, "\udc00")
+    assert file.read_text() == "before"
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    measure.put(link, "after")
+    assert file.read_text() == "after"
+    assert link.is_symlink()
+    assert {one.name for one in tmp_path.iterdir()} == {"found.json", "link"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--threads", "0", "a whole number from 1 on, not '0'"),
+        ("--threads", "two", "a whole number from 1 on, not 'two'"),
+        ("--rounds", "-1", "a whole number from 1 on, not '-1'"),
+        ("--rounds", "1.5", "a whole number from 1 on, not '1.5'"),
+        ("--budget", "0", "a finite number above 0, not '0'"),
+        ("--budget", "inf", "a finite number above 0, not 'inf'"),
+        ("--budget", "nan", "a finite number above 0, not 'nan'"),
+        ("--peers", "none", "there is no interpreter 'none'"),
+        ("--peers", "folder", "there is no interpreter 'folder'"),
+        ("--json", "folder", "'folder' is a folder, not a file"),
+        ("--json", "none/found.json", "there is no folder 'none'"),
+        ("--markdown", "folder", "'folder' is a folder, not a file"),
+        ("--markdown", "none/found.md", "there is no folder 'none'"),
+    ],
+)
+def test_options_that_cannot_be_are_told_before_anything_is_measured(
+    option, value, says, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(entry, "run", lambda *arguments: pytest.fail("something was measured"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as ended:
+        entry.main(["run", "roofline", f"{option}={value}"])
+    assert ended.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"python -m benchmarks run: error: argument {option}: {says}"
+
+
+def test_an_interpreter_that_was_typed_is_found_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "python").symlink_to(sys.executable)
+    assert measure.interpreter("python") == tmp_path / "python"
+
+
+def test_usage_says_how_a_benchmark_is_called():
+    assert measure.parser(entry.__doc__).prog == "python -m benchmarks"
+    assert measure.parser(speed.__doc__).prog == "python -m benchmarks.speed"
+
+
 def test_a_quick_run_has_few_rows_and_never_more_than_there_are():
-    assert Options(quick=True).rows(1_000_000) == 50_000
+    assert Options(quick=True).rows(1_659_917) == 10_000
+    assert Options(quick=True).rows(100_000) == 5000
     assert Options(quick=True).rows(10_000) == 2000
     assert Options(quick=True).rows(300) == 300
     assert Options().rows(1_000_000) == 1_000_000
+
+
+def test_a_quick_run_of_a_script_that_knows_of_it_is_quick(monkeypatch):
+    called: list[list[str]] = []
+
+    class Done:
+        returncode = 0
+
+    def call(command: list[str], **options: object) -> Done:
+        called.append(command[2:])
+        return Done()
+
+    monkeypatch.setattr(measure, "machine", dict)
+    monkeypatch.setattr(measure, "peer_versions", lambda python: {})
+    monkeypatch.setattr(entry.subprocess, "run", call)
+    assert entry.main(["run", "speed --steps 1", "races", "--quick"]) == 0
+    assert entry.main(["run", "speed"]) == 0
+    assert called == [
+        ["benchmarks.speed", "--steps", "1", "--quick"],
+        ["benchmarks.races"],
+        ["benchmarks.speed"],
+    ]
+    seen: list[Options] = []
+    monkeypatch.setattr(
+        speed, "compare", lambda name, case, options: seen.append(options) or Table(name, "", [])
+    )
+    for arguments in (["--quick"], []):
+        monkeypatch.setattr(sys, "argv", ["speed", *arguments])
+        speed.main()
+    assert [options.quick for options in seen] == [True, False]
 
 
 def test_peers_are_pinned_once():
