@@ -146,6 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs.add_argument(
         "--budget", type=measure.amount, default=default.budget, help="s a contestant a case"
     )
+    runs.add_argument(
+        "--patience", type=measure.amount, default=default.patience, help="s for an answer of one"
+    )
     runs.add_argument("--threads", type=measure.count, default=default.threads)
     runs.add_argument("--quick", action="store_true", help="few rows: to see that all runs")
     runs.add_argument("--whole", action="store_true", help="also what takes hours")
