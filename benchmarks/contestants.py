@@ -1,12 +1,13 @@
 """Who takes part: genstream and its peers, each in a process of its own that waits for its turn.
 
-    python -m benchmarks.contestants NAME FOLDER
+    python -m benchmarks.contestants NAME FOLDER [PROCESS]
 
 The folder holds a `Task` as `benchmarks.peers` writes it. The process loads the data, warms up (so
 that compilers, thread pools and virtual machines have started) and says that it is ready; then it
 answers each line `round` with the seconds of one round, and `found` with what it came to. Answers
 are lines of JSON. A process that waits costs nothing, and threads, allocators and virtual machines
-of one contestant never meet those of another.
+of one contestant never meet those of another. One that is told the process that started it ends
+with that.
 
 A round is a number of EM iterations from the task's start, or a whole fit where the task says 0
 iterations; a contestant that cannot be given a start takes its own, which costs the same.
@@ -14,11 +15,14 @@ iterations; a contestant that cannot be given a start takes its own, which costs
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -645,9 +649,24 @@ CONTESTANTS: dict[str, tuple[type[Contestant], str]] = {
 }
 
 
+def outlive_nobody(parent: int, every: float = 1.0) -> None:
+    """End the group of this process, which is its own, once the one that started it is gone,
+    however it went, also in the midst of a round.
+    """
+    # Between the two there may be another, where an interpreter is a script that calls one.
+    nearest = os.getppid()
+    with contextlib.suppress(ProcessLookupError):
+        while os.getppid() == nearest:
+            os.kill(parent, 0)
+            time.sleep(every)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
 def main() -> None:
     """Take part."""
     name, folder = sys.argv[1], Path(sys.argv[2])
+    for parent in sys.argv[3:]:
+        threading.Thread(target=outlive_nobody, args=(int(parent),), daemon=True).start()
     # Libraries print; answers go where nothing else does.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -88,7 +88,7 @@ class Player:
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         self._log = (folder / f"{name}.log").open("w+")
         self._process = subprocess.Popen(
-            [str(python), "-m", "benchmarks.contestants", name, str(folder)],
+            [str(python), "-m", "benchmarks.contestants", name, str(folder), str(os.getpid())],
             cwd=ROOT,
             # What it leaves behind goes with the task.
             env=os.environ | dict.fromkeys(names, threads) | {"TMPDIR": str(folder)},

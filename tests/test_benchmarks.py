@@ -8,6 +8,8 @@ import json
 import math
 import platform
 import re
+import signal
+import subprocess
 import sys
 import time
 import tomllib
@@ -174,9 +176,8 @@ def contestant(folder: Path, answers: str) -> Path:
     return python
 
 
-def ended(folder: Path, seconds: float = 10.0) -> bool:
-    """Whether the process that a contestant has started ends in time."""
-    number = int((folder / "child").read_text())
+def ended(number: int, seconds: float = 10.0) -> bool:
+    """Whether a process ends in time."""
     for _ in range(int(seconds * 20)):
         try:
             if psutil.Process(number).status() == psutil.STATUS_ZOMBIE:
@@ -214,7 +215,26 @@ def test_who_hangs_has_a_row_and_leaves_nothing_behind(answers, tiny, monkeypatc
     rows = {row["contestant"]: row for row in table.rows}
     assert rows[peer]["s an iteration"] == "failed: ended or took too long"
     assert isinstance(rows["genstream float64"]["s an iteration"], float)
-    assert ended(tmp_path)
+    assert ended(int((tmp_path / "child").read_text()))
+
+
+def test_a_contestant_at_work_ends_with_who_started_it(tmp_path):
+    task = Task("gaussian", "full", 20, iterations=1_000_000)
+    task.write(tmp_path, *peers.overlapping(4, 4)(task, 2000))
+    code = f"""
+import os, pathlib, signal, time
+from benchmarks import measure, peers
+peers.Player._answer = lambda self: {{}}
+player = peers.Player("scikit-learn", pathlib.Path({str(tmp_path)!r}), measure.Options(threads=1))
+print(player._process.pid, flush=True)
+time.sleep(2)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert ended(int(done.stdout), 30.0)
 
 
 @pytest.mark.parametrize("name", peers.CASES)
