@@ -22,14 +22,13 @@ from benchmarks.measure import (
     Benchmark,
     Options,
     Table,
-    alternate,
     parser,
     pass_row,
     ratio,
     say,
     told,
 )
-from benchmarks.out_of_core import one_pass
+from benchmarks.out_of_core import one_pass, warmed
 from genstream.families.gaussian import FullParams
 from genstream.passes import Passes
 from genstream.rows import Rows
@@ -87,7 +86,7 @@ def compare(n_rows: int, d: int, k: int, rounds: int, workers: int | None) -> Ta
         for name, source in sources.items():
             passes = Passes(source, workers=workers)
             turns[f"{dtype}, {name}"] = functools.partial(one_pass, story, params, passes)
-    taken = alternate(turns, rounds)
+    taken = warmed(turns, rounds)
     found: list[dict[str, Any]] = []
     bars = []
     for dtype in DTYPES:

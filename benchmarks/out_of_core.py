@@ -47,6 +47,8 @@ Array = NDArray[Any]
 
 COMPUTE = Task("gaussian", "full", 16)
 COMPUTE_SHAPE = (1_000_000, 16)
+# A pass of a cluster is to take longer than handing out its chunks does.
+DASK_SHAPE = (4_000_000, 16)
 READ = Task("gaussian", "diag", 2)
 READ_SHAPE = (4_000_000, 32)
 ZARR, PASS = "zarr-python, chunk by chunk", "a pass"
@@ -77,11 +79,11 @@ def one_pass(story: Story, params: Params, passes: Passes) -> float:
     return clock(lambda: passes.fold(work))
 
 
-def warmed(turns: Mapping[str, Callable[[], float]], options: Options) -> dict[str, list[float]]:
-    """Seconds of twice as many turns as elsewhere, after one of each that does not count."""
+def warmed(turns: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of some turns of each, after one that does not count: compilers have been at work."""
     for turn in turns.values():
         turn()
-    return alternate(turns, 2 * options.rounds)
+    return alternate(turns, rounds)
 
 
 def against_memory(options: Options) -> Table:
@@ -97,7 +99,7 @@ def against_memory(options: Options) -> Table:
             )
             for name, source in (("in memory", NumpySource(x)), ("dataset on disk", stored))
         }
-        taken = warmed(turns, options)
+        taken = warmed(turns, 2 * options.rounds)
     slower = ratio(taken["dataset on disk"], taken["in memory"])
     rows = [{"rows are": name, **pass_row(n_rows, seconds)} for name, seconds in taken.items()]
     what = f"out of core against in memory, full d = 16 K = 16 float64, {n_rows:,} rows"
@@ -133,7 +135,7 @@ def read_bound(options: Options) -> Table:
         cold = {name: functools.partial(forgotten, turn) for name, turn in turns.items()}
         taken = {}
         for files, each in ((FORGOTTEN, cold), (KEPT, turns)):
-            taken[files] = warmed(each, options)
+            taken[files] = warmed(each, 2 * options.rounds)
     rows = [
         {
             "what": name,
@@ -166,7 +168,7 @@ def dask_workers(options: Options) -> Table:
     import distributed
 
     told("Dask workers")
-    story, params, x = model(COMPUTE, COMPUTE_SHAPE, "float64", options)
+    story, params, x = model(COMPUTE, DASK_SHAPE, "float64", options)
     n_rows = len(x)
     with tempfile.TemporaryDirectory() as top:
         stored = roofline.write_dataset(Path(top) / "dataset", x)
@@ -190,7 +192,7 @@ def dask_workers(options: Options) -> Table:
 
         try:
             turns = {str(n): functools.partial(turn, n) for n in clusters}
-            taken = warmed(turns, options)
+            taken = warmed(turns, 2 * options.rounds)
         finally:
             for n, cluster in clusters.items():
                 clients[n].close()

@@ -199,6 +199,25 @@ def swept(
     return value
 
 
+def where_it_matters(
+    scores: Array, y: Array, apart: Array, blur: Array, nothing: float, fast: bool
+) -> Array:
+    """(C, n) where components that are set apart may matter, from scores (K, n) that are blurred.
+
+    They do where score and blur are not more than `nothing` below the best of all other
+    components. `apart` (K,) says which components these are, and `blur` (C, 3) how much a score may
+    be off: by `|y|^2`, by `|y|` and at all, with `y` (d, n).
+    """
+    if fast:
+        matters = np.empty((len(blur), scores.shape[1]), dtype=np.bool_)
+        cast(Any, loops()).where_it_matters(scores, y, apart, blur, nothing, matters)
+        return matters
+    least = scores[~apart].max(axis=0, initial=-np.inf).astype(np.float64) - nothing
+    square = np.einsum("in,in->n", y, y, dtype=np.float64)
+    size = blur @ np.stack([square, np.sqrt(square), np.ones_like(square)])
+    return np.asarray(~(scores[apart] + size < least))
+
+
 def half_square(z: Array, fast: bool) -> Array:
     """(n,) `-|z|^2 / 2` of the columns of (d, n), in float64."""
     if not fast:

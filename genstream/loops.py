@@ -404,6 +404,34 @@ def few_swept(
 
 
 @_compiled()
+def where_it_matters(
+    scores: Any, y: Any, apart: Any, blur: Any, nothing: float, matters: Any
+) -> None:
+    """Rows n for which some components may matter though their scores (K, n) are blurred.
+
+    `apart` (K,) says which components these are and `blur` (C, 3) how large their blur is: by
+    `|y|^2`, by `|y|` and at all, with `y` (d, n). `matters` (C, n) takes where a score and its blur
+    are not more than `nothing` below the best of all other components.
+    """
+    K, n = scores.shape
+    peak = np.empty(n, scores.dtype)
+    peak[:] = -np.inf
+    square = np.zeros(n)
+    for k in range(K):
+        if not apart[k]:
+            _raise_peak(scores[k], peak)
+    for i in range(y.shape[0]):
+        _add_square(y[i], square)
+    c = 0
+    for k in range(K):
+        if apart[k]:
+            for r in range(n):
+                size = blur[c, 0] * square[r] + blur[c, 1] * math.sqrt(square[r]) + blur[c, 2]
+                matters[c, r] = not (scores[k, r] + size < peak[r] - nothing)
+            c += 1
+
+
+@_compiled()
 def _add_to(x: Any, out: Any) -> None:
     for r in range(out.shape[0]):
         out[r] += x[r]

@@ -300,14 +300,18 @@ class Story:
         if plain and self.n_components == 1 and isinstance(walk, LoneWalk) and walk.summed():
             stats = self._lone_stats(params, rows, walk.close())
         else:
-            value = walk.swept(sum_r) if plain and isinstance(walk, SweptWalk) else None
-            if value is None:
-                told = self._e_step_by_block(walk, rows, given, rule, sum_r)
-            elif rows.weights is None:
-                told = rows.n_rows, float(rows.n_rows), float(value.sum())
-            else:
-                told = rows.n_rows, float(rows.weights.sum()), float(rows.weights @ value)
-            n_observed, weight, objective = told
+            n_observed, weight, objective = 0, 0.0, 0.0
+            swept = walk.swept(sum_r) if plain and isinstance(walk, SweptWalk) else None
+            if swept is not None:
+                index, value = swept
+                heavy = None if rows.weights is None else rows.weights[index]
+                n_observed = len(value)
+                weight = float(n_observed if heavy is None else heavy.sum())
+                objective = float(value.sum() if heavy is None else heavy @ value)
+            if n_observed < rows.n_rows:
+                rest = self._e_step_by_block(walk, rows, given, rule, sum_r)
+                n_observed, weight = n_observed + rest[0], weight + rest[1]
+                objective += rest[2]
             stats = StoryStats(
                 rows.n_rows,
                 rows.n_rows - n_observed,

@@ -76,12 +76,12 @@ class Walk(Protocol):
 
 @runtime_checkable
 class SweptWalk(Walk, Protocol):
-    """A walk that can do all blocks in one go, without the interpreter."""
+    """A walk that can do many blocks in one go, without the interpreter."""
 
-    def swept(self, sum_r: Array) -> Array | None:
-        """(n,) log-densities of all rows, whose statistics are gathered under soft
-        responsibilities, the sums of which are added to `sum_r` (K,). None, and nothing is done,
-        where rows are to be walked block by block.
+    def swept(self, sum_r: Array) -> tuple[Index, Array] | None:
+        """Which rows are done, and their log-densities: their statistics are gathered under soft
+        responsibilities, whose sums are added to `sum_r` (K,), and they are in no block to come.
+        None where there are none.
         """
 
 

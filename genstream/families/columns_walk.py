@@ -205,11 +205,11 @@ class LinearWalk(ConsecutiveWalk):
         else:
             self.features = self.kernel.features(self.values, self.observed, self._buffer)
 
-    def swept(self, sum_r: Array) -> Array | None:
+    def swept(self, sum_r: Array) -> tuple[Index, Array] | None:
         """As `SweptWalk.swept`."""
         if self.fast is None or not self._buffer.flags.c_contiguous:
             return None
-        return compiled.swept(
+        value = compiled.swept(
             "together" if self.fast.together else "squares",
             self.fast.pivot,
             self.linear,
@@ -219,6 +219,7 @@ class LinearWalk(ConsecutiveWalk):
             sum_r,
             self.sums,
         )
+        return None if value is None else (slice(None), value)
 
     def exact(self) -> Array:
         """Features in float64."""

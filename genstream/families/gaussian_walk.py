@@ -385,11 +385,16 @@ class GaussianWalk:
         """(p,) which patterns have enough rows for matrix products of their own."""
         return self.patterns.frequent(math.ceil(FREQUENT / self.kernel.n_components))
 
+    @cached_property
+    def frequent_left(self) -> list[int]:
+        """The frequent patterns whose rows are still to be walked."""
+        return np.flatnonzero(self.frequent).tolist()
+
     def _by_pattern(self) -> Iterator[Index]:
         """Blocks of one pattern after another, then those of all rare patterns."""
         found = self.patterns
-        for p in np.flatnonzero(self.frequent):
-            yield from self._dense(self._marginal(int(p)), found.rows(int(p)))
+        for p in self.frequent_left:
+            yield from self._dense(self._marginal(p), found.rows(p))
         width = np.repeat(np.where(self.frequent, 0, found.width), found.counts)
         for chosen in self._lanes(found.order, width):
             self.lanes.clear()
@@ -480,22 +485,45 @@ class GaussianWalk:
         work.load(values, y, features)
         self.block.parts.append((chosen, work))
 
-    def swept(self, sum_r: Array) -> Array | None:
-        """As `SweptWalk.swept`."""
-        rows, complete = self.rows, self.kernel.complete
-        if not self.fast or self.kernel.tied or rows.observed is not None:
+    def swept(self, sum_r: Array) -> tuple[Index, Array] | None:
+        """As `SweptWalk.swept`: complete rows, and those of each frequent pattern."""
+        if not self.fast:
             return None
-        work = self._works.setdefault(-1, self._work(complete))
-        return compiled.swept(
+        if self.rows.observed is None:
+            value = self._swept(self.kernel.complete, slice(None), sum_r)
+            return None if value is None else (slice(None), value)
+        found: list[tuple[Array, Array]] = []
+        for p in np.flatnonzero(self.frequent):
+            index = self.patterns.rows(int(p))
+            value = self._swept(self._marginal(int(p)), index, sum_r)
+            if value is not None:
+                self.frequent_left.remove(int(p))
+                found.append((index, value))
+        if not found:
+            return None
+        index, value = map(np.concatenate, zip(*found, strict=True))
+        return index, value
+
+    def _swept(self, marginal: Marginal, index: Index, sum_r: Array) -> Array | None:
+        """Log-densities of rows of one pattern, whose statistics are gathered, or None."""
+        work = self._work(marginal)
+        if isinstance(work, _TiedBlock):
+            return None
+        rows = self.rows
+        values = pick(rows.values, index)
+        value = compiled.swept(
             "quadratic",
-            self.kernel.pivot,
-            complete.linear,
-            rows.values,
-            rows.weights,
+            work.pivot,
+            marginal.linear,
+            values if work.whole else values[:, work.seen],
+            None if rows.weights is None else rows.weights[index],
             (self.features, self.log_p),
             sum_r,
             work.sums,
         )
+        if value is not None:
+            work.finish()
+        return value
 
     def summed(self) -> bool:
         """As `LoneWalk.summed`."""
@@ -605,9 +633,9 @@ class _PatternBlock:
         self.whole = o == walk.kernel.n_features
         fine = self.linear.fine
         # Components that are worked on apart from the others, and how their scores may round.
-        self.apart: dict[int, Array] = {}
+        self.apart: list[int] = []
         if 0 < fine.size * COLUMNS_APART <= o:
-            self.apart = dict(zip(fine.tolist(), self._blur(fine), strict=True))
+            self.apart, self.blur = fine.tolist(), self._blur(fine)
         self._roots: dict[int, Array] = {}
         self._exact: Array | None = None
         self._exact_room = np.empty((self.width, 0))
@@ -681,17 +709,13 @@ class _PatternBlock:
         roundoffs at most. Where by that it is too low for any responsibility it stays as it is.
         """
         log_p = self.linear.coarse(self.features, self.walk.log_p)
-        coarse = [log_p[k].astype(np.float64) for k in self.apart]
-        log_p[list(self.apart)] = -np.inf
-        least = log_p.max(axis=0) - NOTHING
-        y = self.features[-1 - len(self.seen) : -1]
-        square = np.einsum("in,in->n", y, y, dtype=np.float64)
-        for (k, size), found in zip(self.apart.items(), coarse, strict=True):
-            blur = size[0] * square + size[1] * np.sqrt(square) + size[2]
-            matters = np.flatnonzero(~(found + blur < least))
-            if len(matters):
-                found[matters] = self._direct(k, matters)
-            log_p[k] = found
+        y, apart = self.features[-1 - len(self.seen) : -1], np.zeros(len(log_p), dtype=bool)
+        apart[self.apart] = True
+        found = compiled.where_it_matters(log_p, y, apart, self.blur, NOTHING, self.walk.fast)
+        for k, matters in zip(self.apart, found, strict=True):
+            rows = np.flatnonzero(matters)
+            if len(rows):
+                log_p[k, rows] = self._direct(k, rows)
         return log_p
 
     def _direct(self, k: int, rows: Index) -> Array:
@@ -732,7 +756,7 @@ class _PatternBlock:
             self.linear.accumulate(self.features, self.exact, weights, self.sums, self._summed)
             return
         np.matmul(weights, self.features.T, out=self._summed)
-        self._summed[list(self.apart)] = 0.0
+        self._summed[self.apart] = 0.0
         self.sums += self._summed
         for k in self.apart:
             self._gather_apart(k, weights[k])
