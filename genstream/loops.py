@@ -453,3 +453,259 @@ def half_square(z: Any, out: Any) -> None:
         _add_square(z[i], out)
     for r in range(out.shape[0]):
         out[r] *= -0.5
+
+
+# Rows whose patterns of gaps differ, side by side: see `genstream.families.lanes`. A few rows at a
+# time, as vectors: what is held of them stays in the first cache.
+TILE = 64
+
+
+@_compiled()
+def _subtract_product(a: Any, b: Any, out: Any) -> None:
+    for r in range(out.shape[0]):
+        out[r] -= a[r] * b[r]
+
+
+@_compiled()
+def _add_product(a: Any, b: Any, out: Any) -> None:
+    for r in range(out.shape[0]):
+        out[r] += a[r] * b[r]
+
+
+@_compiled()
+def _add_scaled(a: Any, factor: Any, out: Any) -> None:
+    for r in range(out.shape[0]):
+        out[r] += a[r] * factor
+
+
+@_compiled()
+def _add_scaled_4(
+    a: Any, b: Any, c: Any, d: Any, of_a: Any, of_b: Any, of_c: Any, of_d: Any, out: Any
+) -> None:
+    """Four terms at a time: the sum is read and written once."""
+    for r in range(out.shape[0]):
+        out[r] += (a[r] * of_a + b[r] * of_b) + (c[r] * of_c + d[r] * of_d)
+
+
+@_compiled()
+def _weighed_sum(x: Any, factors: Any, m: int, out: Any) -> None:
+    """`factors' x` (m,) of the first columns of (d, TILE)."""
+    d = x.shape[0]
+    out[:] = 0
+    j = 0
+    while j + 4 <= d:
+        a, b, c, e = x[j, :m], x[j + 1, :m], x[j + 2, :m], x[j + 3, :m]
+        _add_scaled_4(a, b, c, e, factors[j], factors[j + 1], factors[j + 2], factors[j + 3], out)
+        j += 4
+    while j < d:
+        _add_scaled(x[j, :m], factors[j], out)
+        j += 1
+
+
+@_compiled(reorder=True)
+def _dot(a: Any, b: Any) -> float:
+    s = 0.0
+    for r in range(a.shape[0]):
+        s += np.float64(a[r]) * np.float64(b[r])
+    return s
+
+
+@_compiled()
+def _subtract_number(a: Any, number: Any, out: Any) -> None:
+    for r in range(out.shape[0]):
+        out[r] = a[r] - number
+
+
+# Of what is held of a tile only the first m columns are in use: a row of a part of an array is
+# contiguous to the compiler, one of an array that is itself a part is not.
+
+
+@_compiled()
+def _factors_of_rows(factor: Any, pattern: Any, lower: Any) -> None:
+    """The triangle of each row's factor, (s (s + 1) / 2, TILE), of the patterns' (s, s, p)."""
+    m = pattern.shape[0]
+    at = 0
+    for i in range(factor.shape[0]):
+        for j in range(i + 1):
+            row, entries = lower[at, :m], factor[i, j]
+            for r in range(m):
+                row[r] = entries[pattern[r]]
+            at += 1
+
+
+@_compiled()
+def _solve(lower: Any, g: Any, x: Any, m: int, square: Any) -> None:
+    """`x` (s, TILE) of `L D L' x = g`, and `g'x` (m,); `g` is overwritten."""
+    size = g.shape[0]
+    at = 0
+    square[:] = 0
+    for i in range(size):
+        for j in range(i):
+            _subtract_product(lower[at, :m], g[j, :m], g[i, :m])
+            at += 1
+        _product(g[i, :m], lower[at, :m], x[i, :m])
+        _add_product(g[i, :m], x[i, :m], square)
+        at += 1
+    for i in range(size - 1, 0, -1):
+        at = i * (i + 1) // 2
+        for j in range(i):
+            _subtract_product(lower[at + j, :m], x[i, :m], x[j, :m])
+
+
+@_compiled()
+def solve_by_gaps(
+    y: Any,
+    mean: Any,
+    seen: Any,
+    pattern: Any,
+    columns: Any,
+    matrix: Any,
+    precision: Any,
+    factor: Any,
+    solved: Any,
+    quadratic: Any,
+) -> None:
+    """Solve for what is missing: `x` (k, s, n) in `solved`, and the quadratic forms (k, n).
+
+    `y` (d, n) are the rows, `seen` (p, d) is 1 where a pattern observes, `pattern` (n,) that of
+    each row, `columns` (s, n) what it misses. `matrix` (k,) says which of the precisions (c, d, d)
+    and factors (c, s, s, p) a component with `mean` (k, d) has.
+    """
+    d, n = y.shape
+    size = columns.shape[0]
+    e, slope = np.empty((d, TILE), y.dtype), np.empty((d, TILE), y.dtype)
+    g = np.empty((size, TILE), y.dtype)
+    x = np.empty((size, TILE), y.dtype)
+    lower = np.empty((size * (size + 1) // 2, TILE), y.dtype)
+    square, explained = np.empty(TILE, y.dtype), np.empty(TILE, y.dtype)
+    mask = np.empty((d, TILE), y.dtype)
+    for start in range(0, n, TILE):
+        stop = min(start + TILE, n)
+        m = stop - start
+        at = pattern[start:stop]
+        for i in range(d):
+            for r in range(m):
+                mask[i, r] = seen[at[r], i]
+        for k in range(mean.shape[0]):
+            c = matrix[k]
+            if k == 0 or c != matrix[k - 1]:
+                _factors_of_rows(factor[c], at, lower)
+            for i in range(d):
+                _subtract_number(y[i, start:stop], mean[k, i], slope[i, :m])
+                _product(slope[i, :m], mask[i, :m], e[i, :m])
+            square[:m] = 0
+            for i in range(d):
+                _weighed_sum(e, precision[c, i], m, slope[i, :m])
+                _add_product(e[i, :m], slope[i, :m], square[:m])
+            for a in range(size):
+                for r in range(m):
+                    g[a, r] = slope[columns[a, start + r], r]
+            _solve(lower, g, x, m, explained[:m])
+            for a in range(size):
+                solved[k, a, start:stop] = x[a, :m]
+            _subtract_values(square[:m], explained[:m], quadratic[k, start:stop])
+
+
+@_compiled()
+def _subtract_values(a: Any, b: Any, out: Any) -> None:
+    for r in range(out.shape[0]):
+        out[r] = a[r] - b[r]
+
+
+@_compiled()
+def solve_by_observed(
+    y: Any,
+    mean: Any,
+    pattern: Any,
+    columns: Any,
+    matrix: Any,
+    factor: Any,
+    solved: Any,
+    quadratic: Any,
+) -> None:
+    """As `solve_by_gaps`, for what is observed: in `columns` (s, n)."""
+    n = y.shape[1]
+    size = columns.shape[0]
+    g, x = np.empty((size, TILE), y.dtype), np.empty((size, TILE), y.dtype)
+    lower = np.empty((size * (size + 1) // 2, TILE), y.dtype)
+    for start in range(0, n, TILE):
+        stop = min(start + TILE, n)
+        m = stop - start
+        at = pattern[start:stop]
+        for k in range(mean.shape[0]):
+            c = matrix[k]
+            if k == 0 or c != matrix[k - 1]:
+                _factors_of_rows(factor[c], at, lower)
+            for a in range(size):
+                for r in range(m):
+                    column = columns[a, start + r]
+                    g[a, r] = y[column, start + r] - mean[k, column]
+            _solve(lower, g, x, m, quadratic[k, start:stop])
+            for a in range(size):
+                solved[k, a, start:stop] = x[a, :m]
+
+
+@_compiled()
+def gather_lanes(
+    by_gaps: bool,
+    y: Any,
+    mean: Any,
+    columns: Any,
+    matrix: Any,
+    covariance: Any,
+    solved: Any,
+    weights: Any,
+    first: Any,
+    second: Any,
+) -> None:
+    """Add to `first` (k, d) and `second` (k, d, d), float64, the sums of `r e` and `r e e'` of
+    completed distances `e` from each mean under weights (k, n).
+
+    With what is missing in `columns` (s, n), `e` there is `-x`; with what is observed in them it is
+    `covariance x` elsewhere. Rows that no component has a part in cost little.
+    """
+    d, n = y.shape
+    size = columns.shape[0]
+    e, weighed = np.empty((d, TILE), y.dtype), np.empty((d, TILE), y.dtype)
+    for start in range(0, n, TILE):
+        stop = min(start + TILE, n)
+        m = stop - start
+        for k in range(mean.shape[0]):
+            weight = weights[k, start:stop]
+            if not weight.any():
+                continue
+            if by_gaps:
+                for i in range(d):
+                    _subtract_number(y[i, start:stop], mean[k, i], e[i, :m])
+                for a in range(size):
+                    for r in range(m):
+                        e[columns[a, start + r], r] = -solved[k, a, start + r]
+            else:
+                matrix_k = covariance[matrix[k]]
+                e[:, :m] = 0
+                for a in range(size):
+                    for r in range(m):
+                        column, x = columns[a, start + r], solved[k, a, start + r]
+                        for i in range(d):
+                            e[i, r] += matrix_k[column, i] * x
+                for a in range(size):
+                    for r in range(m):
+                        column = columns[a, start + r]
+                        e[column, r] = y[column, start + r] - mean[k, column]
+            for i in range(d):
+                _product(e[i, :m], weight, weighed[i, :m])
+                first[k, i] += _total(weighed[i, :m])
+                for j in range(i + 1):
+                    second[k, i, j] += _dot(weighed[i, :m], e[j, :m])
+    for k in range(mean.shape[0]):
+        for i in range(d):
+            for j in range(i):
+                second[k, j, i] = second[k, i, j]
+
+
+@_compiled(reorder=True)
+def _total(a: Any) -> float:
+    s = 0.0
+    for r in range(a.shape[0]):
+        s += np.float64(a[r])
+    return s

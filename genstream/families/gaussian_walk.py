@@ -373,7 +373,7 @@ class GaussianWalk:
     @cached_property
     def lanes(self) -> Lanes:
         """What all blocks of lanes share."""
-        return Lanes(self.kernel)
+        return Lanes(self.kernel, self.fast)
 
     @cached_property
     def patterns(self) -> Patterns:

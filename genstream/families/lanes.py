@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from genstream import compiled
 from genstream.families.blocks import LOG_2PI, Array, slices
 
 if TYPE_CHECKING:
@@ -79,11 +80,13 @@ class Lanes:
     """What lanes need of a kernel for one walk, and the buffers they share.
 
     In float32, components whose quadratic form could be off by more than `MAX_ROUNDING` nats are
-    worked on in float64, as they are over complete rows.
+    worked on in float64, as they are over complete rows. `fast` says that loops are compiled: these
+    do all components in one go, without the interpreter's lock.
     """
 
-    def __init__(self, kernel: GaussianKernel) -> None:
+    def __init__(self, kernel: GaussianKernel, fast: bool = False) -> None:
         self.kernel = kernel
+        self.loops: Any = compiled.loops() if fast else None
         every = np.arange(kernel.n_components)
         fine = np.isin(every, kernel.complete.linear.fine)
         parts = ((every[~fine], kernel.dtype), (every[fine], np.dtype(np.float64)))
@@ -182,6 +185,10 @@ class LaneBlock:
     def score(self) -> Array:
         log_p = np.empty(self.constant.shape, dtype=self.kernel.dtype)
         for part in self.parts:
+            if self.lanes.loops is not None:
+                which = part.group.which
+                log_p[which] = self.constant[which] - 0.5 * part.all_quadratics()
+                continue
             for k, quadratic in zip(part.group.which, part.quadratics(), strict=True):
                 np.subtract(self.constant[k], 0.5 * quadratic, out=log_p[k], casting="same_kind")
         return log_p
@@ -195,6 +202,9 @@ class LaneBlock:
         s = np.empty(mean.shape)
         q = np.empty((*mean.shape, mean.shape[1]))
         for part in self.parts:
+            if self.lanes.loops is not None:
+                s[part.group.which], q[part.group.which] = part.moments(moved)
+                continue
             for i, k in enumerate(part.group.which):
                 root = np.sqrt(moved[k]).astype(part.group.dtype, copy=False)
                 e = part.distance(i, root)
@@ -247,6 +257,28 @@ class _Part:
     def _buffer(self, name: str, *shape: int) -> Array:
         return self.lanes.buffer(name, self.group.dtype, shape)
 
+    def all_quadratics(self) -> Array:
+        """(k, n) the quadratic forms, compiled."""
+        raise NotImplementedError
+
+    def moments(self, weights: Array) -> tuple[Array, Array]:
+        """(k, d) and (k, d, d) sums of `r e` and `r e e'` under weights (K, n), compiled."""
+        group, rows = self.group, self.rows
+        first, second = np.zeros(group.mean.shape), np.zeros((*group.mean.shape, len(self.y)))
+        self.lanes.loops.gather_lanes(
+            rows.by_gaps,
+            self.y,
+            group.mean,
+            rows.columns,
+            group.matrix,
+            group.covariance,
+            self.solved,
+            weights[group.which].astype(group.dtype, copy=False),
+            first,
+            second,
+        )
+        return first, second
+
     def _factors(self) -> Iterator[list[Array]]:
         """Of each component the factor of every row: row i of it is (i + 1, n)."""
         size, n = self.rows.columns.shape
@@ -290,6 +322,23 @@ class _ByGaps(_Part):
         self._factor(group.precision)
         self.log_det += group.log_det[:, None]
 
+    def all_quadratics(self) -> Array:
+        rows, group = self.rows, self.group
+        quadratic = np.empty((len(group.which), len(rows.pattern)), group.dtype)
+        self.lanes.loops.solve_by_gaps(
+            self.y,
+            group.mean,
+            rows.seen,
+            rows.pattern,
+            rows.columns,
+            group.matrix,
+            group.precision,
+            self.factor,
+            self.solved,
+            quadratic,
+        )
+        return quadratic
+
     def quadratics(self) -> Iterator[Array]:
         """(n,) the quadratic form of each component."""
         rows, group, y = self.rows, self.group, self.y
@@ -322,6 +371,21 @@ class _ByObserved(_Part):
     def __init__(self, lanes: Lanes, group: _Group, rows: _Rows) -> None:
         super().__init__(lanes, group, rows)
         self._factor(group.covariance)
+
+    def all_quadratics(self) -> Array:
+        rows, group = self.rows, self.group
+        quadratic = np.empty((len(group.which), len(rows.pattern)), group.dtype)
+        self.lanes.loops.solve_by_observed(
+            self.y,
+            group.mean,
+            rows.pattern,
+            rows.columns,
+            group.matrix,
+            self.factor,
+            self.solved,
+            quadratic,
+        )
+        return quadratic
 
     def quadratics(self) -> Iterator[Array]:
         """(n,) the quadratic form of each component."""
