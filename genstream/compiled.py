@@ -1,11 +1,12 @@
 """Compiled loops where they pay, and whether there are any.
 
-What NumPy does slowly is done by `genstream.loops`, which Numba compiles: mostly the way from
-log-joints to responsibilities. Importing Numba costs 0.4 s, so work of fewer than `SMALL` numbers
-stays with NumPy and never asks; that is decided from shapes alone, so that the same rows in the
-same chunks always take the same way and give the same bits. Where Numba is not installed, or the
-environment variable GENSTREAM_COMPILED is 0, NumPy does everything, with the same results to
-rounding.
+What NumPy does slowly is done by `genstream.loops`, which Numba compiles: the way from log-joints
+to responsibilities, and whole E-steps of chunks, as threads that go from one short step of NumPy's
+to the next spend their time waiting for the interpreter's lock. Importing Numba costs 0.4 s, so
+work of fewer than `SMALL` numbers stays with NumPy and never asks; that is decided from shapes
+alone, so that the same rows in the same chunks always take the same way and give the same bits.
+Where Numba is not installed, or the environment variable GENSTREAM_COMPILED is 0, NumPy does
+everything, with the same results to rounding.
 """
 
 from __future__ import annotations
