@@ -258,7 +258,13 @@ class _Part:
         return self.lanes.buffer(name, self.group.dtype, shape)
 
     def all_quadratics(self) -> Array:
-        """(k, n) the quadratic forms, compiled."""
+        """(k, n) the quadratic form of each component, compiled; leaves `x` in `solved`."""
+        quadratic = np.empty((len(self.group.which), len(self.rows.pattern)), self.group.dtype)
+        self._solve_all(quadratic)
+        return quadratic
+
+    def _solve_all(self, quadratic: Array) -> None:
+        """Fill `solved`, and the quadratic forms (k, n)."""
         raise NotImplementedError
 
     def moments(self, weights: Array) -> tuple[Array, Array]:
@@ -322,9 +328,8 @@ class _ByGaps(_Part):
         self._factor(group.precision)
         self.log_det += group.log_det[:, None]
 
-    def all_quadratics(self) -> Array:
+    def _solve_all(self, quadratic: Array) -> None:
         rows, group = self.rows, self.group
-        quadratic = np.empty((len(group.which), len(rows.pattern)), group.dtype)
         self.lanes.loops.solve_by_gaps(
             self.y,
             group.mean,
@@ -337,7 +342,6 @@ class _ByGaps(_Part):
             self.solved,
             quadratic,
         )
-        return quadratic
 
     def quadratics(self) -> Iterator[Array]:
         """(n,) the quadratic form of each component."""
@@ -372,9 +376,8 @@ class _ByObserved(_Part):
         super().__init__(lanes, group, rows)
         self._factor(group.covariance)
 
-    def all_quadratics(self) -> Array:
+    def _solve_all(self, quadratic: Array) -> None:
         rows, group = self.rows, self.group
-        quadratic = np.empty((len(group.which), len(rows.pattern)), group.dtype)
         self.lanes.loops.solve_by_observed(
             self.y,
             group.mean,
@@ -385,7 +388,6 @@ class _ByObserved(_Part):
             self.solved,
             quadratic,
         )
-        return quadratic
 
     def quadratics(self) -> Iterator[Array]:
         """(n,) the quadratic form of each component."""
