@@ -19,11 +19,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from numbers import Integral
 from typing import Any, Self, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from genstream.errors import ComputeError, ConfigError, GenstreamError
 from genstream.learn import Abreast, in_turn
 from genstream.profile import Profile, current, mark
 from genstream.rows import Rows
-from genstream.sources import Source
+from genstream.sources import RowsSource, Source, pick_rows
 from genstream.stats import EMPTY, Tree, fold_tree
 from genstream.threads import one_blas_thread
 
@@ -98,6 +101,12 @@ class Passes:
     def read(self, chunk: int) -> Rows:
         """One chunk, read in this thread."""
         return self.source.read(chunk)
+
+    def over(self, rows: Rows, chunk_rows: int | None = None) -> Passes:
+        """Passes over rows in memory, in as many threads of this process; see `RowsSource`."""
+        source = RowsSource(rows, self.source.schema, chunk_rows)
+        alone = self.scheduler == "synchronous"
+        return Passes(source, scheduler="synchronous" if alone else "threads", workers=self.workers)
 
     def fold(self, work: Work) -> Any:
         """`work(chunk, rows)` of every chunk, merged in the fixed tree.
@@ -255,12 +264,21 @@ class Passes:
 
     def map(self, work: Callable[[int, Rows], T]) -> Iterator[T]:
         """`work(chunk, rows)` of every chunk, in the order of chunks, a few of them ahead."""
-        tasks = (
-            lambda i=i: work(i, self.source.read(i)) for i in range(len(self.source.chunk_rows))
-        )
+        return self._in_order(lambda i: work(i, self.source.read(i)), range(self.n_chunks))
+
+    def pick(self, index: Sequence[NDArray[np.intp]]) -> Iterator[Rows]:
+        """The rows at some positions in each chunk, in the order of chunks, of which those without
+        any are not read.
+        """
+        wanted = [i for i, some in enumerate(index) if len(some)]
+        return self._in_order(lambda i: pick_rows(self.source, i, index[i]), wanted)
+
+    def _in_order(self, work: Callable[[int], T], chunks: Sequence[int]) -> Iterator[T]:
+        """`work(chunk)` of some chunks, on threads of this process."""
+        tasks = (functools.partial(work, i) for i in chunks)
         with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
             done = 0
-            for i, value in enumerate(_windowed(pool, self.workers, tasks)):
+            for i, value in zip(chunks, _windowed(pool, self.workers, tasks), strict=True):
                 yield value
                 done += self.source.chunk_rows[i]
                 if self.on_progress is not None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from genstream.families.blocks import Array, slices
-from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
+from genstream.learn import BatchEM, FitState, Outcome, Passes, Resident, fit
 from genstream.responsibility import Responsibility, Sampled, climbs, soft
 from genstream.rows import Rows
 from genstream.story import Params, Story
@@ -37,6 +37,9 @@ HOPE = 10
 MAX_FAILURES = 5
 # Rows whose responsibilities are held at a time.
 SLICE_ROWS = 4096
+# Of what a component explains now or explained before a move, the share both have in common, from
+# which on its halves are not found anew.
+SAME = 0.8
 # Splits tried in a round: of more components than this, some that are drawn.
 MOST_SPLITS = 256
 # With more components than this a move gains less than its trial costs.
@@ -59,6 +62,17 @@ class Portrait:
     cost: Array
     rows: tuple[NDArray[np.intp], ...]
     shares: tuple[Array, ...]
+
+    def kept(self, before: Portrait, k: int) -> bool:
+        """Whether component k explains the rows it did before, by their responsibilities: the sum
+        of the smaller of both is at least `SAME` of that of the larger.
+        """
+        _, now, then = np.intersect1d(
+            self.rows[k], before.rows[k], assume_unique=True, return_indices=True
+        )
+        common = float(np.minimum(self.shares[k][now], before.shares[k][then]).sum())
+        either = float(self.shares[k].sum() + before.shares[k].sum()) - common
+        return common >= SAME * either
 
 
 def portrait(story: Story, params: Params, sample: Rows) -> Portrait:
@@ -147,6 +161,7 @@ def refine(
     seeding: Seeding,
     *,
     passes: float,
+    through: Passes | None = None,
     tolerance: float = 1e-4,
     responsibility: Responsibility = soft,
 ) -> tuple[FitState, float]:
@@ -164,6 +179,8 @@ def refine(
         Fitted to the sample, with a trace.
     seeding
         Makes two components from the rows of one.
+    through
+        Passes over the sample; as one chunk when left out.
     tolerance
         Nats a row that a move must gain, and that end the EM of a trial.
     responsibility
@@ -175,33 +192,40 @@ def refine(
     idle = not 3 <= story.n_components <= MOST_COMPONENTS
     if idle or story.frozen or isinstance(responsibility, Sampled):
         return state, spent
+    seen: Portrait | None = None
+    halves: dict[int, Halves | None] = {}
     while better is not None and spent < passes:
         state = better
-        seen = portrait(story, state.params, sample)
+        before, seen = seen, portrait(story, state.params, sample)
         spent += 1
-        halves: dict[int, Halves] = {}
+        # What halves of a component are worth is known where it kept its rows.
+        halves = {
+            k: found for k, found in halves.items() if before is not None and seen.kept(before, k)
+        }
         for k in _tried(story.n_components, state.seed, number):
+            if k in halves:
+                continue
             mine = seen.rows[k]
             rng = np.random.default_rng([state.seed, _SPLIT, number, k])
             found = split(
                 story, state.params, k, sample[mine], seen.shares[k], seeding, rng, responsibility
             )
             spent += (2 * LOCAL_STEPS + 3) * len(mine) / (story.n_components * sample.n_rows)
-            if found is not None:
-                halves[k] = found
+            halves[k] = found
+        worth = {k: found for k, found in halves.items() if found is not None}
         number += 1
         # More of either cannot be among the best moves.
         few = MAX_FAILURES + 1
         cheap = sorted(range(story.n_components), key=lambda i: (seen.cost[i], i))[:few]
-        dear = sorted(halves, key=lambda k: (-halves[k].gain, k))[:few]
-        moves = sorted((seen.cost[i] - halves[k].gain, k, i) for k in dear for i in cheap if i != k)
+        dear = sorted(worth, key=lambda k: (-worth[k].gain, k))[:few]
+        moves = sorted((seen.cost[i] - worth[k].gain, k, i) for k in dear for i in cheap if i != k)
         better = None
         for _, k, i in moves[:MAX_FAILURES]:
             if better is not None or spent >= passes:
                 break
-            params = moved(state.params, halves[k].params, k, i)
+            params = moved(state.params, worth[k].params, k, i)
             begun = replace(state, params=params)
-            tried = _trial(story, sample, begun, tolerance, responsibility)
+            tried = _trial(story, through or Resident(sample), begun, tolerance, responsibility)
             spent += tried.step
             if tried.trace[-1].mean_objective > state.trace[-1].mean_objective + tolerance:
                 better = tried
@@ -217,12 +241,12 @@ def _tried(n_components: int, seed: int, number: int) -> list[int]:
 
 
 def _trial(
-    story: Story, sample: Rows, state: FitState, tolerance: float, responsibility: Responsibility
+    story: Story, passes: Passes, state: FitState, tolerance: float, responsibility: Responsibility
 ) -> FitState:
     """EM from moved parameters, for as long as it may still reach the value in the trace."""
     value = state.trace[-1].mean_objective
     trial = FitState(state.params, seed=state.seed, sample=state.sample)
-    trial = fit(story, BatchEM(TRIAL_STEPS, tolerance, responsibility), Resident(sample), trial)
+    trial = fit(story, BatchEM(TRIAL_STEPS, tolerance, responsibility), passes, trial)
     if trial.outcome is not Outcome.MAX_STEPS:
         return trial
     last, one = (info.mean_objective for info in trial.trace[-2:])
@@ -231,4 +255,4 @@ def _trial(
     going = replace(trial, outcome=Outcome.RUNNING)
     quick = climbs(responsibility)
     learner = BatchEM(FULL_STEPS, tolerance, responsibility, accelerate=quick)
-    return fit(story, learner, Resident(sample), going)
+    return fit(story, learner, passes, going)

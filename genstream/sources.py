@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -18,7 +19,7 @@ from scipy import sparse
 
 from genstream.errors import ConfigError, CorruptError, DataError, StorageError
 from genstream.profile import mark
-from genstream.rows import Rows
+from genstream.rows import Rows, pick
 from genstream.schema import Schema
 
 if TYPE_CHECKING:
@@ -124,6 +125,15 @@ def even_rows(n: int) -> int:
     chunks = EVEN_CHUNKS * max(1, -(-n // (EVEN_CHUNKS * CHUNK_ROWS)))
     fitting = max(1, n // LEAST_ROWS)
     return max(1, -(-n // min(chunks, 1 << (fitting.bit_length() - 1))))
+
+
+def pick_rows(source: Source, i: int, index: NDArray[np.intp]) -> Rows:
+    """Some rows of chunk `i` of a source, at least one, by their positions in it. Of rows in memory
+    only those are looked at. Raises as `Source.read` does.
+    """
+    if isinstance(source, NumpySource):
+        return source.pick(i, index)
+    return source.read(i)[index]
 
 
 def n_rows(source: Source) -> int:
@@ -268,6 +278,20 @@ class NumpySource(ArraySource):
         taken: Array = self.array[first:last]
         return taken
 
+    def pick(self, i: int, index: NDArray[np.intp]) -> Rows:
+        """Rows of chunk `i` by their positions in it; no other row is looked at. Raises as `read`
+        does where one of them cannot be used.
+        """
+        first, last = self._starts[i], self._starts[i + 1]
+        weights = None if self.weights is None else _numbers(self.weights[first:last])[index]
+        few = NumpySource(pick(self.array, first + index), self.schema, weights, len(index))
+        few.forbid_missing = self.forbid_missing
+        try:
+            return few.read(0)
+        except DataError:
+            # The chunk knows the number of a row.
+            return self.read(i)[index]
+
     @property
     def chunk_nbytes(self) -> int:
         """Memory of the largest chunk, in bytes."""
@@ -276,6 +300,39 @@ class NumpySource(ArraySource):
         array: Any = self.array
         stored = np.diff(array.indptr[list(self._starts)]).max(initial=0)
         return int(stored) * (self.dtype.itemsize + 4) + 16 * max(self.chunk_rows)
+
+
+class RowsSource:
+    """Rows that were read and checked before, cut into chunks that share their memory.
+
+    `chunk_rows` are the rows of a chunk; `even_rows` of them when left out.
+    """
+
+    kind = "rows"
+
+    def __init__(self, rows: Rows, schema: Schema, chunk_rows: int | None = None) -> None:
+        self.rows, self.schema = rows, schema
+        size = chunk_rows or even_rows(rows.n_rows)
+        self._starts = (*range(0, rows.n_rows, size), rows.n_rows)
+        self.chunk_rows = tuple(b - a for a, b in pairwise(self._starts))
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Memory of the largest chunk, in bytes."""
+        return self.rows.nbytes * max(self.chunk_rows) // max(1, self.rows.n_rows)
+
+    def read(self, i: int) -> Rows:
+        """Chunk `i`; see `Source.read`."""
+        return self.rows[self._starts[i] : self._starts[i + 1]]
+
+    def origin(self, i: int) -> tuple[Piece, ...]:
+        """One piece: the rows are one batch."""
+        return ((0, self._starts[i], self.chunk_rows[i]),)
+
+    def identity(self) -> dict[str, Any]:
+        """Kind, rows and chunks; see `Source.identity`."""
+        n_chunks = len(self.chunk_rows)
+        return {"kind": self.kind, "n_rows": self.rows.n_rows, "n_chunks": n_chunks}
 
 
 class NpySource(ArraySource):

@@ -26,7 +26,6 @@ from genstream.learn import FitState, Outcome, fit
 from genstream.passes import Passes
 from genstream.responsibility import Nearest, Responsibility, by_size
 from genstream.rows import Rows
-from genstream.sources import NumpySource
 from genstream.start import draw_sample, rescue_rows, seed_params
 from genstream.story import Params, Story
 
@@ -181,11 +180,13 @@ def _fitted(
     rule = responsibility or by_size(story.n_components)
     width = CHUNK_NEAREST if isinstance(rule, Nearest) else CHUNK
     chunk_rows = min(width, max(1, -(-sample.n_rows // TASKS)))
-    values = sample.dense().filled()
-    source = NumpySource(values, story.schema, sample.weights, chunk_rows)
-    local = Passes(source, workers=passes.workers)
     learner = IncrementalEM(n_passes, 0.0, responsibility=rule, tasks=TASKS, group=GROUP)
-    state = fit(story, learner, local, FitState(params, seed=seed, sample=kept))
+    state = fit(
+        story,
+        learner,
+        passes.over(sample.dense(), chunk_rows),
+        FitState(params, seed=seed, sample=kept),
+    )
     if state.outcome is Outcome.NONFINITE:
         raise DataError(
             "the sample's log-likelihood is not finite: look for extreme values, or keep the prior"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from genstream.errors import DataError
 from genstream.families.blocks import Array, slices
-from genstream.learn import BatchEM, FitState, Learner, Outcome, Relay, Resident, fit
+from genstream.learn import BatchEM, FitState, Learner, Outcome, Relay, fit
 from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.refine import Seeding, refine
@@ -24,12 +24,12 @@ from genstream.story import Params, Story
 SAMPLE_BYTES = 64 << 20
 # Rows kept with the state, from which empty components are re-seeded.
 RESCUE_ROWS = 2048
-# Rows on which distances are computed for seeding.
-SEED_ROWS = 20_000
+# Rows on which distances are computed for seeding: at most, at least, and for each component.
+SEED_ROWS, FEWEST_SEED_ROWS, SEED_ROWS_OF_FEW = 20_000, 5000, 100
 # Of many centres as many are drawn at a time as there are already, divided by this.
 AT_A_TIME = 8
 # Rows of the sample from which one component begins that needs one pass.
-LONE_ROWS = 8192
+LONE_ROWS = 4096
 # A start of many components takes fewer steps, in proportion to this many.
 FULL_STEPS = 256
 # Rows a centre on which many centres are seeded, and rows a component of a sample for many.
@@ -55,17 +55,6 @@ MOST_BATCHES = 2048
 BATCH_ROWS_EACH = 16
 
 
-@dataclass(frozen=True, eq=False)
-class Pick:
-    """Work for a pass: the rows of each chunk that belong to the sample."""
-
-    index: tuple[NDArray[np.int64], ...]
-
-    def __call__(self, chunk: int, rows: Rows) -> Rows:
-        picked = rows[self.index[chunk]]
-        return Rows(picked.values.astype(np.float64), picked.observed, picked.weights)
-
-
 def draw_sample(passes: Passes, n_rows: int | None, seed: int) -> Rows:
     """At most `n_rows` rows drawn without replacement over all chunks, in one pass.
 
@@ -86,11 +75,15 @@ def draw_sample(passes: Passes, n_rows: int | None, seed: int) -> Rows:
         chosen = np.sort(rng.choice(total, n_rows, replace=False))
     edges = np.concatenate([[0], np.cumsum(sizes)])
     cuts = np.searchsorted(chosen, edges)
-    index = tuple(
+    index = [
         chosen[first:last] - edge
         for first, last, edge in zip(cuts[:-1], cuts[1:], edges[:-1], strict=True)
+    ]
+    picked = (
+        Rows(rows.values.astype(np.float64), rows.observed, rows.weights)
+        for rows in passes.pick(index)
     )
-    sample = Rows.concatenate(list(passes.map(Pick(index))))
+    sample = Rows.concatenate(list(picked))
     useful = sample.is_observed.any(axis=1) & (sample.row_weights > 0)
     if not useful.any():
         raise DataError(
@@ -272,8 +265,9 @@ def _from_clusters(
         _, labels = seed_many(x[small], observed[small], weight[small], k, rng)
         labels = cluster_many(x[small], observed[small], weight[small], labels, k)
         return params_from_labels(story, sample[small], labels, rng)
-    if len(x) > SEED_ROWS:
-        small = np.sort(rng.choice(len(x), SEED_ROWS, replace=False))
+    n_small = min(SEED_ROWS, max(FEWEST_SEED_ROWS, SEED_ROWS_OF_FEW * story.n_components))
+    if len(x) > n_small:
+        small = np.sort(rng.choice(len(x), n_small, replace=False))
     centres = seed_centres(x[small], observed[small], weight[small], story.n_components, rng)
     centres, _ = cluster(x[small], observed[small], weight[small], centres)
     labels = distances(x, observed, centres).argmin(axis=1)
@@ -291,7 +285,9 @@ def params_from_labels(
     responsibilities = np.zeros((sample.n_rows, story.n_components))
     responsibilities[np.arange(sample.n_rows), labels] = 1.0
     vague = story.vague()
-    params = story.m_step(story.e_step(vague, sample, responsibilities), vague)
+    # A component that has all rows need not be told so.
+    stats = story.e_step(vague, sample, soft if story.single_pass else responsibilities)
+    params = story.m_step(stats, vague)
     begun = story.family.start(params.family, sample, responsibilities, rng)
     return replace(params, family=begun)
 
@@ -355,14 +351,15 @@ def warm_start(
     many, and as a step takes longer there are fewer of them: all numbers of starts, steps and
     passes are as many times smaller as there are more than `FULL_STEPS` components, down to one
     start of a few steps.
-    One component that a pass says everything of needs a sample of `LONE_ROWS` rows, for its pivot.
+    One component that a pass says everything of needs a sample of `LONE_ROWS` rows, for its pivot,
+    and no fit to it where they have no gaps.
     `seeding` makes the parameters each short fit begins with. `given` parameters take the place of
     starts, and `responsibility` is the rule by which the sample is fitted. A `sample` that
     `draw_sample` drew with the same number and seed saves its pass.
     `on_start(i, mean objective)` is called after each of them.
     Everything follows from `seed`. Raises DataError where the data cannot start a fit.
     """
-    if story.n_components == 1 and getattr(story.family, "settled", False):
+    if story.single_pass:
         n_init, sample_rows = 1, min(sample_rows, LONE_ROWS)
     if story.n_components >= MANY:
         fewer = story.n_components / FULL_STEPS
@@ -374,15 +371,19 @@ def warm_start(
         sample = draw_sample(passes, sample_rows, seed)
     story = story.anchored(sample)
     kept = rescue_rows(sample, seed)
+    if given is None and story.single_pass and sample.observed is None:
+        # The first pass will tell all, whatever it begins with.
+        given = seeding(story, sample, np.random.default_rng([seed, 2, 0]))
     if given is not None:
         key = (seed, 0, 0)
         stats = story.e_step(given, sample, responsibility, key)
         return story, FitState(given, seed=seed, stats=stats, sample=kept)
+    local = passes.over(sample)
     best: FitState | None = None
     for i in range(max(1, n_init)):
         rng = np.random.default_rng([seed, 2, i])
         state = FitState(seeding(story, sample, rng), seed=seed, sample=kept)
-        state = fit(story, BatchEM(short_steps, tolerance, responsibility), Resident(sample), state)
+        state = fit(story, BatchEM(short_steps, tolerance, responsibility), local, state)
         value = state.trace[-1].mean_objective
         if on_start is not None:
             on_start(i, value)
@@ -400,7 +401,7 @@ def warm_start(
         def go_on(state: FitState) -> FitState:
             if state.outcome is not Outcome.MAX_STEPS:
                 return state
-            return fit(story, learner, Resident(sample), replace(state, outcome=Outcome.RUNNING))
+            return fit(story, learner, local, replace(state, outcome=Outcome.RUNNING))
 
         best, _ = refine(
             story,
@@ -408,6 +409,7 @@ def warm_start(
             go_on(best),
             seed_within,
             passes=refine_passes,
+            through=local,
             tolerance=tolerance,
             responsibility=responsibility,
         )

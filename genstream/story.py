@@ -423,14 +423,16 @@ class Story:
             return self._in_float64().e_step(params, rows, rule, key)
         return stats
 
-    def settled(self, stats: StoryStats) -> bool:
-        """Whether the rows behind `stats` would have given the same ones under any parameters.
-
-        True of a single component whose family says so of complete rows: what one pass sums is all
-        there is to learn.
+    @property
+    def single_pass(self) -> bool:
+        """Whether what one pass sums over complete rows is all there is to learn: a single
+        component, whose family sums the same under any parameters.
         """
-        known = getattr(self.family, "settled", False) and not stats.n_gaps
-        return bool(known) and self.n_components == 1
+        return self.n_components == 1 and bool(getattr(self.family, "settled", False))
+
+    def settled(self, stats: StoryStats) -> bool:
+        """Whether the rows behind `stats` would have given the same ones under any parameters."""
+        return self.single_pass and not stats.n_gaps
 
     def restated(self, stats: StoryStats, params: Params, now: Params) -> StoryStats:
         """Settled statistics with the objective of the parameters `now` in place of `params`."""

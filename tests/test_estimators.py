@@ -392,8 +392,11 @@ def test_wrong_rows_are_named() -> None:
     model = GaussianMixture(2, random_state=0).fit(X)
     with pytest.raises(ValueError, match="3 features"):
         model.predict(X[:, :2])
-    with pytest.raises(ValueError, match="infinity"):
-        model.predict(np.where(X > 5, np.inf, X))
+    spoilt = X.copy()
+    spoilt[60, 1] = np.inf
+    for ask in (model.fit, model.predict, model.score, model.partial_fit):
+        with pytest.raises(DataError, match="X: row 60, column 'x1' is infinite"):
+            ask(spoilt)
     with pytest.raises(DataError, match=r"row 7 has weight -1"):
         model.fit(X, sample_weight=np.where(np.arange(100) == 7, -1.0, 1.0))
     with pytest.raises(ValueError, match=r"sample_weight\.shape"):

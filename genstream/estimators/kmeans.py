@@ -19,7 +19,7 @@ from genstream.estimators.face import Face, Mixed, generator_of
 from genstream.estimators.questions import Data
 from genstream.estimators.starts import replaced
 from genstream.families.blocks import Array
-from genstream.learn import BatchEM, FitState, Learner, Resident, fit
+from genstream.learn import BatchEM, FitState, Learner, fit
 from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.responsibility import hard
@@ -216,10 +216,10 @@ state_, trace_, outcome_, warnings_
         seed = int(random_state.randint(2**31 - 1))
         sample = draw_sample(passes, face.START_ROWS, seed)
         story = self._new_story(passes.source.schema).anchored(sample)
-        fits = []
+        local, fits = passes.over(sample), []
         for _ in range(self._n_starts):
             begun = FitState(self._begin(story, sample, random_state), seed=seed)
-            fits.append(fit(story, self._learner(self.max_iter), Resident(sample), begun))
+            fits.append(fit(story, self._learner(self.max_iter), local, begun))
         best = max(fits, key=lambda state: state.trace[-1].mean_objective if state.trace else 0.0)
         yield story, FitState(best.params, seed=seed, sample=rescue_rows(sample, seed))
 

@@ -112,7 +112,8 @@ class Opening(BaseEstimator):  # type: ignore[misc]
             accept_sparse="csr" if self._takes_sparse else False,
             reset=reset,
             dtype=[np.float64, np.float32],
-            ensure_all_finite="allow-nan",
+            # The source looks for what cannot be used as rows are read, and names the row.
+            ensure_all_finite=False,
             ensure_min_samples=2 if reset else 1,
         )
         if reset:
