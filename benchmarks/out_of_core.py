@@ -10,7 +10,6 @@ not the disk; where reading is to bound a pass they are also forgotten before ev
 from __future__ import annotations
 
 import functools
-import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +32,8 @@ from benchmarks.measure import (
     told,
 )
 from benchmarks.peers import overlapping
+from flows.config import Compute
+from flows.stages import cluster
 from genstream.families.columns import ColumnsParams
 from genstream.families.gaussian import FullParams
 from genstream.learn import EStep
@@ -49,7 +50,9 @@ COMPUTE = Task("gaussian", "full", 16)
 COMPUTE_SHAPE = (1_000_000, 16)
 # A pass of a cluster is to take longer than handing out its chunks does.
 DASK = Task("gaussian", "full", 64)
-DASK_SHAPE = (2_000_000, 16)
+DASK_SHAPE = (4_000_000, 16)
+# Passes of a cluster that count, after one that does not.
+DASK_PASSES = 3
 READ = Task("gaussian", "diag", 2)
 READ_SHAPE = (4_000_000, 32)
 ZARR, PASS = "zarr-python, chunk by chunk", "a pass"
@@ -165,39 +168,28 @@ def read_bound(options: Options) -> Table:
 
 
 def dask_workers(options: Options) -> Table:
-    """A pass over a dataset by one Dask worker process and by two, one thread each."""
-    import distributed
+    """A pass over a dataset by one Dask worker process and by two, one thread each.
 
+    Each turn starts the cluster that a configuration of so many workers starts, and ends it: the
+    processes of one that waits take time from those of another.
+    """
     told("Dask workers")
     story, params, x = model(DASK, DASK_SHAPE, "float64", options)
     n_rows = len(x)
+    taken: dict[str, list[float]] = {"1": [], "2": []}
     with tempfile.TemporaryDirectory() as top:
         stored = roofline.write_dataset(Path(top) / "dataset", x)
-        clusters = {
-            n: distributed.LocalCluster(
-                n_workers=n,
-                threads_per_worker=1,
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                silence_logs=logging.ERROR,
-            )
-            for n in (1, 2)
-        }
-        clients = {n: distributed.Client(cluster) for n, cluster in clusters.items()}
+        del x
         # The same tasks for both.
         passes = Passes(stored, scheduler="distributed", workers=2)
 
-        def turn(n: int) -> float:
-            with clients[n].as_current():
-                return one_pass(story, params, passes)
+        def turn(n: int) -> list[float]:
+            with cluster(Compute(scheduler="distributed", workers=n)):
+                return [one_pass(story, params, passes) for _ in range(1 + DASK_PASSES)][1:]
 
-        try:
-            turns = {str(n): functools.partial(turn, n) for n in clusters}
-            taken = warmed(turns, 2 * options.rounds)
-        finally:
-            for n, cluster in clusters.items():
-                clients[n].close()
-                cluster.close()
+        for _ in range(options.rounds):
+            for n, seconds in taken.items():
+                seconds += turn(int(n))
     rows = [{"workers": int(n), **pass_row(n_rows, seconds)} for n, seconds in taken.items()]
     what = f"two Dask workers against one, full d = 16 K = 64 float64, {n_rows:,} rows"
     return Table(

@@ -22,11 +22,11 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream.errors import ComputeError, ConfigError, GenstreamError
+from genstream.errors import ComputeError, ConfigError, DataError, GenstreamError
 from genstream.learn import Abreast, in_turn
 from genstream.profile import Profile, current, mark
 from genstream.rows import Rows
-from genstream.sources import RowsSource, Source, pick_rows
+from genstream.sources import NumpySource, RowsSource, Source
 from genstream.stats import EMPTY, Tree, fold_tree
 from genstream.threads import one_blas_thread
 
@@ -38,7 +38,10 @@ Span = tuple[int, int]
 # A task of this many chunks costs the scheduler little; fewer where there are few chunks.
 MAX_TASK_CHUNKS = 64
 # Tasks a worker should have at least, so that none waits long for the others at the end.
-TASKS_PER_WORKER = 4
+TASKS_PER_WORKER = 8
+# Nodes of the tree that one task of a cluster merges, a power of two: to send what was summed from
+# one worker to another takes longer than to merge it, and memory for so many.
+MERGED = 4
 # The share of its time that a worker may wait for storage before it has chunks read ahead.
 BLOCKED = 0.1
 # Seconds from which on it pays to hand reading over to another thread.
@@ -218,11 +221,11 @@ class Passes:
 
         # One node holds source and work, so that parameters are shipped once, not once a task.
         shared = delayed((self.source, work), traverse=False)
-        task, merge = delayed(_fold_shared, pure=False), delayed(_merge, pure=False)
+        task, merge = delayed(_fold_shared, pure=False), delayed(fold_tree, pure=False)
         level = [task(shared, first, last) for first, last in spans]
         while len(level) > 1:
-            pairs = [level[i : i + 2] for i in range(0, len(level), 2)]
-            level = [merge(*pair) if len(pair) == 2 else pair[0] for pair in pairs]
+            groups = [level[i : i + MERGED] for i in range(0, len(level), MERGED)]
+            level = [merge(group) if len(group) > 1 else group[0] for group in groups]
         return level[0]
 
     def _on_cluster(self, graph: Any) -> Any:
@@ -266,12 +269,22 @@ class Passes:
         """`work(chunk, rows)` of every chunk, in the order of chunks, a few of them ahead."""
         return self._in_order(lambda i: work(i, self.source.read(i)), range(self.n_chunks))
 
-    def pick(self, index: Sequence[NDArray[np.intp]]) -> Iterator[Rows]:
-        """The rows at some positions in each chunk, in the order of chunks, of which those without
-        any are not read.
+    def pick(self, rows: NDArray[np.intp]) -> Rows:
+        """Some rows by their numbers among all, at least one, in rising order; chunks without any
+        are not read, and of rows in memory no others are looked at. Raises as `Source.read` does.
         """
-        wanted = [i for i, some in enumerate(index) if len(some)]
-        return self._in_order(lambda i: pick_rows(self.source, i, index[i]), wanted)
+        if isinstance(self.source, NumpySource):
+            # A row that cannot be used is named by the chunk that has it, which counts all rows.
+            with contextlib.suppress(DataError):
+                return self.source.pick(rows)
+        edges = np.concatenate([[0], np.cumsum(self.source.chunk_rows)])
+        cuts = np.searchsorted(rows, edges)
+        wanted = np.flatnonzero(np.diff(cuts)).tolist()
+
+        def picked(i: int) -> Rows:
+            return self.source.read(i)[rows[cuts[i] : cuts[i + 1]] - edges[i]]
+
+        return Rows.concatenate(list(self._in_order(picked, wanted)))
 
     def _in_order(self, work: Callable[[int], T], chunks: Sequence[int]) -> Iterator[T]:
         """`work(chunk)` of some chunks, on threads of this process."""
@@ -468,7 +481,3 @@ def fold_range(source: Source, work: Work, first: int, last: int) -> Any:
 def _fold_shared(shared: tuple[Source, Work], first: int, last: int) -> Any:
     with one_blas_thread():
         return fold_range(*shared, first, last)
-
-
-def _merge(left: Any, right: Any) -> Any:
-    return left.merge(right)

@@ -127,15 +127,6 @@ def even_rows(n: int) -> int:
     return max(1, -(-n // min(chunks, 1 << (fitting.bit_length() - 1))))
 
 
-def pick_rows(source: Source, i: int, index: NDArray[np.intp]) -> Rows:
-    """Some rows of chunk `i` of a source, at least one, by their positions in it. Of rows in memory
-    only those are looked at. Raises as `Source.read` does.
-    """
-    if isinstance(source, NumpySource):
-        return source.pick(i, index)
-    return source.read(i)[index]
-
-
 def n_rows(source: Source) -> int:
     """Rows of a source."""
     return sum(source.chunk_rows)
@@ -278,19 +269,15 @@ class NumpySource(ArraySource):
         taken: Array = self.array[first:last]
         return taken
 
-    def pick(self, i: int, index: NDArray[np.intp]) -> Rows:
-        """Rows of chunk `i` by their positions in it; no other row is looked at. Raises as `read`
-        does where one of them cannot be used.
+    def pick(self, index: NDArray[np.intp]) -> Rows:
+        """Some rows by their positions, at least one; no other row is looked at.
+
+        Raises DataError where one of them cannot be used.
         """
-        first, last = self._starts[i], self._starts[i + 1]
-        weights = None if self.weights is None else _numbers(self.weights[first:last])[index]
-        few = NumpySource(pick(self.array, first + index), self.schema, weights, len(index))
+        weights = None if self.weights is None else _numbers(self.weights)[index]
+        few = NumpySource(pick(self.array, index), self.schema, weights, len(index), name=self.name)
         few.forbid_missing = self.forbid_missing
-        try:
-            return few.read(0)
-        except DataError:
-            # The chunk knows the number of a row.
-            return self.read(i)[index]
+        return few.read(0)
 
     @property
     def chunk_nbytes(self) -> int:
@@ -319,7 +306,7 @@ class RowsSource:
     @property
     def chunk_nbytes(self) -> int:
         """Memory of the largest chunk, in bytes."""
-        return self.rows.nbytes * max(self.chunk_rows) // max(1, self.rows.n_rows)
+        return int(self.rows.nbytes * max(self.chunk_rows) // self.rows.n_rows)
 
     def read(self, i: int) -> Rows:
         """Chunk `i`; see `Source.read`."""

@@ -73,17 +73,8 @@ def draw_sample(passes: Passes, n_rows: int | None, seed: int) -> Rows:
         chosen = np.arange(total)
     else:
         chosen = np.sort(rng.choice(total, n_rows, replace=False))
-    edges = np.concatenate([[0], np.cumsum(sizes)])
-    cuts = np.searchsorted(chosen, edges)
-    index = [
-        chosen[first:last] - edge
-        for first, last, edge in zip(cuts[:-1], cuts[1:], edges[:-1], strict=True)
-    ]
-    picked = (
-        Rows(rows.values.astype(np.float64), rows.observed, rows.weights)
-        for rows in passes.pick(index)
-    )
-    sample = Rows.concatenate(list(picked))
+    picked = passes.pick(chosen)
+    sample = Rows(picked.values.astype(np.float64), picked.observed, picked.weights)
     useful = sample.is_observed.any(axis=1) & (sample.row_weights > 0)
     if not useful.any():
         raise DataError(

@@ -324,3 +324,17 @@ def test_empty_chunks_are_neutral(problem: Any) -> None:
     stats = Passes(source).fold(EStep(story, params))
     kept = Rows.concatenate(source.read(i) for i in range(len(source.chunk_rows)))
     assert oracles.distance(stats, story.e_step(params, kept)) < 1e-12
+
+
+def test_rows_in_memory_are_gone_over_as_they_are() -> None:
+    values = np.random.default_rng(0).normal(size=(50_000, 2))
+    values[::7, 0] = np.nan
+    rows = Rows.of(values, np.arange(50_000.0))
+    passes = Passes(NumpySource(values), workers=2).over(rows)
+    assert passes.n_rows == 50_000
+    assert passes.n_chunks == 4
+    read = Rows.concatenate([passes.read(i) for i in range(4)])
+    np.testing.assert_array_equal(read.filled(), values)
+    np.testing.assert_array_equal(read.row_weights, rows.weights)
+    assert passes.source.chunk_nbytes * 4 == rows.nbytes
+    assert Passes(NumpySource(values), scheduler="synchronous").over(rows, 7).workers == 1

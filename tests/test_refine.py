@@ -125,6 +125,42 @@ def test_a_move_changes_two_components_and_keeps_the_sum_of_weights(name: str) -
         np.testing.assert_array_equal(now, expected)
 
 
+def test_a_component_kept_its_rows_where_most_shares_are_the_same() -> None:
+    story, rows, state = heaps()
+    seen = portrait(story, state.params, rows)
+    assert all(seen.kept(seen, k) for k in range(4))
+    # A component that another one was put in the place of explains other rows.
+    swapped = portrait(story, state.params.take([1, 0, 2, 3]), rows)
+    assert [swapped.kept(seen, k) for k in range(4)] == [False, False, True, True]
+    # Half of the shares left are not most of them.
+    half = replace(seen, shares=tuple(share / 2 for share in seen.shares))
+    assert not any(half.kept(seen, k) for k in range(4))
+
+
+def test_halves_are_found_anew_only_where_rows_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    centres = 10.0 * np.arange(12)
+    rows = Rows.of((np.repeat(centres, 60) + rng.normal(size=720))[:, None])
+    story = mixture(Schema.real(1), 12).anchored(rows)
+    # Two components on the first heap, and one on the last two.
+    labels = np.repeat(np.r_[0, np.arange(2, 12), 11], 60)
+    labels[:30] = 1
+    params = params_from_labels(story, rows, labels, rng)
+    state = fit(story, BatchEM(200, 1e-6), Resident(rows), FitState(params, sample=rows))
+    tried: list[int] = []
+
+    def counted(story: Story, params: Params, component: int, *rest: Any) -> Any:
+        tried.append(component)
+        return split(story, params, component, *rest)
+
+    monkeypatch.setattr("genstream.refine.split", counted)
+    better, _ = refine(story, rows, state, seed_within, passes=60)
+    assert better.trace[-1].mean_objective > state.trace[-1].mean_objective + 0.05
+    assert tried[:12] == list(range(12))
+    # The heaps between were as before in the second round.
+    assert 1 <= len(tried) - 12 <= 6
+
+
 class TestRefine:
     @pytest.mark.parametrize("responsibility", [None, hard])
     def test_finds_what_em_alone_cannot(self, responsibility: Any) -> None:

@@ -7,11 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from genstream.families.blocks import Pivot
+from genstream.families.gaussian_walk import second_moments
 from genstream.learn import BatchEM, FitState, Outcome, fit
 from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
+from genstream.start import warm_start
 from genstream.stories import factors, mixture
 from genstream.story import Params, Story
 
@@ -154,3 +157,48 @@ def test_no_rows_at_all_sum_to_nothing(name: str) -> None:
     stats = story.e_step(story.vague(), Rows(np.empty((0, story.schema.n_features))))
     assert stats.n_rows == 0
     assert all(not np.any(value) for path, _, value in stats.leaves() if "sum" in str(path))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_sums_about_zero_are_those_about_the_pivot(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = np.array([1e-3, 1.0, 1e4])
+    shift = np.array([0.9, -0.5, 0.0])
+    x = ((RNG.normal(size=(20_000, 3)) + shift) * scale).astype(dtype)
+    x[:, 1] += x[:, 0] * 1e3
+    pivot = Pivot.of(x.mean(axis=0), x.var(axis=0))
+    y = (x.astype(np.float64) - pivot.shift) / pivot.scale
+    n, first, second = second_moments(Rows(x), pivot, np.dtype(dtype), fast=False)
+    assert n == 20_000
+    exact = 1e-12 if dtype == "float64" else 1e-5
+    np.testing.assert_allclose(first, y.sum(axis=0), atol=exact * n)
+    np.testing.assert_allclose(second, y.T @ y, atol=exact * n)
+
+    # A column that does not vary, or whose mean is far from 0, is summed about the pivot.
+    x[:, 1] = 0.75
+    flat = Pivot.of(x.mean(axis=0), x.var(axis=0))
+    assert second_moments(Rows(x), flat, np.dtype(dtype), fast=False)[2][1, 1] == 0.0
+    x[:, 1] = 1e6 + RNG.normal(size=20_000)
+    far = Pivot.of(x.astype(np.float64).mean(axis=0), x.astype(np.float64).var(axis=0))
+    y = (x.astype(np.float64) - far.shift) / far.scale
+    found = second_moments(Rows(x), far, np.dtype(dtype), fast=False)[2]
+    np.testing.assert_allclose(found, y.T @ y, atol=exact * n)
+
+
+@pytest.mark.parametrize("name", list(stories()))
+def test_a_start_of_complete_rows_is_no_fit(name: str) -> None:
+    story = stories()[name]
+    x = rows_of(story)
+    trace: list[float] = []
+    passes = Passes(NumpySource(x, story.schema), scheduler="synchronous")
+    _, state = warm_start(story, passes, on_start=lambda _, value: trace.append(value))
+    assert state.step == 0
+    assert state.trace == ()
+    assert state.stats is not None
+    assert np.isfinite(state.stats.objective)
+    gaps = x.copy()
+    gaps[::9, 0] = np.nan
+    passes = Passes(NumpySource(gaps, story.schema), scheduler="synchronous")
+    _, state = warm_start(story, passes, on_start=lambda _, value: trace.append(value))
+    assert len(trace) == 1

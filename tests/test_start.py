@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from genstream.learn import BatchEM, FitState, Outcome, Resident, fit
 from genstream.passes import Passes
 from genstream.rows import Rows
 from genstream.schema import Schema
-from genstream.sources import NumpySource
+from genstream.sources import NpySource, NumpySource, Source
 from genstream.start import (
     cluster,
     draw_sample,
@@ -32,6 +33,20 @@ from genstream.story import Story
 def passes_over(values: Any, schema: Any = None, weights: Any = None, chunk: int = 50) -> Passes:
     source = NumpySource(values, schema, weights, chunk_rows=chunk)
     return Passes(source, scheduler="synchronous")
+
+
+class Reads:
+    """A source that notes which chunks are read."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.chunks = source, list[int]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.source, name)
+
+    def read(self, i: int) -> Rows:
+        self.chunks.append(i)
+        return self.source.read(i)
 
 
 class TestSample:
@@ -62,6 +77,25 @@ class TestSample:
             np.testing.assert_array_equal(sample.values, samples[0].values)
         other = draw_sample(passes_over(values), 400, 4)
         assert not np.array_equal(other.values, samples[0].values)
+
+    def test_only_chunks_with_sampled_rows_are_read(self, tmp_path: Path) -> None:
+        np.save(tmp_path / "x.npy", np.arange(5000.0)[:, None])
+        source = Reads(NpySource(tmp_path / "x.npy", chunk_rows=100))
+        passes = Passes(source, scheduler="synchronous")
+        rows = np.array([3, 99, 2500, 2501, 4999])
+        np.testing.assert_array_equal(passes.pick(rows).values[:, 0], rows)
+        assert sorted(source.chunks) == [0, 25, 49]
+
+    def test_of_rows_in_memory_only_the_sampled_are_looked_at(self) -> None:
+        values = np.arange(4000.0).reshape(2000, 2)
+        weights = np.arange(2000.0)
+        values[7, 1], values[8, 0] = np.inf, np.nan
+        passes = passes_over(values, weights=weights)
+        found = passes.pick(np.array([8, 50, 1999]))
+        np.testing.assert_array_equal(found.filled(), values[[8, 50, 1999]])
+        np.testing.assert_array_equal(found.row_weights, [8, 50, 1999])
+        with pytest.raises(DataError, match="array: row 7, column 'x1' is infinite"):
+            passes.pick(np.array([7, 50]))
 
     def test_rows_that_say_nothing_are_left_out(self) -> None:
         values = np.arange(400.0).reshape(200, 2)

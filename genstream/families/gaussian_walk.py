@@ -241,6 +241,11 @@ def _spread(mean: Array, covariance: Array) -> Array:
     return np.asarray(np.sqrt(np.diagonal(covariance, axis1=1, axis2=2) + mean**2))
 
 
+# Rows whose products are summed in the arithmetic of the rows, and the least variance a column may
+# have, in units of the pivot's, for sums about 0 to be as good as those about its mean.
+RAW_ROWS, LEAST_VARIANCE = 8192, 0.1
+
+
 def quadratic_rounding(mean: Array, covariance: Array, precision: Array) -> Array:
     """(K,) how far rounding moves `y'P y - 2 m'P y + m'P m`, in units of the unit roundoff.
 
@@ -272,6 +277,9 @@ def second_moments(
     coordinates of some arithmetic: each block is multiplied with itself, and of a symmetric product
     only half is computed.
     """
+    raw = _raw_moments(rows, pivot, dtype)
+    if raw is not None:
+        return raw
     n, d = rows.values.shape
     size = max(1, min(n, block_rows(d, dtype.itemsize, fast)))
     room, ones = np.empty((size, d), dtype), np.ones(size, dtype)
@@ -293,6 +301,31 @@ def second_moments(
             y *= np.sqrt(weight)[:, None]
         sum_wxx += y.T @ y
     return sum_w, sum_wx, sum_wxx
+
+
+def _raw_moments(
+    rows: Rows, pivot: Pivot, dtype: np.dtype[Any]
+) -> tuple[float, Array, Array] | None:
+    """As `second_moments`, from sums of `x x'` itself, which saves a copy of the rows.
+
+    None where rows are weighted or of another type, and where digits would be lost: where a mean is
+    larger than the deviation, or a column does not vary as the pivot says.
+    """
+    same = rows.weights is None and rows.values.dtype == dtype
+    if not same or not (np.abs(pivot.shift) <= pivot.scale).all():
+        return None
+    n, d = rows.values.shape
+    first, second = np.zeros(d), np.zeros((d, d))
+    ones = np.ones(min(n, RAW_ROWS), dtype)
+    for index in slices(n, RAW_ROWS):
+        x = rows.values[index]
+        first += ones[: len(x)] @ x
+        second += x.T @ x
+    cross = np.outer(first, pivot.shift)
+    second += n * np.outer(pivot.shift, pivot.shift) - cross - cross.T
+    second /= np.outer(pivot.scale, pivot.scale)
+    varying = np.diagonal(second) >= LEAST_VARIANCE * n
+    return (float(n), (first - n * pivot.shift) / pivot.scale, second) if varying.all() else None
 
 
 class Block(Protocol):
