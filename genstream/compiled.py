@@ -146,15 +146,18 @@ def swept(
     buffers: tuple[Array, Array],
     sum_r: Array,
     sums: Array,
+    likeliest: bool,
 ) -> Array | None:
-    """The E-step of complete rows (n, d) under K components, soft and times row weights (n,).
+    """The E-step of complete rows (n, d) under K components, times row weights (n,): soft, or all
+    responsibility to the `likeliest`.
 
     `features` are `quadratic`, `squares` or `together`, in which scores are `linear`. Adds the
     responsibilities' sums to `sum_r` (K,), and those of features under them to `sums` (K, p).
     `buffers` for features and scores, C-ordered, say how many rows a block has. Only where `pays`.
 
-    Returns the (n,) log-densities; None, and does nothing, where a component needs another
-    arithmetic or features are so many that blocks take long, which NumPy's products then do faster.
+    Returns the (n,) log-densities, or log-joints of the likeliest; None, and does nothing, where a
+    component needs another arithmetic or features are so many that blocks take long, which NumPy's
+    products then do faster.
     """
     n_components, width = linear.eta.shape
     few = features != "quadratic" and n_components <= FEW
@@ -167,7 +170,7 @@ def swept(
     at = pivot.shift, 1.0 / pivot.scale
     if few:
         together = features == "together"
-        found.few_swept(together, values, *at, linear.whole, given, value, sum_r, sums)
+        found.few_swept(together, likeliest, values, *at, linear.whole, given, value, sum_r, sums)
         mark("sweep")
         return value
     form, size = ("quadratic", "squares", "together").index(features), buffers[1].shape[1]
@@ -178,6 +181,7 @@ def swept(
         found.swept(
             stages,
             form,
+            likeliest,
             values[part],
             *at,
             linear.eta,

@@ -210,6 +210,37 @@ def soft(log_joint: Any, weights: Any, value: Any, sum_r: Any) -> None:
             sum_r[k] += _scale_sum(log_joint[k, start:stop], total)
 
 
+@_compiled()
+def _raise_best(x: Any, k: int, peak: Any, best: Any) -> None:
+    for i in range(x.shape[0]):
+        # A NaN stays, as the place of the first one.
+        kept = x[i] <= peak[i] or peak[i] != peak[i]
+        best[i] = best[i] if kept else k
+        peak[i] = peak[i] if kept else x[i]
+
+
+@_compiled()
+def hard(log_joint: Any, weights: Any, value: Any, sum_r: Any) -> None:
+    """As `soft`, with all responsibility to the first of the largest, and its log-joint."""
+    K, n = log_joint.shape
+    number = log_joint.dtype.type
+    peaks, bests = np.empty(LANE, log_joint.dtype), np.empty(LANE, np.int32)
+    for start in range(0, n, LANE):
+        stop = min(start + LANE, n)
+        m = stop - start
+        peak, best = peaks[:m], bests[:m]
+        peak[:] = log_joint[0, start:stop]
+        best[:] = 0
+        for k in range(1, K):
+            _raise_best(log_joint[k, start:stop], k, peak, best)
+        log_joint[:, start:stop] = number(0)
+        for i in range(m):
+            value[start + i] = np.float64(peak[i])
+            weight = weights[start + i] if weights.shape[0] else 1.0
+            log_joint[best[i], start + i] = number(weight)
+            sum_r[best[i]] += weight
+
+
 # Features of a block of rows (n, d), C-ordered, in pivot coordinates `y = (x - shift) * inverse`:
 # one row of `out`, C-ordered and at least n wide, a feature. `y` is rounded to the arithmetic of
 # `out` once it is computed.
@@ -298,6 +329,7 @@ ALL = sum(STAGES)
 def swept(
     stages: int,
     form: int,
+    likeliest: bool,
     x: Any,
     shift: Any,
     inverse: Any,
@@ -309,7 +341,8 @@ def swept(
     sum_r: Any,
     sums: Any,
 ) -> None:
-    """The E-step of complete rows (n, d) in blocks of `size`, all without the interpreter.
+    """The E-step of complete rows (n, d) in blocks of `size`, all without the interpreter: `soft`,
+    or `hard` where a row is of its likeliest component.
 
     Where threads take turns at the interpreter's lock between the steps of a block, they wait for
     one another longer than a short step takes. `form` says which features: 0 `quadratic`, 1
@@ -335,7 +368,10 @@ def swept(
             np.dot(eta, f, r)
         if stages & SOFTMAX:
             some = weights[start:stop] if weights.shape[0] else weights
-            soft(r, some, value[start:stop], sum_r)
+            if likeliest:
+                hard(r, some, value[start:stop], sum_r)
+            else:
+                soft(r, some, value[start:stop], sum_r)
         if stages & GATHER:
             np.dot(r, f.T, room)
             for k in range(K):
@@ -363,6 +399,7 @@ def _moments(y: Any, weight: Any) -> Any:
 @_compiled()
 def few_swept(
     together: bool,
+    likeliest: bool,
     x: Any,
     shift: Any,
     inverse: Any,
@@ -392,7 +429,10 @@ def few_swept(
                 curvature = eta[k, 1 + d] if together else eta[k, 1 + d + i]
                 _add_quadratic(y[i, :m], eta[k, 1 + i], curvature, score)
         some = weights[start:stop] if weights.shape[0] else weights
-        soft(scores, some, value[start:stop], found)
+        if likeliest:
+            hard(scores, some, value[start:stop], found)
+        else:
+            soft(scores, some, value[start:stop], found)
         for k in range(K):
             for i in range(d):
                 first, second = _moments(y[i, :m], scores[k])

@@ -192,16 +192,13 @@ def refine(
     idle = not 3 <= story.n_components <= MOST_COMPONENTS
     if idle or story.frozen or isinstance(responsibility, Sampled):
         return state, spent
-    seen: Portrait | None = None
-    halves: dict[int, Halves | None] = {}
+    # Halves by component, and what it was when they were found.
+    halves: dict[int, tuple[Halves | None, Portrait]] = {}
     while better is not None and spent < passes:
         state = better
-        before, seen = seen, portrait(story, state.params, sample)
+        seen = portrait(story, state.params, sample)
         spent += 1
-        # What halves of a component are worth is known where it kept its rows.
-        halves = {
-            k: found for k, found in halves.items() if before is not None and seen.kept(before, k)
-        }
+        halves = {k: known for k, known in halves.items() if seen.kept(known[1], k)}
         for k in _tried(story.n_components, state.seed, number):
             if k in halves:
                 continue
@@ -211,8 +208,8 @@ def refine(
                 story, state.params, k, sample[mine], seen.shares[k], seeding, rng, responsibility
             )
             spent += (2 * LOCAL_STEPS + 3) * len(mine) / (story.n_components * sample.n_rows)
-            halves[k] = found
-        worth = {k: found for k, found in halves.items() if found is not None}
+            halves[k] = found, seen
+        worth = {k: found for k, (found, _) in halves.items() if found is not None}
         number += 1
         # More of either cannot be among the best moves.
         few = MAX_FAILURES + 1

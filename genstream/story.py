@@ -41,6 +41,7 @@ from genstream.responsibility import (
     Nearest,
     Responsibility,
     Rule,
+    hard,
     rule_of,
     soft,
     weighted_soft,
@@ -296,12 +297,15 @@ class Story:
         walk = self._walk(params, rows)
         sum_r = np.zeros(self.n_components)
         mark("prepare")
-        plain = given is None and rule is soft
+        likeliest = rule is hard
+        plain = given is None and (rule is soft or likeliest)
         if plain and self.n_components == 1 and isinstance(walk, LoneWalk) and walk.summed():
             stats = self._lone_stats(params, rows, walk.close())
         else:
             n_observed, weight, objective = 0, 0.0, 0.0
-            swept = walk.swept(sum_r) if plain and isinstance(walk, SweptWalk) else None
+            swept = None
+            if plain and isinstance(walk, SweptWalk):
+                swept = walk.swept(sum_r, likeliest)
             if swept is not None:
                 index, value = swept
                 heavy = None if rows.weights is None else rows.weights[index]

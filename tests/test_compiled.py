@@ -138,6 +138,21 @@ class TestSoft:
         for a, b in zip(first, second, strict=True):
             assert a.tobytes() == b.tobytes()
 
+    @pytest.mark.parametrize("weighted", (False, True))
+    def test_the_likeliest_is_the_first_of_the_largest(self, dtype: str, weighted: bool) -> None:
+        log_joint = np.round(scores(6, 700, 2.0, dtype))
+        log_joint[3, 40], log_joint[1, 41], log_joint[0, 42] = np.nan, -np.inf, np.nan
+        log_joint[4, 40] = log_joint[5, 42] = np.nan
+        log_joint[:, 43] = -np.inf
+        weights = np.linspace(0, 3, 700) if weighted else None
+        best = log_joint.argmax(axis=0)
+        block, sum_r, value = log_joint.copy(), np.ones(6), np.empty(700)
+        compiled.loops().hard(block, np.empty(0) if weights is None else weights, value, sum_r)
+        weight = np.ones(700) if weights is None else weights
+        np.testing.assert_array_equal(value, log_joint[best, np.arange(700)])
+        np.testing.assert_array_equal(block, (np.arange(6)[:, None] == best) * weight.astype(dtype))
+        np.testing.assert_allclose(sum_r - 1, np.bincount(best, weight, 6), rtol=1e-12)
+
     @pytest.mark.parametrize("rule", (soft, hard, Truncated(2), Sampled(3)))
     def test_every_rule(
         self, dtype: str, rule: Responsibility, everything_compiled: Callable[[bool], None]
@@ -199,9 +214,11 @@ class TestSteps:
     @pytest.mark.parametrize("gaps", (False, True))
     @pytest.mark.parametrize("weighted", (False, True))
     @pytest.mark.parametrize("k", (3, 7))
+    @pytest.mark.parametrize("rule", (soft, hard))
     def test_compiled_or_not_a_step_is_the_same(
         self,
         kind: str,
+        rule: Responsibility,
         k: int,
         dtype: str,
         gaps: bool,
@@ -221,7 +238,7 @@ class TestSteps:
         found: list[StoryStats] = []
         for on in (True, False):
             everything_compiled(on)
-            found.append(story.e_step(params, rows))
+            found.append(story.e_step(params, rows, rule))
             assert found[-1].n_rows == 5000
         assert oracles.distance(*found) < 20 * ROUNDING[dtype]
         assert found[0].objective == pytest.approx(found[1].objective, rel=ROUNDING[dtype])
@@ -241,6 +258,7 @@ class TestSteps:
             Story, "_e_step_by_block", lambda *given: walked.append(1) or known(*given)
         )
         story.e_step(params, Rows(rows))
+        story.e_step(params, Rows(rows), hard)
         assert bool(walked) == (kind == "tied")
         story.e_step(params, Rows(rows[:100]))
         assert walked

@@ -78,10 +78,11 @@ class Walk(Protocol):
 class SweptWalk(Walk, Protocol):
     """A walk that can do many blocks in one go, without the interpreter."""
 
-    def swept(self, sum_r: Array) -> tuple[Index, Array] | None:
+    def swept(self, sum_r: Array, likeliest: bool) -> tuple[Index, Array] | None:
         """Which rows are done, and their log-densities: their statistics are gathered under soft
         responsibilities, whose sums are added to `sum_r` (K,), and they are in no block to come.
-        None where there are none.
+        With `likeliest` under all responsibility to the likeliest component, whose log-joints are
+        given. None where there are none.
         """
 
 

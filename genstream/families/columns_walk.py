@@ -205,7 +205,7 @@ class LinearWalk(ConsecutiveWalk):
         else:
             self.features = self.kernel.features(self.values, self.observed, self._buffer)
 
-    def swept(self, sum_r: Array) -> tuple[Index, Array] | None:
+    def swept(self, sum_r: Array, likeliest: bool) -> tuple[Index, Array] | None:
         """As `SweptWalk.swept`."""
         if self.fast is None or not self._buffer.flags.c_contiguous:
             return None
@@ -218,6 +218,7 @@ class LinearWalk(ConsecutiveWalk):
             (self._buffer, self._log_p),
             sum_r,
             self.sums,
+            likeliest,
         )
         return None if value is None else (slice(None), value)
 

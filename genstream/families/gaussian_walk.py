@@ -518,17 +518,17 @@ class GaussianWalk:
         work.load(values, y, features)
         self.block.parts.append((chosen, work))
 
-    def swept(self, sum_r: Array) -> tuple[Index, Array] | None:
+    def swept(self, sum_r: Array, likeliest: bool) -> tuple[Index, Array] | None:
         """As `SweptWalk.swept`: complete rows, and those of each frequent pattern."""
         if not self.fast:
             return None
         if self.rows.observed is None:
-            value = self._swept(self.kernel.complete, slice(None), sum_r)
+            value = self._swept(self.kernel.complete, slice(None), sum_r, likeliest)
             return None if value is None else (slice(None), value)
         found: list[tuple[Array, Array]] = []
         for p in np.flatnonzero(self.frequent):
             index = self.patterns.rows(int(p))
-            value = self._swept(self._marginal(int(p)), index, sum_r)
+            value = self._swept(self._marginal(int(p)), index, sum_r, likeliest)
             if value is not None:
                 self.frequent_left.remove(int(p))
                 found.append((index, value))
@@ -537,7 +537,9 @@ class GaussianWalk:
         index, value = map(np.concatenate, zip(*found, strict=True))
         return index, value
 
-    def _swept(self, marginal: Marginal, index: Index, sum_r: Array) -> Array | None:
+    def _swept(
+        self, marginal: Marginal, index: Index, sum_r: Array, likeliest: bool
+    ) -> Array | None:
         """Log-densities of rows of one pattern, whose statistics are gathered, or None."""
         work = self._work(marginal)
         if isinstance(work, _TiedBlock):
@@ -553,6 +555,7 @@ class GaussianWalk:
             (self.features, self.log_p),
             sum_r,
             work.sums,
+            likeliest,
         )
         if value is not None:
             work.finish()
