@@ -158,8 +158,8 @@ class Checkpoints:
         self._saved, self._time, self._rows = self._state, time.monotonic(), 0
 
 
-def learner_of(config: Config, rows: int) -> Learner:
-    """The learner that a configuration means for so many rows."""
+def learner_of(config: Config, story: Story, rows: int) -> Learner:
+    """The learner that a configuration means for a story and so many rows."""
     from genstream.incremental import IncrementalEM
     from genstream.learn import BatchEM
     from genstream.responsibility import climbs
@@ -177,13 +177,14 @@ def learner_of(config: Config, rows: int) -> Learner:
                 memo_nbytes=memo_nbytes(config),
                 responsibility=rule,
             )
-        case "auto" if climbs(rule):
+        # What is told by one pass needs no other one before.
+        case "auto" if climbs(rule) and not story.single_pass:
             return default_learner(
                 rows,
                 max_steps=options.max_steps,
                 tolerance=options.tolerance,
                 online=online,
-                n_components=config.model.n_components or 1,
+                n_components=story.n_components,
             )
     return BatchEM(options.max_steps, options.tolerance, rule, accelerate=climbs(rule))
 
@@ -294,7 +295,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
         try:
             state = learn.fit(
                 story,
-                learner_of(config, pass_rows),
+                learner_of(config, story, pass_rows),
                 passes,
                 state,
                 on_step=(checkpoints, keep_metrics, shown.on_step, *on_step),

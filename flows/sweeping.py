@@ -197,7 +197,7 @@ class Group:
         candidates: list[Candidate] = []
         for run, (story, first) in begun.items():
             config = run.config
-            learner = stages.learner_of(config, pass_rows)
+            learner = stages.learner_of(config, story, pass_rows)
             candidates.append(Candidate(story, learner, first))
             checkpoints.append(stages.Checkpoints(run, config, story, pass_rows))
             self._rows[run] = sum(info.n_rows for info in first.trace)

@@ -174,7 +174,8 @@ def swept(
         mark("sweep")
         return value
     form, size = ("quadratic", "squares", "together").index(features), buffers[1].shape[1]
-    rooms = (*buffers, np.empty(sums.shape, dtype=linear.eta.dtype))
+    room, places = np.empty(sums.shape, dtype=linear.eta.dtype), np.empty(size, dtype=np.int32)
+    rooms = (*buffers, room, places)
 
     def step(stages: int, part: slice) -> None:
         some = given[part] if len(given) else given

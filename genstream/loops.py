@@ -44,8 +44,9 @@ def _compiled(reorder: bool = False) -> Callable[[F], F]:
     return decorate
 
 
-# exp(v) = 2^n exp(r), n = round(v / log 2), by Cody & Waite's two-part log 2 and Taylor's series,
-# whose next term is below the unit roundoff for |r| <= log(2) / 2. Adding 1.5 * 2^52 (2^23) rounds
+# exp(v) = 2^n exp(r), n = round(v / log 2), by Cody & Waite's two-part log 2 and, for |r| <=
+# log(2) / 2, the polynomial with p(0) = 1 whose largest relative error is least (Remez 1934): 1.3
+# times the unit roundoff of float64 and 0.8 times that of float32. Adding 1.5 * 2^52 (2^23) rounds
 # to an integer, which then stands in the low bits; shifted into the exponent of 1 it is 2^n.
 
 
@@ -55,18 +56,16 @@ def _exp64(v: float) -> float:
     t = v * 1.4426950408889634 + 6755399441055744.0
     n = t - 6755399441055744.0
     r = (v - n * 0.693147180369123816490) - n * 1.90821492927058770002e-10
-    p = 1.0 / 479001600
-    p = p * r + 1.0 / 39916800
-    p = p * r + 1.0 / 3628800
-    p = p * r + 1.0 / 362880
-    p = p * r + 1.0 / 40320
-    p = p * r + 1.0 / 5040
-    p = p * r + 1.0 / 720
-    p = p * r + 1.0 / 120
-    p = p * r + 1.0 / 24
-    p = p * r + 1.0 / 6
-    p = p * r + 0.5
-    p = p * r + 1.0
+    p = 2.777936921433875e-07
+    p = p * r + 2.7645097631661323e-06
+    p = p * r + 2.480111596262173e-05
+    p = p * r + 0.0001984115789744216
+    p = p * r + 0.0013888889256253424
+    p = p * r + 0.008333333395863904
+    p = p * r + 0.04166666666559338
+    p = p * r + 0.16666666666524038
+    p = p * r + 0.5000000000000083
+    p = p * r + 1.000000000000009
     p = p * r + 1.0
     bits = (np.float64(t).view(np.int64) + np.int64(1023)) << np.int64(52)
     return p * np.int64(bits).view(np.float64)
@@ -75,7 +74,8 @@ def _exp64(v: float) -> float:
 _LOG2E = np.float32(1.4426950408889634)
 _ROUND = np.float32(12582912.0)
 _HIGH, _LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_C7, _C6, _C5, _C4, _C3, _C2, _C1 = (np.float32(1 / n) for n in (5040, 720, 120, 24, 6, 2, 1))
+_C5, _C4, _C3 = np.float32(0.0082903123), np.float32(0.0418979302), np.float32(0.1666763574)
+_C2, _C1, _C0 = np.float32(0.4999915063), np.float32(0.9999997020), np.float32(1.0)
 
 
 @numba.njit(inline="always")
@@ -84,14 +84,12 @@ def _exp32(v: Any) -> Any:
     t = v * _LOG2E + _ROUND
     n = t - _ROUND
     r = (v - n * _HIGH) - n * _LOW
-    p = _C7
-    p = p * r + _C6
-    p = p * r + _C5
+    p = _C5
     p = p * r + _C4
     p = p * r + _C3
     p = p * r + _C2
     p = p * r + _C1
-    p = p * r + _C1
+    p = p * r + _C0
     bits = (np.float32(t).view(np.int32) + np.int32(127)) << np.int32(23)
     return p * np.int32(bits).view(np.float32)
 
@@ -220,25 +218,45 @@ def _raise_best(x: Any, k: int, peak: Any, best: Any) -> None:
 
 
 @_compiled()
-def hard(log_joint: Any, weights: Any, value: Any, sum_r: Any) -> None:
-    """As `soft`, with all responsibility to the first of the largest, and its log-joint."""
+def _raise_best_2(x: Any, y: Any, k: int, peak: Any, best: Any) -> None:
+    """Two components at a time."""
+    for i in range(x.shape[0]):
+        p, b = peak[i], best[i]
+        kept = x[i] <= p or p != p
+        p, b = p if kept else x[i], b if kept else np.int32(k)
+        kept = y[i] <= p or p != p
+        peak[i] = p if kept else y[i]
+        best[i] = b if kept else np.int32(k + 1)
+
+
+@_compiled()
+def hard(log_joint: Any, weights: Any, best: Any, value: Any, sum_r: Any) -> None:
+    """The first of the largest of each column of log-joints (K, n), as `best` (n,); `value` (n,)
+    takes its log-joint, and `sum_r` (K,) is added the rows' weights, (n,) or empty: all 1.
+    """
     K, n = log_joint.shape
-    number = log_joint.dtype.type
-    peaks, bests = np.empty(LANE, log_joint.dtype), np.empty(LANE, np.int32)
+    peaks = np.empty(LANE, log_joint.dtype)
     for start in range(0, n, LANE):
         stop = min(start + LANE, n)
-        m = stop - start
-        peak, best = peaks[:m], bests[:m]
+        peak, at = peaks[: stop - start], best[start:stop]
         peak[:] = log_joint[0, start:stop]
-        best[:] = 0
-        for k in range(1, K):
-            _raise_best(log_joint[k, start:stop], k, peak, best)
-        log_joint[:, start:stop] = number(0)
-        for i in range(m):
+        at[:] = 0
+        for k in range(1, K - 1, 2):
+            x, y = log_joint[k, start:stop], log_joint[k + 1, start:stop]
+            _raise_best_2(x, y, k, peak, at)
+        if K > 1 and K % 2 == 0:
+            _raise_best(log_joint[K - 1, start:stop], K - 1, peak, at)
+        for i in range(stop - start):
             value[start + i] = np.float64(peak[i])
-            weight = weights[start + i] if weights.shape[0] else 1.0
-            log_joint[best[i], start + i] = number(weight)
-            sum_r[best[i]] += weight
+            sum_r[at[i]] += weights[start + i] if weights.shape[0] else 1.0
+
+
+@_compiled()
+def one_hot(best: Any, weights: Any, out: Any) -> None:
+    """The weights of rows in the place of their components, of (K, n); all else is 0."""
+    out[:] = out.dtype.type(0)
+    for i in range(best.shape[0]):
+        out[best[i], i] = weights[i] if weights.shape[0] else 1.0
 
 
 # Features of a block of rows (n, d), C-ordered, in pivot coordinates `y = (x - shift) * inverse`:
@@ -320,6 +338,42 @@ def squares(x: Any, shift: Any, inverse: Any, together: bool, out: Any) -> None:
             _product(out[1 + i, :n], out[1 + i, :n], out[1 + d + i, :n])
 
 
+@_compiled()
+def _add_squares(x: Any, shift: Any, inverse: Any, weight: float, out: Any) -> None:
+    d = x.shape[0]
+    for i in range(d):
+        y = (x[i] - shift[i]) * inverse[i]
+        v = weight * y
+        out[i] += v
+        out[d + i] += v * y
+
+
+@_compiled(reorder=True)
+def _add_square_sum(x: Any, shift: Any, inverse: Any, weight: float, out: Any) -> None:
+    d = x.shape[0]
+    square = 0.0
+    for i in range(d):
+        y = (x[i] - shift[i]) * inverse[i]
+        out[i] += weight * y
+        square += y * y
+    out[d] += weight * square
+
+
+@_compiled()
+def gather_best(
+    x: Any, shift: Any, inverse: Any, together: bool, best: Any, weights: Any, sums: Any
+) -> None:
+    """Add the features of `squares` of rows (n, d) to the `sums` (K, p) of their components."""
+    for r in range(x.shape[0]):
+        weight = weights[r] if weights.shape[0] else 1.0
+        row = sums[best[r]]
+        row[0] += weight
+        if together:
+            _add_square_sum(x[r], shift, inverse, weight, row[1:])
+        else:
+            _add_squares(x[r], shift, inverse, weight, row[1:])
+
+
 # What `swept` does with a block, in this order; all of it together.
 STAGES = FEATURES, SCORE, SOFTMAX, GATHER = 1, 2, 4, 8
 ALL = sum(STAGES)
@@ -348,17 +402,20 @@ def swept(
     one another longer than a short step takes. `form` says which features: 0 `quadratic`, 1
     `squares`, 2 these together. `eta` (K, p) are their natural parameters; `weights`, `value` and
     `sum_r` are as those of `soft`, and `sums` (K, p) are added the sums of features. `buffers` are
-    of at least p, K rows of `size` numbers and (K, p), in the arithmetic of `eta`.
+    of at least p, K rows of `size` numbers and (K, p), in the arithmetic of `eta`, and (size,)
+    integers.
     """
     n = x.shape[0]
     K, p = eta.shape
-    features, scores, room = buffers
+    features, scores, room, places = buffers
     features, scores = features.reshape(-1), scores.reshape(-1)
     for start in range(0, n, size):
         stop = min(start + size, n)
         m = stop - start
         # Of the block's own width, for the matrix products.
         f, r = features[: p * m].reshape((p, m)), scores[: K * m].reshape((K, m))
+        some = weights[start:stop] if weights.shape[0] else weights
+        best = places[:m]
         if stages & FEATURES:
             if form == 0:
                 quadratic(x[start:stop], shift, inverse, f)
@@ -367,12 +424,15 @@ def swept(
         if stages & SCORE:
             np.dot(eta, f, r)
         if stages & SOFTMAX:
-            some = weights[start:stop] if weights.shape[0] else weights
             if likeliest:
-                hard(r, some, value[start:stop], sum_r)
+                hard(r, some, best, value[start:stop], sum_r)
             else:
                 soft(r, some, value[start:stop], sum_r)
-        if stages & GATHER:
+        if stages & GATHER and likeliest and form > 0:
+            gather_best(x[start:stop], shift, inverse, form == 2, best, some, sums)
+        elif stages & GATHER:
+            if likeliest:
+                one_hot(best, some, r)
             np.dot(r, f.T, room)
             for k in range(K):
                 for j in range(p):
@@ -416,7 +476,7 @@ def few_swept(
     n, d = x.shape
     K = eta.shape[0]
     y, room = np.empty((d, FEW)), np.empty(K * FEW)
-    found = np.zeros(K)
+    found, best = np.zeros(K), np.empty(FEW, np.int32)
     for start in range(0, n, FEW):
         stop = min(start + FEW, n)
         m = stop - start
@@ -430,7 +490,8 @@ def few_swept(
                 _add_quadratic(y[i, :m], eta[k, 1 + i], curvature, score)
         some = weights[start:stop] if weights.shape[0] else weights
         if likeliest:
-            hard(scores, some, value[start:stop], found)
+            hard(scores, some, best[:m], value[start:stop], found)
+            one_hot(best[:m], some, scores)
         else:
             soft(scores, some, value[start:stop], found)
         for k in range(K):

@@ -120,7 +120,9 @@ class TestSoft:
         assert np.isnan(fast_r[:, lost]).any(axis=0).all()
         kept = np.delete(np.arange(600), lost)
         assert np.isfinite(fast_v[kept]).all()
-        np.testing.assert_allclose(fast_v[kept], plain_v[kept], rtol=ROUNDING[dtype])
+        # A logarithm near 0 has no digits of its own.
+        near = {"rtol": ROUNDING[dtype], "atol": ROUNDING[dtype]}
+        np.testing.assert_allclose(fast_v[kept], plain_v[kept], **near)
         np.testing.assert_allclose(fast_r[:, kept], plain_r[:, kept], atol=ROUNDING[dtype])
 
     def test_a_part_of_a_wider_buffer_is_done_in_place(self, dtype: str) -> None:
@@ -145,13 +147,15 @@ class TestSoft:
         log_joint[4, 40] = log_joint[5, 42] = np.nan
         log_joint[:, 43] = -np.inf
         weights = np.linspace(0, 3, 700) if weighted else None
-        best = log_joint.argmax(axis=0)
-        block, sum_r, value = log_joint.copy(), np.ones(6), np.empty(700)
-        compiled.loops().hard(block, np.empty(0) if weights is None else weights, value, sum_r)
-        weight = np.ones(700) if weights is None else weights
-        np.testing.assert_array_equal(value, log_joint[best, np.arange(700)])
-        np.testing.assert_array_equal(block, (np.arange(6)[:, None] == best) * weight.astype(dtype))
-        np.testing.assert_allclose(sum_r - 1, np.bincount(best, weight, 6), rtol=1e-12)
+        for k in (6, 5, 1):
+            some, found = log_joint[:k].copy(), np.empty(700, dtype=np.int32)
+            best, value, sum_r = some.argmax(axis=0), np.empty(700), np.ones(k)
+            given = np.empty(0) if weights is None else weights
+            compiled.loops().hard(some, given, found, value, sum_r)
+            weight = np.ones(700) if weights is None else weights
+            np.testing.assert_array_equal(found, best)
+            np.testing.assert_array_equal(value, some[best, np.arange(700)])
+            np.testing.assert_allclose(sum_r - 1, np.bincount(best, weight, k), rtol=1e-12)
 
     @pytest.mark.parametrize("rule", (soft, hard, Truncated(2), Sampled(3)))
     def test_every_rule(

@@ -144,6 +144,13 @@ def test_what_is_planned_and_told_of_a_relay(folder: Path) -> None:
     assert fitted["bytes_read"] == fitted["rows"] * 3 * 8 * 8
 
 
+def test_one_component_of_complete_rows_is_read_for_its_sample_and_once_more(folder: Path) -> None:
+    np.save("rows.npy", np.random.default_rng(0).standard_normal((3000, 3)))
+    overrides = ["report=false", "model.n_components=1", *METHODS["auto"]]
+    fitted = stages.run_stages(start(*overrides)).stage("fit")
+    assert fitted["bytes_read"] == fitted["rows"] * 3 * 8 * 2
+
+
 @pytest.mark.crash
 def test_a_killed_fit_resumes_to_the_same_bits(folder: Path) -> None:
     whole = stages.run_stages(start("report=false")).stage("fit")["digest"]
