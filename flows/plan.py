@@ -137,7 +137,7 @@ def project_memory(config: Config, stories: Sequence[Story], extent: Extent) -> 
     if config.fit.method == "incremental":
         tree += len(stories) * memo_nbytes(config)
     fit = workers * a_worker + tree
-    if n_online(config, extent.rows):
+    if n_online(config, stories, extent.rows):
         # The chunks of a buffer are read once, and put together by each story for itself.
         a_buffer = side_by_side * (WORKER_NBYTES + BUFFER_CHUNKS * extent.chunk_nbytes)
         fit = max(fit, a_buffer + tree)
@@ -184,13 +184,16 @@ def statistics_nbytes(story: Story) -> int:
     return sum(np.asarray(value).nbytes for _, _, value in stats.leaves())
 
 
-def n_online(config: Config, rows: int) -> int:
-    """Passes of online EM in a fit of so many rows."""
+def n_online(config: Config, stories: Sequence[Story], rows: int) -> int:
+    """Passes of online EM in fits of so many rows, by the one of some stories that takes most."""
     from genstream.start import ONLINE_BATCHES
 
     options = config.fit
     large = rows >= ONLINE_BATCHES * options.batch_rows
-    takes_part = options.method == "online" or (options.method == "auto" and large)
+    by_itself = options.method == "auto" and large
+    takes_part = options.method == "online" or (
+        by_itself and not all(story.single_pass for story in stories)
+    )
     return options.passes if takes_part else 0
 
 
@@ -232,7 +235,9 @@ def make_plan(config: Config) -> Plan:
         columns=d,
         chunks=extent.chunks,
         chunk_nbytes=extent.chunk_nbytes,
-        passes=sum(max(_passes(each, extent.rows) for each, _ in group) for group in groups),
+        passes=sum(
+            max(_passes(each, story, extent.rows) for each, story in group) for group in groups
+        ),
         pass_nbytes=extent.rows * d * extent.itemsize,
         workers=n_workers(config),
         memory=max(_memory_of(group, extent) for group in groups),
@@ -271,11 +276,11 @@ def planned_candidates(
     return found
 
 
-def _passes(config: Config, rows: int) -> int:
+def _passes(config: Config, story: Story, rows: int) -> int:
     """The most passes that a fit takes."""
     batch = 0 if config.fit.method == "online" else config.fit.max_steps
     # The sample takes one pass more, the scores of fitted and held-out rows another.
-    return n_online(config, rows) + batch + 2
+    return n_online(config, [story], rows) + batch + 2
 
 
 def _with_one_worker(config: Config) -> Config:

@@ -46,8 +46,8 @@ def _compiled(reorder: bool = False) -> Callable[[F], F]:
 
 # exp(v) = 2^n exp(r), n = round(v / log 2), by Cody & Waite's two-part log 2 and, for |r| <=
 # log(2) / 2, the polynomial with p(0) = 1 whose largest relative error is least (Remez 1934): 1.3
-# times the unit roundoff of float64 and 0.8 times that of float32. Adding 1.5 * 2^52 (2^23) rounds
-# to an integer, which then stands in the low bits; shifted into the exponent of 1 it is 2^n.
+# times the machine epsilon of float64 and 0.8 times that of float32. Adding 1.5 * 2^52 (2^23)
+# rounds to an integer, which then stands in the low bits; shifted into the exponent of 1 it is 2^n.
 
 
 @numba.njit(inline="always")

@@ -63,15 +63,13 @@ class Portrait:
     rows: tuple[NDArray[np.intp], ...]
     shares: tuple[Array, ...]
 
-    def kept(self, before: Portrait, k: int) -> bool:
-        """Whether component k explains the rows it did before, by their responsibilities: the sum
-        of the smaller of both is at least `SAME` of that of the larger.
+    def kept(self, k: int, rows: NDArray[np.intp], shares: Array) -> bool:
+        """Whether component k explains the rows it did before, by their `shares` then: the sum of
+        the smaller of both is at least `SAME` of that of the larger.
         """
-        _, now, then = np.intersect1d(
-            self.rows[k], before.rows[k], assume_unique=True, return_indices=True
-        )
-        common = float(np.minimum(self.shares[k][now], before.shares[k][then]).sum())
-        either = float(self.shares[k].sum() + before.shares[k].sum()) - common
+        _, now, then = np.intersect1d(self.rows[k], rows, assume_unique=True, return_indices=True)
+        common = float(np.minimum(self.shares[k][now], shares[then]).sum())
+        either = float(self.shares[k].sum() + shares.sum()) - common
         return common >= SAME * either
 
 
@@ -192,13 +190,13 @@ def refine(
     idle = not 3 <= story.n_components <= MOST_COMPONENTS
     if idle or story.frozen or isinstance(responsibility, Sampled):
         return state, spent
-    # Halves by component, and what it was when they were found.
-    halves: dict[int, tuple[Halves | None, Portrait]] = {}
+    # Halves by component, and the rows and shares it had when they were found.
+    halves: dict[int, tuple[Halves | None, NDArray[np.intp], Array]] = {}
     while better is not None and spent < passes:
         state = better
         seen = portrait(story, state.params, sample)
         spent += 1
-        halves = {k: known for k, known in halves.items() if seen.kept(known[1], k)}
+        halves = {k: known for k, known in halves.items() if seen.kept(k, *known[1:])}
         for k in _tried(story.n_components, state.seed, number):
             if k in halves:
                 continue
@@ -208,8 +206,8 @@ def refine(
                 story, state.params, k, sample[mine], seen.shares[k], seeding, rng, responsibility
             )
             spent += (2 * LOCAL_STEPS + 3) * len(mine) / (story.n_components * sample.n_rows)
-            halves[k] = found, seen
-        worth = {k: found for k, (found, _) in halves.items() if found is not None}
+            halves[k] = found, mine, seen.shares[k]
+        worth = {k: found for k, (found, *_) in halves.items() if found is not None}
         number += 1
         # More of either cannot be among the best moves.
         few = MAX_FAILURES + 1

@@ -315,6 +315,8 @@ def _checked_sparse(values: Any, first_row: int, names: Sequence[str] | None) ->
         i, j = int(np.searchsorted(stored.indptr, at, side="right")) - 1, stored.indices[at]
         column = repr(names[j]) if names is not None else str(j)
         advice = "give the column another unit"
+        if np.isinf(stored.data[at]):
+            advice = "clip the value"
         if np.isnan(stored.data[at]):
             advice = "sparse values cannot have gaps: leave a 0 out, or give an array"
         raise DataError(f"row {first_row + i}, column {column} is {stored.data[at]:g}: {advice}")

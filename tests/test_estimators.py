@@ -411,6 +411,36 @@ def test_wrong_rows_are_named() -> None:
         model.fit(np.vstack([X[:1], np.full((10, 3), np.nan)]))
 
 
+def test_a_refused_fit_leaves_the_columns_of_the_last_one() -> None:
+    X, _ = two_groups(100)
+    model = GaussianMixture(2, random_state=0).fit(pd.DataFrame(X, columns=["a", "b", "c"]))
+    before = model.score_samples(pd.DataFrame(X, columns=["a", "b", "c"]))
+    with pytest.raises(DataError, match="infinite"):
+        model.fit(np.hstack([X, np.full((100, 1), np.inf)]))
+    assert list(model.feature_names_in_) == ["a", "b", "c"]
+    after = model.score_samples(pd.DataFrame(X, columns=["a", "b", "c"]))
+    np.testing.assert_array_equal(before, after)
+    new = GaussianMixture(2)
+    with pytest.raises(DataError, match="infinite"):
+        new.partial_fit(np.full((10, 2), np.inf))
+    assert not hasattr(new, "n_features_in_")
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_rows_beyond_the_sample_are_looked_at_without_a_step(k: int) -> None:
+    X = np.random.default_rng(0).normal(size=(60_000, 2))
+    model = GaussianMixture(k, max_iter=0, n_init=1, random_state=0)
+    assert model.fit(X).n_iter_ == 0
+    weight = np.ones(60_000)
+    for row in (7, 59_999):
+        spoilt, heavy = X.copy(), weight.copy()
+        spoilt[row, 1] = heavy[row] = np.inf
+        with pytest.raises(DataError, match=f"row {row}, column 'x1' is infinite"):
+            model.fit(spoilt)
+        with pytest.raises(DataError, match=f"row {row} has weight inf"):
+            model.fit(X, sample_weight=heavy)
+
+
 def test_names_of_columns_are_kept_and_compared() -> None:
     X, _ = two_groups(100)
     frame = pd.DataFrame(X, columns=["length", "width", "mass"])

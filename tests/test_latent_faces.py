@@ -202,6 +202,18 @@ def test_wrong_rows_are_named() -> None:
         LatentFactors(likelihood="binary", binarize=0.5).fit(zarr.array(np.eye(4)))
 
 
+@pytest.mark.parametrize("form", [np.asarray, lambda x: da.from_array(x, chunks=(20, -1))])
+def test_an_infinity_is_no_gap_where_columns_are_cut_in_two(form: Any) -> None:
+    X = np.random.default_rng(0).normal(size=(60, 3))
+    X[4, 0] = np.nan
+    model = LatentFactors(1, likelihood="binary", binarize=0.0, max_iter=3, random_state=0)
+    assert model.fit(form(X)).score(form(X)) < 0
+    X[5, 1] = np.inf
+    for ask in (model.fit, model.score):
+        with pytest.raises(DataError, match="row 5, column 'x1' is infinite"):
+            ask(form(X))
+
+
 def test_another_model_may_begin_it() -> None:
     X, _ = answers(200)
     model = LatentFactors(1, likelihood="binary", random_state=0).fit(X)

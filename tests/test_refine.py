@@ -128,13 +128,13 @@ def test_a_move_changes_two_components_and_keeps_the_sum_of_weights(name: str) -
 def test_a_component_kept_its_rows_where_most_shares_are_the_same() -> None:
     story, rows, state = heaps()
     seen = portrait(story, state.params, rows)
-    assert all(seen.kept(seen, k) for k in range(4))
+    before = list(zip(seen.rows, seen.shares, strict=True))
+    assert all(seen.kept(k, *before[k]) for k in range(4))
     # A component that another one was put in the place of explains other rows.
     swapped = portrait(story, state.params.take([1, 0, 2, 3]), rows)
-    assert [swapped.kept(seen, k) for k in range(4)] == [False, False, True, True]
+    assert [swapped.kept(k, *before[k]) for k in range(4)] == [False, False, True, True]
     # Half of the shares left are not most of them.
-    half = replace(seen, shares=tuple(share / 2 for share in seen.shares))
-    assert not any(half.kept(seen, k) for k in range(4))
+    assert not any(seen.kept(k, seen.rows[k], seen.shares[k] / 2) for k in range(4))
 
 
 def test_halves_are_found_anew_only_where_rows_changed(monkeypatch: pytest.MonkeyPatch) -> None:

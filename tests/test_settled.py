@@ -202,3 +202,17 @@ def test_a_start_of_complete_rows_is_no_fit(name: str) -> None:
     passes = Passes(NumpySource(gaps, story.schema), scheduler="synchronous")
     _, state = warm_start(story, passes, on_start=lambda _, value: trace.append(value))
     assert len(trace) == 1
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [("float64", 9.9e151), ("float32", 1e-22)])
+def test_squares_beyond_the_range_of_numbers_are_not_summed_about_zero(
+    dtype: str, scale: float
+) -> None:
+    x = (np.clip(RNG.normal(size=(60_000, 2)), -1, 1) * scale).astype(dtype)
+    exact = x.astype(np.longdouble)
+    pivot = Pivot.of(
+        exact.mean(axis=0).astype(float), ((exact / scale).var(axis=0)).astype(float) * scale**2
+    )
+    y = ((exact - pivot.shift) / pivot.scale).astype(float)
+    found = second_moments(Rows(x), pivot, np.dtype(dtype), fast=False)[2]
+    np.testing.assert_allclose(found, y.T @ y, rtol=1e-4, atol=1e-4 * len(x))

@@ -149,6 +149,10 @@ def test_one_component_of_complete_rows_is_read_for_its_sample_and_once_more(fol
     overrides = ["report=false", "model.n_components=1", *METHODS["auto"]]
     fitted = stages.run_stages(start(*overrides)).stage("fit")
     assert fitted["bytes_read"] == fitted["rows"] * 3 * 8 * 2
+    # No more is planned than what batch EM would take.
+    planned = make_plan(load("config.yaml", overrides))
+    batch = make_plan(load("config.yaml", [*overrides, "fit.method=batch"]))
+    assert (planned.passes, planned.memory) == (batch.passes, batch.memory)
 
 
 @pytest.mark.crash

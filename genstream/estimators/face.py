@@ -226,23 +226,22 @@ class Face(DensityMixin, Opening):  # type: ignore[misc]
         """
         self._check_parameters()
         first = not hasattr(self, "state_")
-        source = self._open(X, sample_weight, reset=first).source
-        n_rows = sum(source.chunk_rows)
-        if first:
-            self._check_rows(n_rows)
-            with one_blas_thread():
+        with self._columns_kept(), one_blas_thread():
+            source = self._open(X, sample_weight, reset=first).source
+            n_rows = sum(source.chunk_rows)
+            if first:
+                self._check_rows(n_rows)
                 story, state = next(self._starts(self._passes(source), small=False))
-        else:
-            story, state = self.story_, self.state_
-            self._check_same()
-        pieces = (source.read(i) for i in range(len(source.chunk_rows)))
-        with one_blas_thread():
+            else:
+                story, state = self.story_, self.state_
+                self._check_same()
+            pieces = (source.read(i) for i in range(len(source.chunk_rows)))
             state, info = self._online().learn(story, state, pieces, n_rows=n_rows)
-        if not np.isfinite(info.mean_objective):
-            raise DataError(
-                "the rows have no finite log-likelihood, and were not learned: look for extreme "
-                "values"
-            )
+            if not np.isfinite(info.mean_objective):
+                raise DataError(
+                    "the rows have no finite log-likelihood, and were not learned: look for "
+                    "extreme values"
+                )
         self._keep(story, replace(state, outcome=Outcome.RUNNING))
         return self
 
@@ -269,29 +268,32 @@ class Face(DensityMixin, Opening):  # type: ignore[misc]
 
     def _fit(self, X: Any, sample_weight: Any) -> Data:
         self._check_parameters()
-        data = self._open(X, sample_weight, reset=True)
-        n_rows = sum(data.source.chunk_rows)
-        self._check_rows(n_rows)
-        passes = self._passes(data.source)
-        small = n_rows <= START_ROWS
-        if data.lazy and small and data.source.schema.n_features * n_rows <= RESIDENT_NUMBERS:
-            # So little is read once, and fitted as if it had been in memory all along.
-            rows = Rows.concatenate(list(passes.map(_as_read)))
-            source = NumpySource(
-                rows.filled(), data.source.schema, rows.weights, self.chunk_rows, name="X"
-            )
-            passes = self._passes(source)
-        elif data.lazy:
-            small = False
-        best: tuple[Story, FitState] | None = None
-        with one_blas_thread():
-            for i, (story, start) in enumerate(self._starts(passes, small)):
-                trace = Progress(i, self.verbose, self.verbose_interval)
-                state = self._climb(story, passes, start, trace)
-                trace.end(state)
-                if best is None or _value(state) > _value(best[1]):
-                    best = story, state
-        assert best is not None
+        with self._columns_kept():
+            data = self._open(X, sample_weight, reset=True)
+            n_rows = sum(data.source.chunk_rows)
+            self._check_rows(n_rows)
+            passes = self._passes(data.source)
+            small = n_rows <= START_ROWS
+            if data.lazy and small and data.source.schema.n_features * n_rows <= RESIDENT_NUMBERS:
+                # So little is read once, and fitted as if it had been in memory all along.
+                rows = Rows.concatenate(list(passes.map(_as_read)))
+                source = NumpySource(
+                    rows.filled(), data.source.schema, rows.weights, self.chunk_rows, name="X"
+                )
+                passes = self._passes(source)
+            elif data.lazy:
+                small = False
+            best: tuple[Story, FitState] | None = None
+            with one_blas_thread():
+                for i, (story, start) in enumerate(self._starts(passes, small)):
+                    trace = Progress(i, self.verbose, self.verbose_interval)
+                    state = self._climb(story, passes, start, trace)
+                    trace.end(state)
+                    if best is None or _value(state) > _value(best[1]):
+                        best = story, state
+            assert best is not None
+            if best[1].outcome is Outcome.NONFINITE:
+                raise DataError(f"Fitting failed at step {best[1].step}: {best[1].outcome.advice}")
         self._finish(*best)
         return data
 
@@ -304,6 +306,10 @@ class Face(DensityMixin, Opening):  # type: ignore[misc]
 
     def _climb(self, story: Story, passes: Passes, state: FitState, trace: Progress) -> FitState:
         if self.max_iter == 0:
+            if passes.n_rows > START_ROWS:
+                # No step has looked for rows that cannot be used.
+                for _ in passes.map(_as_read):
+                    pass
             return state
         if self._goes_on(story):
             # The first step may show that there was nothing more to gain.
@@ -335,8 +341,6 @@ class Face(DensityMixin, Opening):  # type: ignore[misc]
         return self.warm_start and hasattr(self, "state_") and _alike(self.story_, story)
 
     def _finish(self, story: Story, state: FitState) -> None:
-        if state.outcome is Outcome.NONFINITE:
-            raise DataError(f"Fitting failed at step {state.step}: {state.outcome.advice}")
         self._keep(story, state)
         # Without a step the caller wanted the start itself, so nothing failed to converge.
         if not self.converged_ and self.max_iter > 0:

@@ -165,8 +165,14 @@ feature_names_in_, story_, state_, trace_, outcome_, warnings_
             return array
         if not hasattr(array, "ndim") or not hasattr(array, "astype"):
             raise ConfigError("The 'binarize' parameter of LatentFactors is for arrays only")
-        # A missing entry stays so.
-        return (array > self.binarize) + 0.0 * array
+        above = array > self.binarize
+        if issparse(array):
+            stored: Any = array
+            return above + 0.0 * stored
+        # A missing entry stays so, and so does an infinity, which is refused as the row is read.
+        if hasattr(array, "dims"):
+            return array.where(~np.isfinite(array), above)
+        return np.where(np.isfinite(array), above, array)
 
     def _reset(self, story: Story) -> dict[str, Any]:
         return super()._reset(story) | {"columns": story.schema}

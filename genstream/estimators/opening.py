@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -29,6 +30,9 @@ from genstream.schema import Column, Kind, Schema
 from genstream.sources import NumpySource
 from genstream.story import Story
 from genstream.tables import Encoder, TableSource, open_source
+
+# What is known of the columns.
+COLUMNS = ("n_features_in_", "feature_names_in_", "_form")
 
 
 class Opening(BaseEstimator):  # type: ignore[misc]
@@ -73,6 +77,19 @@ class Opening(BaseEstimator):  # type: ignore[misc]
     def _numbers(self, array: Any) -> Any:
         """What an array (n, d) of numbers, which may be dask's, stands for."""
         return array
+
+    @contextlib.contextmanager
+    def _columns_kept(self) -> Iterator[None]:
+        """Where what is done within it fails, the columns are those of before."""
+        held = self.__dict__
+        known = {name: held[name] for name in COLUMNS if name in held}
+        try:
+            yield
+        except BaseException:
+            for name in COLUMNS:
+                held.pop(name, None)
+            held.update(known)
+            raise
 
     def _open(self, X: Any, sample_weight: Any = None, *, reset: bool = False) -> Data:
         """The data as a source; with `reset` their columns become those of the estimator."""

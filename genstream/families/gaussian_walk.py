@@ -309,10 +309,16 @@ def _raw_moments(
     """As `second_moments`, from sums of `x x'` itself, which saves a copy of the rows.
 
     None where rows are weighted or of another type, and where digits would be lost: where a mean is
-    larger than the deviation, or a column does not vary as the pivot says.
+    larger than the deviation, squares leave the range of numbers, or a column does not vary as the
+    pivot says.
     """
     same = rows.weights is None and rows.values.dtype == dtype
     if not same or not (np.abs(pivot.shift) <= pivot.scale).all():
+        return None
+    numbers = np.finfo(dtype)
+    square = np.square(pivot.scale)
+    # Of `n` squares the sum is to be finite, and of the smallest the digits are to be kept.
+    if (square > numbers.max * 1e-9).any() or (square * numbers.eps < numbers.tiny).any():
         return None
     n, d = rows.values.shape
     first, second = np.zeros(d), np.zeros((d, d))
@@ -324,8 +330,10 @@ def _raw_moments(
     cross = np.outer(first, pivot.shift)
     second += n * np.outer(pivot.shift, pivot.shift) - cross - cross.T
     second /= np.outer(pivot.scale, pivot.scale)
-    varying = np.diagonal(second) >= LEAST_VARIANCE * n
-    return (float(n), (first - n * pivot.shift) / pivot.scale, second) if varying.all() else None
+    varying = (np.diagonal(second) >= LEAST_VARIANCE * n).all()
+    if not (varying and np.isfinite(second).all()):
+        return None
+    return float(n), (first - n * pivot.shift) / pivot.scale, second
 
 
 class Block(Protocol):
