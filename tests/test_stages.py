@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distributed
 import numpy as np
 import pytest
 
 from flows import stages
-from flows.config import load
+from flows.config import Compute, load
 from flows.data import ingest_data
 from flows.plan import make_plan
 from flows.run import Interrupted, Run
@@ -312,3 +313,9 @@ def test_data_in_place_that_changed_are_noticed(folder: Path) -> None:
     (run.path / "run.json").write_text(json.dumps(info))
     with pytest.raises(DataError, match="no longer those the run began with"):
         stages.run_stages(run)
+
+
+def test_workers_of_our_own_cluster_keep_the_memory_of_a_chunk() -> None:
+    with stages.cluster(Compute(scheduler="distributed", workers=1)):
+        kept = distributed.get_client().run(os.environ.get, "MALLOC_MMAP_THRESHOLD_")
+    assert list(kept.values()) == [str(32 << 20)]
