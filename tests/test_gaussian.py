@@ -243,6 +243,8 @@ class TestLaws:
         for index in np.split(order, np.sort(rng.integers(0, len(values), 6))):
             parts.load(index)
             score = parts.score()
+            bad = ~np.isfinite(score).all(axis=0)
+            assert not bad.any(), (score[:, bad], values[index[bad]], len(index))
             rtol = 1e-10 if dtype == "float64" else 1e-5
             np.testing.assert_allclose(
                 score.T, oracles.log_joint(story, params, values[index]), rtol=rtol, atol=100 * rtol
