@@ -23,9 +23,12 @@ from genstream.responsibility import MANY, Nearest, by_size, climbs, named, soft
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.start import (
+    CANDIDATES_EACH,
     cluster_many,
     default_learner,
     distances,
+    draw_many,
+    exchange,
     seed_centres,
     seed_many,
     warm_start,
@@ -283,7 +286,7 @@ class TestStart:
         found = np.zeros((4, 4))
         rng = np.random.default_rng(0)
         for _ in range(n):
-            centres, _ = seed_many(x, observed, weight, 2, rng)
+            centres, _ = draw_many(x, observed, weight, 2, rng)
             found[tuple(np.searchsorted(x[:, 0], centres[:, 0]))] += 1 / n
         assert np.abs(found - expected).max() < 5 * np.sqrt(0.25 / n)
 
@@ -321,8 +324,42 @@ class TestStart:
             found: Any = seeding(x, observed, weight, 256, rng)
             centres = found[0] if isinstance(found, tuple) else found
             left.append(distances(x, observed, centres).min(axis=1).sum())
-        # Greedy k-means++ tries several rows for each centre.
-        assert left[0] < 1.5 * left[1]
+        assert left[0] < 1.05 * left[1]
+
+    def test_exchanges_are_those_of_a_plain_search(self) -> None:
+        rng = np.random.default_rng(0)
+        points, weight = rng.normal(size=(60, 3)), rng.uniform(0.1, 3, 60)
+        squared = ((points[:, None] - points) ** 2).sum(axis=2)
+
+        def left(centres: Array) -> float:
+            return float(weight @ squared[:, centres].min(axis=1))
+
+        k, draws = 20, np.random.default_rng(1)
+        expected, n_exchanged = np.arange(k), 0
+        for _ in range(CANDIDATES_EACH * k):
+            mass = (weight * squared[:, expected].min(axis=1)).cumsum()
+            new = int(np.searchsorted(mass, draws.random() * mass[-1], side="right"))
+            tries = [np.where(np.arange(k) == i, new, expected) for i in range(k)]
+            best = min(tries, key=left)
+            if left(best) < left(expected):
+                expected, n_exchanged = best, n_exchanged + 1
+        assert n_exchanged > 10
+        found = exchange(points, weight, k, np.random.default_rng(1))
+        np.testing.assert_array_equal(found, expected)
+
+    @pytest.mark.parametrize("gaps", [0.0, 0.15])
+    def test_every_one_of_many_separate_heaps_has_a_centre(self, gaps: float) -> None:
+        rng = np.random.default_rng(3)
+        heart = rng.uniform(-20, 20, (600, 6))
+        heap = np.repeat(np.arange(600), 20)
+        x = heart[heap] + rng.normal(size=(len(heap), 6)) * 0.3
+        observed = rng.random(x.shape) >= gaps
+        x[~observed] = 0.0
+        _, label = seed_many(x, observed, np.ones(len(x)), 600, rng)
+        whole = observed.all(axis=1)
+        pairs = np.unique(np.stack([heap[whole], label[whole]]), axis=1)
+        # Draws alone leave out some forty heaps, while as many have two.
+        assert (np.bincount(pairs[0], minlength=600) == 1).sum() >= 590
 
     def test_lloyds_step_takes_rows_to_the_closest_mean(self) -> None:
         rng = np.random.default_rng(0)
@@ -363,7 +400,7 @@ class TestStart:
         rows = Rows.of(values)
         assert (state.params.weights > 0).all()
         best = story.log_prob(params, rows).mean()
-        assert begun.log_prob(state.params, rows).mean() > best - 0.2
+        assert begun.log_prob(state.params, rows).mean() > best - 0.1
         again = warm_start(vague, passes, **asked)[1]
         assert oracles.identical(state.params, again.params)
 
