@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import cache
 from typing import Any
 
@@ -15,6 +17,7 @@ from genstream.learn import ROUNDING, BatchEM, FitState, Learner, Outcome, Relay
 from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.responsibility import Sampled, Truncated, hard
+from genstream.rows import Rows
 from genstream.start import warm_start
 from genstream.story import Story
 
@@ -57,6 +60,33 @@ def problem(
     passes = passes_over(story, values, weights, chunk)
     story, state = warm_start(story, passes, n_init=1, short_steps=1, long_steps=1)
     return story, state, values, weights
+
+
+@pytest.mark.parametrize("gaps", [0.0, 0.25])
+@pytest.mark.parametrize("name", ZOO)
+def test_a_kernel_ends_with_its_use(name: str, gaps: float) -> None:
+    """Without the garbage collector, which comes seldom: thousands of components take much."""
+    story, params, values, _ = drawn(name, 120, gaps=gaps)
+    family, log_weights = story.family, np.log(params.weights)
+
+    def used() -> list[weakref.ref[Any]]:
+        kernel: Any = family.prepare(params.family, log_weights)
+        kernels = [kernel]
+        if hasattr(kernel, "take"):
+            kernels.append(kernel.take(np.arange(1)))
+        for each in kernels:
+            walk = each.walk(Rows.of(values))
+            for _ in walk.blocks():
+                walk.gather(np.ones_like(walk.score()))
+            walk.close()
+        return [weakref.ref(each) for each in kernels]
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert [alive() for alive in used() if alive() is not None] == []
+    finally:
+        gc.enable()
 
 
 def traced(story: Story, learner: Learner, passes: Passes, state: FitState) -> list[FitState]:

@@ -147,7 +147,7 @@ class Marginal:
     """
 
     def __init__(self, kernel: FactorsKernel, seen: Array) -> None:
-        self.kernel, self.seen = kernel, seen
+        self.seen = seen
         self.white = kernel.white[:, seen]
         self.mean = kernel.mean[:, seen]
         self.inverse = 1.0 / kernel.deviation[:, seen]

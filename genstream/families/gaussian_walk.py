@@ -162,7 +162,8 @@ class Marginal:
     """
 
     def __init__(self, kernel: GaussianKernel, pattern: NDArray[np.bool_]) -> None:
-        self.kernel = kernel
+        # The kernel has its marginals: that it ends with its use, they do not hold it.
+        self.kernel: Any = weakref.proxy(kernel)
         seen, missing = np.flatnonzero(pattern), np.flatnonzero(~pattern)
         self.seen, self.n_observed = seen, len(seen)
         self.log_scale = float(kernel.log_scale[seen].sum())
