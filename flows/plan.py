@@ -35,6 +35,9 @@ CHUNKS_HELD = 4
 BUFFER_CHUNKS = 2 * 4 + 1
 # Statistics beside those of a pass: three that a leap needs, and what it makes of them.
 STATS_HELD = 6
+# As many times the statistics are parameters, what is prepared of them for a pass by each worker,
+# lists of components, and what acceleration keeps, at the end of a start.
+START_HELD = 50
 # Statistics of all tasks that incremental EM keeps; less under a small memory limit.
 MEMO_NBYTES = 256 << 20
 
@@ -123,16 +126,24 @@ def project_memory(config: Config, stories: Sequence[Story], extent: Extent) -> 
     the statistics of all stories in its hands, beside those merged along the tree; and the start,
     which takes the row sample with its temporaries, of as many stories as start side by side.
     """
-    from genstream.start import SAMPLE_BYTES
+    from genstream.responsibility import MANY
+    from genstream.start import LANE, SAMPLE_BYTES, SAMPLE_ROWS_EACH
 
     workers = n_workers(config)
     d = stories[0].schema.n_features
     params = sum(map(statistics_nbytes, stories))
     a_worker = WORKER_NBYTES + CHUNKS_HELD * extent.chunk_nbytes + 2 * params
-    sample = min(extent.rows, config.fit.sample_rows, max(1000, SAMPLE_BYTES // (9 * d)))
     side_by_side = min(workers, len(stories))
-    largest = sorted((story.n_components for story in stories), reverse=True)[:side_by_side]
-    start = sample * (3 * 9 * d * side_by_side + 3 * 8 * sum(largest))
+
+    def start_of(story: Story) -> int:
+        """Of rows by components there are matrices only where components are few."""
+        many = story.n_components >= MANY
+        rows = max(config.fit.sample_rows, SAMPLE_ROWS_EACH * story.n_components * many)
+        rows = min(extent.rows, rows, max(1000, SAMPLE_BYTES // (9 * d)))
+        scores = 4 * LANE if many else 3 * rows * story.n_components
+        return rows * 3 * 9 * d + 8 * scores + START_HELD * statistics_nbytes(story)
+
+    start = sum(sorted(map(start_of, stories), reverse=True)[:side_by_side])
     tree = params * (2 + extent.chunks.bit_length() + STATS_HELD)
     if config.fit.method == "incremental":
         tree += len(stories) * memo_nbytes(config)
