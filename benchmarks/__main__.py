@@ -19,7 +19,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,11 @@ def run(names: Sequence[str], options: Options, files: dict[str, Path | None]) -
     begin = time.monotonic()
     good = True
     for benchmark in picked.values():
-        tables.append(benchmark.run(options))
+        table = benchmark.run(options)
+        if options.quick:
+            # Few rows are held against nothing.
+            table = replace(table, title=f"{table.title}: a quick run on fewer rows", bars=[])
+        tables.append(table)
         good &= not tables[-1].failed
         measure.say(tables[-1])
         write(tables, facts | {"minutes": (time.monotonic() - begin) / 60}, options, files)
@@ -141,22 +146,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = options.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="all benchmarks")
     runs = verbs.add_parser("run", help="run some, or all")
-    runs.add_argument("names", nargs="*")
-    runs.add_argument("--rounds", type=measure.count, default=default.rounds)
-    runs.add_argument(
-        "--budget", type=measure.amount, default=default.budget, help="s a contestant a case"
-    )
-    runs.add_argument(
-        "--patience", type=measure.amount, default=default.patience, help="s for an answer of one"
-    )
-    runs.add_argument("--threads", type=measure.count, default=default.threads)
+    runs.add_argument("names", nargs="*", help="as `list` has them; all where there are none")
+
+    def number(name: str, of: Callable[[str], float], what: str) -> None:
+        value = getattr(default, name)
+        runs.add_argument(f"--{name}", type=of, default=value, help=f"{what} ({value:g})")
+
+    number("rounds", measure.count, "turns of each contestant, of which the median is told")
+    number("budget", measure.amount, "seconds of each contestant in a case")
+    number("patience", measure.amount, "seconds until an answer of one is given up")
+    number("threads", measure.count, "threads of each contestant")
     runs.add_argument("--quick", action="store_true", help="few rows: to see that all runs")
     runs.add_argument("--whole", action="store_true", help="also what takes hours")
     runs.add_argument(
         "--peers", type=measure.interpreter, default=default.peers, help="the peers' interpreter"
     )
-    runs.add_argument("--json", type=measure.output)
-    runs.add_argument("--markdown", type=measure.output)
+    runs.add_argument("--json", type=measure.output, help="a file for the tables as JSON")
+    runs.add_argument("--markdown", type=measure.output, help="a file for them as Markdown")
     told_options = vars(options.parse_args(arguments))
     if told_options.pop("verb") == "list":
         print(listing())

@@ -44,11 +44,13 @@ def summary_text(run: Run) -> str:
         beside = f", {before:,} of them of batches brought in before" if before else ""
         lines.append(("data", f"{ingested['rows']:,} rows in {ingested['path']}{beside}"))
     if fitted:
-        speed = f"{fitted['rows_per_s']:,.0f} rows/s, {bytes_text(fitted['bytes_read'])} read"
+        speed = f"passes at {fitted['rows_per_s']:,.0f} rows/s"
+        read = f"{bytes_text(fitted['bytes_read'])} read"
         passes = fitted.get("passes", fitted["steps"])
         what = f"{fitted['outcome']} after {passes:g} passes over {fitted['rows']:,} rows"
         peak = bytes_text(fitted["peak_rss"])
-        lines.append(("fit", f"{what} in {fitted['seconds']:.1f} s ({speed}), peak memory {peak}"))
+        took = f"{fitted['seconds']:.1f} s with the start ({speed}, {read})"
+        lines.append(("fit", f"{what} in {took}, peak memory {peak}"))
         if fitted["advice"]:
             lines.append(("advice", fitted["advice"]))
     if recovered := scores.get("recovery"):

@@ -255,7 +255,10 @@ def _kind_of(path: Path) -> str:
     kind = _SUFFIXES.get("".join(endings[-2:-1] if packed else endings[-1:]), "")
     if path.is_dir():
         if (path / "manifests").is_dir():
-            raise DataError(f"{path}: is a dataset already, not a file to read")
+            raise DataError(
+                f"{path}: is a dataset already, not a file to read: in Python "
+                f"genstream.store.Dataset.open({str(path)!r}).source() is its rows"
+            )
         return "parquet" if kind == "parquet" or any(path.glob("*.parquet")) else "zarr"
     with path.open("rb") as file:
         start = file.read(4096)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 EMPTY = 1e-7
 # Rows of the sample by which components are told apart.
 TWIN_ROWS = 64
+# So many components re-seeded in a step are told one by one, more by their number.
+MOST_TOLD, ALIKE = 5, "the same as"
 # How often one component is re-seeded before it is left as it is.
 MAX_RESCUES = 3
 # How far accelerated EM may leap at first, in EM steps, and what its reach is changed by.
@@ -701,14 +704,14 @@ def rescue(
     why = {int(k): "empty" if empty[k] else "singular" for k in np.flatnonzero(fault)}
     few = sample[np.linspace(0, sample.n_rows - 1, TWIN_ROWS).astype(np.intp)]
     for first, second in story.twins(params, few) if story.n_components > 1 else ():
-        why.setdefault(second, f"the same as component {first}")
+        why.setdefault(second, f"{ALIKE} component {first}")
     wanted = [k for k in sorted(why) if rescues[k] < MAX_RESCUES]
     if not wanted:
         return params, rescues, ()
     rng = np.random.default_rng([state.seed, state.step])
     log_prob = story.log_prob(state.params, sample)
     worst = np.argsort(log_prob, kind="stable")[: max(len(wanted), len(log_prob) // 20)]
-    events = []
+    done = []
     counts = list(rescues)
     for k in wanted:
         row = int(rng.choice(worst))
@@ -720,8 +723,21 @@ def rescue(
             continue
         params = moved
         counts[k] += 1
-        events.append(f"component {k} was {why[k]}: re-seeded at a badly explained row")
-    return params, tuple(counts), tuple(events)
+        done.append(k)
+    return params, tuple(counts), _rescued({k: why[k] for k in done})
+
+
+def _rescued(why: Mapping[int, str]) -> tuple[str, ...]:
+    """What was re-seeded and why, in words: one line a component, or one for all of many."""
+    if len(why) <= MOST_TOLD:
+        end = "re-seeded at a badly explained row"
+        return tuple(f"component {k} was {reason}: {end}" for k, reason in why.items())
+    kinds = Counter(ALIKE if reason.startswith(ALIKE) else reason for reason in why.values())
+    what = ", ".join(
+        f"{n} {kind} another" if kind == ALIKE else f"{n} {kind}" for kind, n in kinds.items()
+    )
+    some = ", ".join(map(str, [*why][:MOST_TOLD]))
+    return (f"{len(why)} components were re-seeded at badly explained rows ({what}): {some}, ...",)
 
 
 def fit(

@@ -282,6 +282,10 @@ def test_a_run_writes_what_it_found(monkeypatch, tmp_path, capsys):
     assert (seen[0].rounds, seen[0].quick) == (7, True)
     assert json.loads(json_file.read_text())["tables"][0]["rows"] == table.rows
     assert "quick run" in text_file.read_text()
+    printed = capsys.readouterr().out
+    assert "A title: a quick run on fewer rows" in printed
+    assert "| fast |" not in printed
+    assert entry.main(["run", "one"]) == 0
     assert "| fast | >= 1 | 2.00 | yes |" in capsys.readouterr().out
 
 

@@ -80,6 +80,17 @@ class TestTwins:
         before = one.trace[-1].mean_loglik
         assert story.log_prob(state.params, rows).mean() > before + 0.02
 
+    def test_many_are_told_in_one_line(self) -> None:
+        story, params, values, _ = drawn("full", 240)
+        rows = Rows.of(values)
+        many = replace(story, n_components=12)
+        again = params.take([0, 1, 2, *[1] * 9])
+        state = FitState(replace(again, weights=np.full(12, 1 / 12)), sample=rows)
+        state = fit(many, BatchEM(1), Resident(rows), state)
+        assert len(state.events) == 1
+        assert "9 components were re-seeded" in state.events[0]
+        assert "(9 the same as another): 3, 4, 5, 6, 7, ..." in state.events[0]
+
     def test_without_a_sample_they_stay(self) -> None:
         story, _, values, _ = drawn("full", 60)
         rows = Rows.of(values)
