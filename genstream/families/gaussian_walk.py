@@ -244,7 +244,7 @@ def _spread(mean: Array, covariance: Array) -> Array:
 
 # Rows whose products are summed in the arithmetic of the rows, and the least variance a column may
 # have, in units of the pivot's, for sums about 0 to be as good as those about its mean.
-RAW_ROWS, LEAST_VARIANCE = 8192, 0.1
+RAW_ROWS, LEAST_VARIANCE = 1 << 15, 0.1
 
 
 def quadratic_rounding(mean: Array, covariance: Array, precision: Array) -> Array:
