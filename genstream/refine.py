@@ -42,7 +42,7 @@ SLICE_ROWS = 4096
 SAME = 0.8
 # Splits tried in a round: of more components than this, some that are drawn.
 MOST_SPLITS = 256
-# With more components than this a move gains less than its trial costs.
+# With more components than this none is moved: a trial takes passes for one component of so many.
 MOST_COMPONENTS = 512
 
 Seeding = Callable[[Story, Rows, np.random.Generator], Params]
