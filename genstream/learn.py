@@ -530,6 +530,10 @@ class BatchEM:
                 outcome = Outcome.RUNNING
             before = state if last is not None and not leapt and not events else None
             if story.settled(stats):
+                still = params.digest() == state.params.digest()
+                if still and not self.drawn and self.tolerance > 0:
+                    # Under the same statistics the same parameters will come of every step.
+                    outcome = Outcome.CONVERGED
                 stats = story.restated(stats, state.params, params)
             state = replace(state, params=params, outcome=outcome, rescues=rescues)
             state = self._advance(story, state, before, stats)

@@ -309,13 +309,15 @@ def cluster(
 
 def seed_params(story: Story, sample: Rows, rng: np.random.Generator) -> Params:
     """Parameters from clusters of the sample: seeding, a few Lloyd steps, and one M-step."""
+    if story.n_components == 1:
+        return params_from_labels(story, sample, np.zeros(sample.n_rows, dtype=np.intp), rng)
     x, observed = story.family.embed(story.readable(sample))
     return _from_clusters(story, sample, x, observed, rng)
 
 
 def seed_within(story: Story, sample: Rows, rng: np.random.Generator) -> Params:
     """As `seed_params`, but distances are measured by the deviations of these rows alone: those of
-    one component, among which a column may count that hardly varies over all.
+    one component, to be parted, among which a column may count that hardly varies over all.
     """
     x, observed = story.family.embed(story.readable(sample))
     weight = observed * sample.row_weights[:, None]
@@ -329,8 +331,6 @@ def seed_within(story: Story, sample: Rows, rng: np.random.Generator) -> Params:
 def _from_clusters(
     story: Story, sample: Rows, x: Array, observed: NDArray[np.bool_], rng: np.random.Generator
 ) -> Params:
-    if story.n_components == 1:
-        return params_from_labels(story, sample, np.zeros(len(x), dtype=np.intp), rng)
     weight = sample.row_weights
     small = np.arange(len(x))
     if story.n_components >= MANY:

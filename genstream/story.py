@@ -28,7 +28,6 @@ from genstream.families.blocks import (
     Family,
     Index,
     Kernel,
-    LoneWalk,
     Pivot,
     SweptWalk,
     Walk,
@@ -294,14 +293,13 @@ class Story:
             # Nothing is known yet of how small variances are, and so of how many digits it takes.
             return self._in_float64().e_step(params, rows, given)
         rule = soft if isinstance(responsibility, np.ndarray) else rule_of(responsibility, key)
-        walk = self._walk(params, rows)
-        sum_r = np.zeros(self.n_components)
-        mark("prepare")
         likeliest = rule is hard
         plain = given is None and (rule is soft or likeliest)
-        if plain and self.n_components == 1 and isinstance(walk, LoneWalk) and walk.summed():
-            stats = self._lone_stats(params, rows, walk.close())
-        else:
+        stats = self._summed(params, rows) if plain and self.n_components == 1 else None
+        if stats is None:
+            walk = self._walk(params, rows)
+            sum_r = np.zeros(self.n_components)
+            mark("prepare")
             n_observed, weight, objective = 0, 0.0, 0.0
             swept = None
             if plain and isinstance(walk, SweptWalk):
@@ -330,14 +328,19 @@ class Story:
             return self._in_float64().e_step(params, rows, responsibility, key)
         return stats
 
-    def _lone_stats(self, params: Params, rows: Rows, family: Monoid) -> StoryStats:
-        """Statistics of complete rows under one component, of which these are the family's: their
-        log-likelihood follows from the sums.
+    def _summed(self, params: Params, rows: Rows) -> StoryStats | None:
+        """Statistics of complete rows under one component, if its kernel needs no scores for them:
+        their log-likelihood follows from the sums.
         """
+        self._check(rows)
+        summed = getattr(self._kernel(params), "summed", None)
+        mark("prepare")
+        found = None if summed is None else summed(self.readable(rows))
+        if found is None:
+            return None
         weight = float(rows.n_rows if rows.weights is None else rows.weights.sum())
-        stats = StoryStats(rows.n_rows, 0, weight, 0.0, np.array([weight]), family, 0)
         mark("gather")
-        return replace(stats, objective=self.expected_log_joint(params, stats))
+        return StoryStats(rows.n_rows, 0, weight, found[1], np.array([weight]), found[0], 0)
 
     def _e_step_by_block(
         self, walk: Walk, rows: Rows, given: Array | None, rule: Rule, sum_r: Array

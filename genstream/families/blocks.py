@@ -86,16 +86,6 @@ class SweptWalk(Walk, Protocol):
         """
 
 
-@runtime_checkable
-class LoneWalk(Walk, Protocol):
-    """A walk that can sum the statistics of a single component without scores."""
-
-    def summed(self) -> bool:
-        """Gather all rows by their weights alone; false, and nothing is done, where they cannot be:
-        of several components, or with gaps.
-        """
-
-
 class FactorWalk(Walk, Protocol):
     """A walk of a family that has factors."""
 
@@ -157,7 +147,9 @@ class Kernel(Protocol):
 
     One whose walk sorts rows by what they observed has an attribute `by_pattern` that is true, and
     leads in products. One that costs much to prepare has a method `take(components)`, which gives
-    the kernel of some of them (C,).
+    the kernel of some of them (C,). One that can sum a single component without scores has a method
+    `summed(rows)`, which gives the statistics of rows under their weights alone, and the sum of
+    their weighted log-joints; or None where there are several components, or gaps.
     """
 
     def walk(self, rows: Rows) -> Walk:

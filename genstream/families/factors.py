@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -641,17 +642,22 @@ class MomentsKernel(GaussianKernel):
         made: Any = _lone_stats if alone else FullStats
         super().__init__(mean, covariance, log_weights, family._pivot, alone, dtype, made)
         self.family, self.params = family, params
-        self._pass_through()
 
-    def _pass_through(self) -> None:
-        family, params, log_weights = self.family, self.params, self.log_weights
-        self.through_latent = family.latent_kernel(params, log_weights, "float64")
-        self.of_complete = family.latent_kernel(params, log_weights, family.dtype)
+    @cached_property
+    def through_latent(self) -> FactorsKernel:
+        """The kernel that knows the factors of rows."""
+        return self.family.latent_kernel(self.params, self.log_weights, "float64")
+
+    @cached_property
+    def of_complete(self) -> FactorsKernel:
+        """The kernel that scores complete rows."""
+        return self.family.latent_kernel(self.params, self.log_weights, self.family.dtype)
 
     def take(self, components: Array) -> MomentsKernel:
         some: Any = super().take(components)
         some.params = self.params.take(components)
-        some._pass_through()
+        for made in ("through_latent", "of_complete"):
+            some.__dict__.pop(made, None)
         kept: MomentsKernel = some
         return kept
 

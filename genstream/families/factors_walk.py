@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from genstream import compiled
 from genstream.families.blocks import (
     LOG_2PI,
     MAX_ROUNDING,
@@ -35,7 +34,6 @@ from genstream.families.blocks import (
     block_rows,
     slices,
 )
-from genstream.families.gaussian_walk import second_moments
 from genstream.families.lanes import lane_inverse
 from genstream.families.patterns import Patterns
 from genstream.rows import Rows, pick
@@ -552,17 +550,6 @@ class MomentWalk(FactorsWalk):
         k, d = kernel.n_components, kernel.n_features
         self.stats_type, self.dtype = stats_type, dtype
         self.sum_w, self.sum_wx, self.sum_wxx = np.zeros(k), np.zeros((k, d)), np.zeros((k, d, d))
-
-    def summed(self) -> bool:
-        """As `LoneWalk.summed`."""
-        if self.kernel.n_components > 1:
-            return False
-        fast = compiled.pays_for(self.rows.values, 1)
-        n, s, q = second_moments(self.rows, self.kernel.pivot, self.dtype, fast)
-        self.sum_w += n
-        self.sum_wx += s
-        self.sum_wxx += q
-        return True
 
     def close(self) -> Monoid:
         super().close()

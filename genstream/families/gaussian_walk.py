@@ -152,6 +152,20 @@ class GaussianKernel:
     def walk(self, rows: Rows) -> GaussianWalk:
         return GaussianWalk(self, rows)
 
+    def summed(self, rows: Rows) -> tuple[Monoid, float] | None:
+        """As `Kernel` says."""
+        if self.n_components > 1 or not (rows.observed is None or rows.observed.all()):
+            return None
+        fast = compiled.pays_for(rows.values, 1)
+        n, s, q = second_moments(rows, self.pivot, self.moment_dtype, fast)
+        # By way of the mean of the rows: see `Gaussian.scatter`.
+        centre = s / max(n, 1e-300)
+        gap = centre - self.mean[0]
+        spread = q - np.outer(s, centre) + n * np.outer(gap, gap)
+        square = float((self.precision[0] * spread).sum())
+        stats = self.stats_type(np.array([n]), s[None], q if self.tied else q[None])
+        return stats, n * float(self.complete.peak[0]) - 0.5 * square
+
 
 class Marginal:
     """The marginal of the columns that one pattern observes, and what completes it.
@@ -569,15 +583,6 @@ class GaussianWalk:
         if value is not None:
             work.finish()
         return value
-
-    def summed(self) -> bool:
-        """As `LoneWalk.summed`."""
-        kernel = self.kernel
-        if self.rows.observed is not None or kernel.n_components > 1:
-            return False
-        n, s, q = second_moments(self.rows, kernel.pivot, kernel.moment_dtype, self.fast)
-        self.add(np.array([n]), s[None], q[None])
-        return True
 
     def build_in(self, buffer: Array) -> None:
         self.features = buffer
