@@ -186,6 +186,7 @@ def swept(
             values[part],
             *at,
             linear.eta,
+            linear.turned,
             some,
             size,
             rooms,

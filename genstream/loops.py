@@ -348,30 +348,107 @@ def _add_squares(x: Any, shift: Any, inverse: Any, weight: float, out: Any) -> N
         out[d + i] += v * y
 
 
-@_compiled(reorder=True)
-def _add_square_sum(x: Any, shift: Any, inverse: Any, weight: float, out: Any) -> None:
-    d = x.shape[0]
-    square = 0.0
-    for i in range(d):
-        y = (x[i] - shift[i]) * inverse[i]
-        out[i] += weight * y
-        square += y * y
-    out[d] += weight * square
-
-
 @_compiled()
-def gather_best(
-    x: Any, shift: Any, inverse: Any, together: bool, best: Any, weights: Any, sums: Any
-) -> None:
-    """Add the features of `squares` of rows (n, d) to the `sums` (K, p) of their components."""
+def gather_best(x: Any, shift: Any, inverse: Any, best: Any, weights: Any, sums: Any) -> None:
+    """Add the features `[1, y, y^2]` of rows (n, d) to the `sums` (K, p) of their components."""
     for r in range(x.shape[0]):
         weight = weights[r] if weights.shape[0] else 1.0
         row = sums[best[r]]
         row[0] += weight
-        if together:
-            _add_square_sum(x[r], shift, inverse, weight, row[1:])
-        else:
-            _add_squares(x[r], shift, inverse, weight, row[1:])
+        _add_squares(x[r], shift, inverse, weight, row[1:])
+
+
+# Features `[1, y, |y|^2]` of a block as rows `y` (n, d) and their squares (n,): that no row has to
+# be turned into columns is worth more than what the matrix products could do besides.
+
+
+@_compiled(reorder=True)
+def _row_and_square(x: Any, shift: Any, inverse: Any, y: Any) -> float:
+    square = 0.0
+    for i in range(y.shape[0]):
+        v = (x[i] - shift[i]) * inverse[i]
+        y[i] = v
+        square += v * v
+    return square
+
+
+@_compiled()
+def _rows_and_squares(x: Any, shift: Any, inverse: Any, y: Any, square: Any) -> None:
+    for r in range(x.shape[0]):
+        square[r] = _row_and_square(x[r], shift, inverse, y[r])
+
+
+@_compiled()
+def _add_line(x: Any, constant: Any, slope: Any, out: Any) -> None:
+    for i in range(out.shape[0]):
+        out[i] += constant + slope * x[i]
+
+
+@_compiled()
+def _score_rows(eta: Any, slopes: Any, y: Any, square: Any, out: Any) -> None:
+    np.dot(slopes, y.T, out)
+    for k in range(eta.shape[0]):
+        _add_line(square, eta[k, 0], eta[k, -1], out[k])
+
+
+@_compiled()
+def _add_row(y: Any, weight: float, out: Any) -> None:
+    for i in range(out.shape[0]):
+        out[i] += weight * y[i]
+
+
+@_compiled()
+def _gather_best_rows(y: Any, square: Any, best: Any, weights: Any, sums: Any) -> None:
+    d = y.shape[1]
+    for r in range(y.shape[0]):
+        weight = weights[r] if weights.shape[0] else 1.0
+        row = sums[best[r]]
+        row[0] += weight
+        _add_row(y[r], weight, row[1 : 1 + d])
+        row[1 + d] += weight * square[r]
+
+
+@_compiled(reorder=True)
+def _sum_and_dot(a: Any, b: Any) -> Any:
+    first = second = 0.0
+    for r in range(a.shape[0]):
+        v = np.float64(a[r])
+        first += v
+        second += v * b[r]
+    return first, second
+
+
+@_compiled()
+def _gather_rows(r: Any, y: Any, square: Any, room: Any, sums: Any) -> None:
+    K, d = r.shape[0], y.shape[1]
+    first = room.reshape(-1)[: K * d].reshape((K, d))
+    np.dot(r, y, first)
+    for k in range(K):
+        n, second = _sum_and_dot(r[k], square)
+        sums[k, 0] += n
+        sums[k, 1 + d] += second
+        for j in range(d):
+            sums[k, 1 + j] += first[k, j]
+
+
+# Functions of their own also lest all is inlined in one: `soft` then lost its vector instructions.
+
+
+@_compiled()
+def _gather(r: Any, f: Any, turned: bool, room: Any, sums: Any) -> None:
+    """Add (K, p) responsibilities by features, `turned` as `Linear` has it."""
+    K, p = sums.shape
+    if turned:
+        other = room.reshape((p, K))
+        np.dot(f, r.T, other)
+        for k in range(K):
+            for j in range(p):
+                sums[k, j] += other[j, k]
+    else:
+        np.dot(r, f.T, room)
+        for k in range(K):
+            for j in range(p):
+                sums[k, j] += room[k, j]
 
 
 # What `swept` does with a block, in this order; all of it together.
@@ -388,6 +465,7 @@ def swept(
     shift: Any,
     inverse: Any,
     eta: Any,
+    turned: bool,
     weights: Any,
     size: int,
     buffers: Any,
@@ -400,43 +478,53 @@ def swept(
 
     Where threads take turns at the interpreter's lock between the steps of a block, they wait for
     one another longer than a short step takes. `form` says which features: 0 `quadratic`, 1
-    `squares`, 2 these together. `eta` (K, p) are their natural parameters; `weights`, `value` and
-    `sum_r` are as those of `soft`, and `sums` (K, p) are added the sums of features. `buffers` are
-    of at least p, K rows of `size` numbers and (K, p), in the arithmetic of `eta`, and (size,)
-    integers.
+    `squares`, 2 these together. `eta` (K, p) are their natural parameters, and `turned` is as
+    `Linear` has it; `weights`, `value` and `sum_r` are as those of `soft`, and `sums` (K, p) are
+    added the sums of features. `buffers` are of at least p, K rows of `size` numbers and (K, p), in
+    the arithmetic of `eta`, and (size,) integers.
     """
     n = x.shape[0]
     K, p = eta.shape
     features, scores, room, places = buffers
     features, scores = features.reshape(-1), scores.reshape(-1)
+    d = x.shape[1]
+    slopes = np.ascontiguousarray(eta[:, 1 : 1 + d])
     for start in range(0, n, size):
         stop = min(start + size, n)
         m = stop - start
         # Of the block's own width, for the matrix products.
         f, r = features[: p * m].reshape((p, m)), scores[: K * m].reshape((K, m))
+        y, square = features[: m * d].reshape((m, d)), features[m * d : m * d + m]
         some = weights[start:stop] if weights.shape[0] else weights
         best = places[:m]
         if stages & FEATURES:
             if form == 0:
                 quadratic(x[start:stop], shift, inverse, f)
+            elif form == 1:
+                squares(x[start:stop], shift, inverse, False, f)
             else:
-                squares(x[start:stop], shift, inverse, form == 2, f)
+                _rows_and_squares(x[start:stop], shift, inverse, y, square)
         if stages & SCORE:
-            np.dot(eta, f, r)
+            if form == 2:
+                _score_rows(eta, slopes, y, square, r)
+            else:
+                np.dot(eta, f, r)
         if stages & SOFTMAX:
             if likeliest:
                 hard(r, some, best, value[start:stop], sum_r)
             else:
                 soft(r, some, value[start:stop], sum_r)
-        if stages & GATHER and likeliest and form > 0:
-            gather_best(x[start:stop], shift, inverse, form == 2, best, some, sums)
-        elif stages & GATHER:
-            if likeliest:
-                one_hot(best, some, r)
-            np.dot(r, f.T, room)
-            for k in range(K):
-                for j in range(p):
-                    sums[k, j] += room[k, j]
+        if stages & GATHER:
+            if likeliest and form == 2:
+                _gather_best_rows(y, square, best, some, sums)
+            elif form == 2:
+                _gather_rows(r, y, square, room, sums)
+            elif likeliest and form == 1:
+                gather_best(x[start:stop], shift, inverse, best, some, sums)
+            else:
+                if likeliest:
+                    one_hot(best, some, r)
+                _gather(r, f, turned, room, sums)
 
 
 @_compiled()

@@ -268,12 +268,13 @@ class TestSteps:
         assert walked
 
     @pytest.mark.parametrize("on", (True, False))
+    @pytest.mark.parametrize("k", (3, 7))
     def test_float32_that_overflows_is_done_in_float64(
-        self, kind: str, on: bool, everything_compiled: Callable[[bool], None]
+        self, kind: str, k: int, on: bool, everything_compiled: Callable[[bool], None]
     ) -> None:
         everything_compiled(on)
         rng = np.random.default_rng(5)
-        story = oracles.make_story(kind, 3, 4, dtype="float32")
+        story = oracles.make_story(kind, k, 4, dtype="float32")
         params = oracles.random_params(story, rng)
         values = story.draw(params, 900, rng).values
         story = story.anchored(Rows.of(values))
@@ -284,17 +285,24 @@ class TestSteps:
         assert np.isfinite(found.objective)
 
     @pytest.mark.parametrize("on", (True, False))
+    @pytest.mark.parametrize("k", (3, 7))
+    @pytest.mark.parametrize("rule", (soft, hard))
     def test_beyond_all_arithmetic_it_shows(
-        self, kind: str, on: bool, everything_compiled: Callable[[bool], None]
+        self,
+        kind: str,
+        rule: Responsibility,
+        k: int,
+        on: bool,
+        everything_compiled: Callable[[bool], None],
     ) -> None:
         everything_compiled(on)
         rng = np.random.default_rng(6)
-        story = oracles.make_story(kind, 3, 4)
+        story = oracles.make_story(kind, k, 4)
         params = oracles.random_params(story, rng)
         values = story.draw(params, 900, rng).values
         story = story.anchored(Rows.of(values))
         values[77] = 1e200
-        assert not np.isfinite(story.e_step(params, Rows(values)).objective)
+        assert not np.isfinite(story.e_step(params, Rows(values), rule).objective)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("on", (True, False))

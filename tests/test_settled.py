@@ -87,6 +87,19 @@ def test_one_pass_is_enough_and_tells_the_truth(name: str, accelerate: bool) -> 
 
 
 @pytest.mark.parametrize("name", ["full", "ppca"])
+def test_a_fit_that_stands_still_is_over(name: str) -> None:
+    """Where the M-step of the same statistics gives the same parameters, to the bit."""
+    story = stories()[name]
+    _, state, _ = fitted(story, rows_of(story), BatchEM(500, 1e-9))
+    assert state.outcome is Outcome.CONVERGED
+    assert state.step == 2
+    # A tolerance below 0 asks for all steps.
+    _, state, _ = fitted(story, rows_of(story), BatchEM(6, -1.0))
+    assert state.outcome is Outcome.MAX_STEPS
+    assert state.step == 6
+
+
+@pytest.mark.parametrize("name", ["full", "ppca"])
 def test_gaps_are_looked_at_again(name: str) -> None:
     story = stories()[name]
     x = rows_of(story).copy()

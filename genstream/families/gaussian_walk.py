@@ -805,9 +805,9 @@ class _PatternBlock:
         if not self.apart:
             self.linear.accumulate(self.features, self.exact, weights, self.sums, self._summed)
             return
-        np.matmul(weights, self.features.T, out=self._summed)
-        self._summed[self.apart] = 0.0
-        self.sums += self._summed
+        coarse = self.linear.gathered(self.features, weights, self._summed)
+        coarse[self.apart] = 0.0
+        self.sums += coarse
         for k in self.apart:
             self._gather_apart(k, weights[k])
 
