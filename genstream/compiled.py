@@ -206,6 +206,19 @@ def swept(
     return value
 
 
+def gather_sure(
+    values: Array, pivot: Any, edges: Array, rows: Array, weights: Array, dtype: Any, sums: Array
+) -> None:
+    """Add the features `quadratic` of some of the rows (n, d) under weights to `sums` (K, p).
+
+    Component k has the pairs from `edges[k]` to `edges[k + 1]`, of whose rows and weights there are
+    arrays. Products are of a `dtype`. Only where `pays`.
+    """
+    room = np.empty((int(np.diff(edges).max(initial=0)), values.shape[1]), dtype)
+    at = pivot.shift, 1.0 / pivot.scale
+    cast(Any, loops()).gather_sure(values, *at, edges, rows, weights, room, sums)
+
+
 def where_it_matters(
     scores: Array, y: Array, apart: Array, blur: Array, nothing: float, fast: bool
 ) -> Array:

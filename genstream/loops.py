@@ -451,6 +451,46 @@ def _gather(r: Any, f: Any, turned: bool, room: Any, sums: Any) -> None:
                 sums[k, j] += room[k, j]
 
 
+@_compiled()
+def _weigh_row(x: Any, shift: Any, inverse: Any, weight: float, first: Any, out: Any) -> None:
+    root = math.sqrt(weight)
+    for i in range(out.shape[0]):
+        y = (x[i] - shift[i]) * inverse[i]
+        first[i] += weight * y
+        out[i] = root * y
+
+
+@_compiled()
+def gather_sure(
+    x: Any, shift: Any, inverse: Any, edges: Any, rows: Any, weights: Any, room: Any, sums: Any
+) -> None:
+    """Add the features of `quadratic` of pairs of a component and a row to `sums` (K, p).
+
+    Those of component k lie between `edges` k and k + 1: the numbers of their rows among those of
+    `x` (n, d), and their weights. Products are in the arithmetic of `room` (m, d), for as many
+    pairs as any component has.
+    """
+    K, p = sums.shape
+    d = x.shape[1]
+    square = np.empty((d, d), room.dtype)
+    for k in range(K):
+        m = edges[k + 1] - edges[k]
+        if not m:
+            continue
+        y = room[:m]
+        for r in range(m):
+            at = edges[k] + r
+            weight = np.float64(weights[at])
+            sums[k, p - 1] += weight
+            _weigh_row(x[rows[at]], shift, inverse, weight, sums[k, p - 1 - d : p - 1], y[r])
+        np.dot(y.T, y, square)
+        at = 0
+        for i in range(d):
+            for j in range(i, d):
+                sums[k, at] += square[i, j]
+                at += 1
+
+
 # What `swept` does with a block, in this order; all of it together.
 STAGES = FEATURES, SCORE, SOFTMAX, GATHER = 1, 2, 4, 8
 ALL = sum(STAGES)

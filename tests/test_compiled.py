@@ -15,12 +15,15 @@ import oracles
 import pytest
 
 from genstream import compiled
+from genstream.families import gaussian_walk
 from genstream.families.blocks import Pivot
 from genstream.families.gaussian_walk import fill_features
 from genstream.passes import Passes
 from genstream.responsibility import Responsibility, Sampled, Truncated, hard, soft, weighted_soft
 from genstream.rows import Rows
+from genstream.schema import Schema
 from genstream.sources import NumpySource
+from genstream.stories import mixture
 from genstream.story import Story, StoryStats
 
 needs_compiler = pytest.mark.skipif(
@@ -400,6 +403,79 @@ sys.meta_path[:] = [Without(finder, ["numba"]) for finder in sys.meta_path]
         ask = "\nimport sys; print('numba' in sys.modules, stats.n_rows)"
         found = outcome(STEP.format(n=10_000) + ask, NUMBA_CACHE_DIR=str(file / "folder"))
         assert found == "True 10000"
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ("full", "tied"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gaps", (False, True))
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("on", (True, False))
+@pytest.mark.parametrize("scales", (False, True))
+def test_gathered_by_component_or_all_at_once_a_step_is_the_same(
+    kind: str,
+    scales: bool,
+    on: bool,
+    dtype: str,
+    gaps: bool,
+    weighted: bool,
+    everything_compiled: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However many rows may be of several components, also of a mixture of scales."""
+    everything_compiled(on)
+    monkeypatch.setattr(compiled, "MANY_FEATURES", 0)
+    monkeypatch.setattr(gaussian_walk, "SURE_ROWS", 700)
+    monkeypatch.setattr(gaussian_walk, "SURE_CALL", 0.0)
+    monkeypatch.setattr(gaussian_walk, "SURE_PAIR", 0.0)
+    rng = np.random.default_rng(4)
+    story = oracles.make_story(kind, 5, 4, dtype=dtype)
+    params = oracles.random_params(story, rng)
+    values = story.draw(params, 5000, rng).values
+    if gaps:
+        values[:2000, 1] = np.nan
+        values[2000:2040] = oracles.with_gaps(values[2000:2040], 0.4, rng)
+    rows = Rows.of(values, rng.uniform(0.1, 2, 5000) if weighted else None)
+    resp = story.infer(params, rows).responsibilities
+    if scales:
+        story = mixture(Schema.real(4), 5, covariance=kind, tails="student", dtype=dtype)
+    story = story.anchored(rows)
+    vague = story.vague()
+    params = story.m_step(story.e_step(vague, rows, resp), vague)
+    found: list[StoryStats] = []
+    for width in (0, 10**9):
+        monkeypatch.setattr(gaussian_walk, "SURE_WIDTH", width)
+        found.append(story.e_step(params, rows))
+    assert oracles.distance(*found) < 20 * ROUNDING[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("apart", (True, False))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_rows_that_are_sure_of_their_component_are_gathered_by_it(
+    dtype: str, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(12)
+    values = rng.normal(size=(6000, 40)) + 4.0 * apart * rng.normal(size=(12, 40)).repeat(500, 0)
+    story = oracles.make_story("full", 12, 40, dtype=dtype).anchored(Rows.of(values))
+    labels = np.eye(12)[np.arange(6000) // 500]
+    params = story.m_step(story.e_step(story.vague(), Rows.of(values), labels), story.vague())
+    if not apart:
+        params = story.m_step(story.e_step(params, Rows.of(values), labels * 0.04 + 0.08), params)
+    pairs: list[int] = []
+    known = compiled.gather_sure
+
+    def count(*given: Any) -> None:
+        pairs.append(len(given[3]))
+        known(*given)
+
+    monkeypatch.setattr(compiled, "gather_sure", count)
+    stats = story.e_step(params, Rows.of(values))
+    assert bool(pairs) == apart
+    # One component each, but for a row or two.
+    assert not apart or 6000 <= sum(pairs) < 6100
+    monkeypatch.setattr(gaussian_walk, "SURE_WIDTH", 10**9)
+    assert oracles.distance(stats, story.e_step(params, Rows.of(values))) < 20 * ROUNDING[dtype]
 
 
 def test_chunks_share_what_is_prepared_and_other_parameters_do_not() -> None:

@@ -38,9 +38,8 @@ MIN_BLOCK, MAX_BLOCK = 256, 4096
 # Fewer rows than a power of two: features that lie a power of two of bytes apart are kept in the
 # same few places of the caches. Thin products of float64 took up to half as long again.
 BLOCK_ODD = 16
-# In float32, from so many features a component on, responsibilities by features are multiplied
-# faster the other way round: BLAS packs rows by features at half the cost. With 16 components or
-# less that is nearly twice as fast, with 64 of 2145 features 1.3 times.
+# In float32, from so many features a component on, SciPy's BLAS multiplies features by
+# responsibilities up to twice as fast as the other way round; NumPy's does not care.
 TURNED = 2
 
 
@@ -485,8 +484,7 @@ class Linear:
 
     def gather(self, features: Array, exact: Callable[[], Array], resp: Array) -> Array:
         """(K, p) float64 of `resp @ T.T`."""
-        room = np.empty(self.eta.shape, resp.dtype)
-        sums = self.gathered(features, resp, room).astype(np.float64, order="C", copy=False)
+        sums = (resp @ features.T).astype(np.float64, copy=False)
         if self.fine.size:
             sums[self.fine] = resp[self.fine].astype(np.float64) @ exact().T
         return sums
@@ -497,21 +495,16 @@ class Linear:
         """Add `resp @ T.T` to (K, p) float64 sums, by way of `room` (K, p) in the arithmetic at
         hand: as `gather`, without arrays that are made anew for every block.
         """
-        coarse = self.gathered(features, resp, room)
+        np.matmul(resp, features.T, out=room)
         if self.fine.size:
-            coarse[self.fine] = 0.0
+            room[self.fine] = 0.0
             sums[self.fine] += resp[self.fine].astype(np.float64) @ exact().T
-        sums += coarse
+        sums += room
 
     @property
     def turned(self) -> bool:
-        """Whether responsibilities by features are multiplied the other way round."""
+        """Whether `compiled.swept` multiplies features by responsibilities, which takes it less
+        time than the other way round.
+        """
         n_components, width = self.eta.shape
         return self.dtype == np.float32 and width >= TURNED * n_components
-
-    def gathered(self, features: Array, resp: Array, room: Array) -> Array:
-        """(K, p) of `resp @ T.T` in the arithmetic at hand, in the memory of `room` (K, p)."""
-        if not self.turned:
-            return np.matmul(resp, features.T, out=room)
-        turned = room.reshape(room.shape[::-1])
-        return np.matmul(features, resp.T, out=turned).T
