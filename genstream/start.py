@@ -203,7 +203,8 @@ def exchange(
         mass = (weight * far[0]).cumsum()
         if not mass[-1] > 0:
             break
-        new = int(np.searchsorted(mass, rng.random() * mass[-1], side="right"))
+        drawn = np.searchsorted(mass, rng.random() * mass[-1], side="right")
+        new = min(int(drawn), len(mass) - 1)
         reached = np.maximum(square + square[new] - 2 * points @ points[new], 0.0)
         # By how much the sum rises with each centre that goes once the new one has come.
         kept = np.minimum(far[0], reached)
