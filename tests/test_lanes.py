@@ -138,6 +138,33 @@ class TestAllPatterns:
                     assert score_[k] == pytest.approx(constant_[k] - distance / 2, abs=1e-4)
 
 
+def sums_over_something(subscripts: str, *operands: np.ndarray) -> bool:
+    inputs, output = subscripts.split("->")
+    names = zip(inputs.split(","), operands, strict=True)
+    sizes = {name: n for each, array in names for name, n in zip(each, array.shape, strict=True)}
+    return all(n or name in output for name, n in sizes.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_no_sum_is_over_nothing(kind: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy's einsum multiplies by 0 what lies behind an empty array, be it NaN."""
+    story, params, values = drawn(kind, dtype=dtype)
+    rows = Rows.of(values)
+    known = np.einsum
+
+    def checked(subscripts: str, *operands: np.ndarray, **options: Any) -> Any:
+        assert sums_over_something(subscripts, *operands)
+        return known(subscripts, *operands, **options)
+
+    monkeypatch.setattr(np, "einsum", checked)
+    walk: Any = story.family.prepare(params.family, np.log(params.weights)).walk(rows)
+    for index in walk.blocks():
+        walk.gather(np.exp(walk.score()))
+        walk.complete(np.full((K, len(index)), 1 / K))
+    walk.close()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 class TestChunks:
     def test_any_chunks_have_the_same_sums(self, kind: str) -> None:

@@ -16,6 +16,9 @@ operations a column. What differs from row to row is computed for all rows at a 
 component; `P e` and the sum of `r e e'` are matrix products.
 
 Distances are from each component's own mean, so that a mean far out costs no digits.
+
+No `einsum` here sums over nothing: NumPy's multiplies by 0 whatever number lies behind an empty
+array, which at times is NaN.
 """
 
 from __future__ import annotations
@@ -428,7 +431,7 @@ def _solve(lower: list[Array], g: Array, out: Array) -> Array:
         g[i] -= np.einsum("jn,jn->n", lower[i][:i], g[:i])
     for i, row in enumerate(lower):
         np.multiply(g[i], row[i], out=out[i])
-    square: Array = np.einsum("in,in->n", g, out)
+    square: Array = np.einsum("in,in->n", g, out) if len(g) else np.zeros(g.shape[1], g.dtype)
     for i in range(len(g) - 1, 0, -1):
         out[:i] -= lower[i][:i] * out[i]
     return square
@@ -447,8 +450,9 @@ def factor_lanes(matrices: Array, cells: Array, out: Array) -> Array:
     for j in range(size):
         column = matrices.take(cells[j:, j], axis=1)
         variance = least * column[:, 0]
-        weighted = out[:, j, :j] * pivots[:, :j]
-        column -= np.einsum("cijp,cjp->cip", out[:, j:, :j], weighted)
+        if j:
+            weighted = out[:, j, :j] * pivots[:, :j]
+            column -= np.einsum("cijp,cjp->cip", out[:, j:, :j], weighted)
         # Rounding may leave nothing of a variance that its companions explain.
         pivot = np.maximum(column[:, 0], variance, out=pivots[:, j])
         np.divide(1.0, pivot, out=out[:, j, j])
@@ -465,7 +469,10 @@ def invert_lanes(factor: Array, out: Array) -> Array:
     From the last column up, with `C` the inverse of what is below and right of entry j and `l` the
     factor's column j below it, the inverse's column is `-C l`, under `1 / D_j + l'C l`.
     """
-    for j in range(factor.shape[1] - 1, -1, -1):
+    last = factor.shape[1] - 1
+    if last >= 0:
+        out[:, last, last] = factor[:, last, last]
+    for j in range(last - 1, -1, -1):
         below = factor[:, j + 1 :, j]
         column = np.einsum("cikp,ckp->cip", out[:, j + 1 :, j + 1 :], below)
         np.negative(column, out=out[:, j + 1 :, j])

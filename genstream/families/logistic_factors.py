@@ -189,7 +189,9 @@ class LogisticFactors(OneKind):
         every = np.arange(self.n_factors + 1)
         matrix[:, :, every, every] += self._precision
         theta = np.concatenate([previous.bias[:, :, None], previous.loadings], axis=2)
-        right = stats.sum_first - np.einsum("kdij,kdj->kdi", matrix[..., held], theta[..., held])
+        right = stats.sum_first
+        if len(held):
+            right = right - np.einsum("kdij,kdj->kdi", matrix[..., held], theta[..., held])
         if len(free):
             found = _solved(matrix[..., free[:, None], free], right[..., free], known)
             theta[..., free] = np.where(known[:, :, None], found, theta[..., free])
