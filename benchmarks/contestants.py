@@ -123,6 +123,14 @@ class Contestant:
     def warm_up(self) -> None:
         """Do once what only the first round would pay for."""
 
+    def rouse(self) -> None:
+        """Untimed, before each round: a little of the same work.
+
+        What idled while others had their turns may have been moved out of memory, on a virtual
+        machine also by its host; to bring it back took up to as long as a short fit.
+        """
+        self.warm_up()
+
     def round(self) -> float:
         """Seconds of an iteration, or of a whole fit."""
         raise NotImplementedError
@@ -478,6 +486,9 @@ class Gmmx(Contestant):
         fit = type(self._fitter).fit
         self._compiled = fit.lower(self._fitter, self._x, self._model).compile()
 
+    def rouse(self) -> None:
+        """Nothing: all it has is one program for all rows, whose rounds are long."""
+
     def round(self) -> float:
         def work() -> None:
             result = self._compiled(self._fitter, self._x, self._model)
@@ -686,6 +697,7 @@ def main() -> None:
     answer(ready=True)
     for line in sys.stdin:
         if line.strip() == "round":
+            contestant.rouse()
             answer(seconds=contestant.round())
         else:
             place = folder / f"{line.strip()}.npz"
