@@ -431,7 +431,8 @@ class BatchEM:
         Steps after which the fit ends, of which each takes one pass.
     tolerance
         The fit has converged when an EM step changes the mean objective (log-likelihood plus
-        log-prior) by less than this many nats a row.
+        log-prior) by less than this many nats a row; or, unless this is 0 or less, when the same
+        statistics have given the same parameters to the bit.
     responsibility
         A rule of `genstream.responsibility`: `soft`, `hard` for classification EM, `Truncated(n)`,
         or `Sampled(seed)` for stochastic EM. The last one neither climbs at every step nor comes

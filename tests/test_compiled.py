@@ -214,6 +214,12 @@ class TestFeatures:
 KINDS = ("full", "tied", "diag", "spherical")
 
 
+def take_out(values: np.ndarray, rng: np.random.Generator) -> None:
+    """Make gaps in at least 2040 rows: patterns of many rows and of few."""
+    values[:2000, 1] = np.nan
+    values[2000:2040] = oracles.with_gaps(values[2000:2040], 0.4, rng)
+
+
 @needs_compiler
 @pytest.mark.parametrize("kind", KINDS)
 class TestSteps:
@@ -237,9 +243,7 @@ class TestSteps:
         params = oracles.random_params(story, rng)
         values = story.draw(params, 5000, rng).values
         if gaps:
-            # Patterns of many rows and of few.
-            values[:2000, 1] = np.nan
-            values[2000:2040] = oracles.with_gaps(values[2000:2040], 0.4, rng)
+            take_out(values, rng)
         rows = Rows.of(values, rng.uniform(0, 2, 5000) if weighted else None)
         story = story.anchored(rows)
         found: list[StoryStats] = []
@@ -433,8 +437,7 @@ def test_gathered_by_component_or_all_at_once_a_step_is_the_same(
     params = oracles.random_params(story, rng)
     values = story.draw(params, 5000, rng).values
     if gaps:
-        values[:2000, 1] = np.nan
-        values[2000:2040] = oracles.with_gaps(values[2000:2040], 0.4, rng)
+        take_out(values, rng)
     rows = Rows.of(values, rng.uniform(0.1, 2, 5000) if weighted else None)
     resp = story.infer(params, rows).responsibilities
     if scales:
