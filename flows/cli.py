@@ -41,6 +41,9 @@ Output = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="A .csv, .parquet or .zarr; left out, CSV on stdout."),
 ]
+WithProfile = Annotated[
+    bool, typer.Option("--profile", help="Say where the time of learning went (on stderr).")
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace an output that exists.")]
 Unseen = Annotated[
     bool,
@@ -124,30 +127,26 @@ def ingest(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = Fa
 def fit(
     config: ConfigPath,
     overrides: Overrides = None,
-    profile: Annotated[
-        bool, typer.Option("--profile", help="Say where the time of learning went (on stderr).")
-    ] = False,
+    profile: WithProfile = False,
     as_json: AsJson = False,
 ) -> None:
     """Ingest, fit, evaluate, publish and report, as a configuration says."""
     from flows.stages import begin
 
-    run = begin(config, overrides or ())
-    if profile:
-        run.update(profile=True)
-    _carry_out(run, as_json)
-    if profile:
-        from genstream.profile import profile_text
-
-        typer.echo(f"\n{profile_text(run.stage('fit')['profile'])}", err=True)
+    _carry_out(begin(config, overrides or ()), as_json, profile)
 
 
 @app.command()
-def sweep(config: ConfigPath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def sweep(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    profile: WithProfile = False,
+    as_json: AsJson = False,
+) -> None:
     """Fit many models in shared passes, compare them, and publish the best."""
     from flows.sweeping import begin
 
-    _carry_out(begin(config, overrides or ()), as_json)
+    _carry_out(begin(config, overrides or ()), as_json, profile)
 
 
 @app.command()
@@ -270,13 +269,32 @@ def gc(
 
 
 @app.command()
-def resume(run: RunRef, as_json: AsJson = False) -> None:
+def resume(run: RunRef, profile: WithProfile = False, as_json: AsJson = False) -> None:
     """Go on with a run that was interrupted, to the same bits as if it had not been."""
-    _carry_out(Run.find(run), as_json)
+    found = Run.find(run)
+    if profile and found.kind == "update":
+        raise ConfigError(f"run {found.id} is an update: a profile is taken of fits and sweeps")
+    if profile and found.stage("fit"):
+        raise ConfigError(f"run {found.id} has learned already: leave --profile out")
+    _carry_out(found, as_json, profile)
 
 
-def _carry_out(run: Run, as_json: bool) -> None:
-    """What is left to do of a run, through Prefect where the configuration says."""
+def _carry_out(run: Run, as_json: bool, profile: bool = False) -> None:
+    """What is left to do of a run, and where the time of it went if that is wanted or was."""
+    if profile:
+        run.update(profile=True)
+    try:
+        _go_through(run, as_json)
+    finally:
+        spent = run.stage("fit").get("profile")
+        if spent is not None:
+            from genstream.profile import profile_text
+
+            typer.echo(f"\n{profile_text(spent)}", err=True)
+
+
+def _go_through(run: Run, as_json: bool) -> None:
+    """The stages of a run that are left, through Prefect where the configuration says."""
     from flows import orchestration, stages
 
     mode = run.config.orchestrate

@@ -257,21 +257,17 @@ def begin_fit(
 def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dict[str, Any]:
     """Fit the model of a run, from its newest checkpoint or from a warm start.
 
-    Where `run.json` says `profile`, what is found says where the time went, too.
-
     Raises ComputeError where the log-likelihood ceased to be finite. Whatever else is raised, and
     whenever, the last finished step is saved first.
     """
     from genstream import learn, store
-    from genstream.profile import Profile
     from genstream.sources import n_rows
 
     config = run.config
     data, _ = open_to_fit(run)
     options = config.fit
     begin = time.monotonic()
-    profile = Profile() if run.info().get("profile") else None
-    with cluster(config.compute), bars(quiet) as progress, profile or contextlib.nullcontext():
+    with cluster(config.compute), bars(quiet) as progress, profiled(run) as profile:
         shown = FitProgress(progress, options.max_steps, options.tolerance)
         passes = passes_over(data.train, config.compute, shown.on_rows)
         found = store.load_checkpoint(run.checkpoint)
@@ -307,8 +303,24 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
     seconds = time.monotonic() - begin
     facts = fit_facts(state, pass_rows, seconds, rows_done / max(pass_seconds, 1e-9))
     read = (rows_done + pass_rows) * row_nbytes(config, data)
-    told = {} if profile is None else {"profile": profile.to_json()}
-    return run.record("fit", {**facts, "bytes_read": read, **told})
+    return run.record("fit", {**facts, "bytes_read": read, **profile})
+
+
+@contextlib.contextmanager
+def profiled(run: Run) -> Iterator[dict[str, Any]]:
+    """Where `run.json` says `profile`: what is given has it of the time within, once that is over.
+
+    With `Run.record` it says in what was found where the time went.
+    """
+    from genstream.profile import Profile
+
+    found: dict[str, Any] = {}
+    if not run.info().get("profile"):
+        yield found
+        return
+    with Profile() as profile:
+        yield found
+    found["profile"] = profile.to_json()
 
 
 def row_nbytes(config: Config, data: Data) -> int:
@@ -573,10 +585,15 @@ def _fit_facts(fitted: dict[str, Any]) -> dict[str, object]:
         "peak memory": bytes_text(fitted["peak_rss"]),
         "seconds": round(fitted["seconds"], 1),
     }
-    if "profile" in fitted:
-        spent = fitted["profile"]["seconds"].items()
-        facts["seconds of all workers"] = {part: round(seconds, 2) for part, seconds in spent}
-    return facts
+    return facts | time_facts(fitted)
+
+
+def time_facts(fitted: dict[str, Any]) -> dict[str, object]:
+    """Where the time of learning went, for a report; nothing where no profile was taken."""
+    if "profile" not in fitted:
+        return {}
+    spent = fitted["profile"]["seconds"].items()
+    return {"seconds of all workers": {part: round(seconds, 2) for part, seconds in spent}}
 
 
 def _revived(kind: type[T], plain: Any) -> T:

@@ -100,7 +100,8 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
     log.info("%d candidates, %s in shared passes", len(candidates), " + ".join(map(str, sizes)))
     started = time.monotonic()
     together = alone = 0
-    with stages.cluster(config.compute), bars(quiet) as progress:
+    spent = stages.profiled(run)
+    with stages.cluster(config.compute), bars(quiet) as progress, spent as profile:
         shown = SweepProgress(progress)
         passes = stages.passes_over(data.train, config.compute, shown.on_rows)
         samples = Samples(passes, config.fit.seed)
@@ -123,6 +124,7 @@ def fit(run: Run, *, quiet: bool = False, on_step: Sequence[OnStep] = ()) -> dic
             "bytes_alone": (alone + len(candidates) * rows) * nbytes,
             "seconds": time.monotonic() - started,
             "peak_rss": stages.peak_memory(),
+            **profile,
         },
     )
 
@@ -237,6 +239,7 @@ class Group:
     ) -> dict[Run, tuple[Story, FitState]]:
         """Where each candidate goes on from; one that cannot start has failed."""
         from genstream.store import load_checkpoint
+        from genstream.threads import beside
 
         found = {run: load_checkpoint(run.checkpoint) for run in left}
         new = [run for run in left if found[run] is None]
@@ -252,7 +255,8 @@ class Group:
 
         with ThreadPoolExecutor(self._workers) as pool:
             try:
-                for run, begun in zip(new, pool.map(start, new), strict=True):
+                starts = [functools.partial(start, run) for run in new]
+                for run, begun in zip(new, beside(pool, self._workers, starts), strict=True):
                     if isinstance(begun, Exception):
                         fail(run, begun)
                         del found[run]
@@ -399,6 +403,10 @@ def _report_input(run: Run) -> SweepInput:
         best=None if best is None else best.info()["label"],
         data=stages.data_facts(config, data),
         cost=run.stage("fit"),
-        reproducibility={"run": run.id, **run.read_json("repro.json")},
+        reproducibility={
+            "run": run.id,
+            **stages.time_facts(run.stage("fit")),
+            **run.read_json("repro.json"),
+        },
         created=datetime.fromisoformat(info.get("finished") or info["created"]),
     )

@@ -22,6 +22,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from genstream.errors import ConfigError
 from genstream.profile import current, mark
 
 Array = NDArray[Any]
@@ -38,8 +39,17 @@ _EVERYWHERE = np.empty(0)
 
 
 def compiled_available() -> bool:
-    """Whether compiled loops may be used: Numba is there and not switched off."""
-    return os.environ.get(SWITCH, "1") != "0" and _installed()
+    """Whether compiled loops may be used: Numba is there and not switched off.
+
+    Raises ConfigError where the switch is neither 0 nor 1.
+    """
+    switch = os.environ.get(SWITCH) or "1"
+    if switch not in ("0", "1"):
+        raise ConfigError(
+            f"the environment variable {SWITCH} is {switch!r}: say 0 for NumPy alone, 1 or nothing "
+            "for compiled loops"
+        )
+    return switch == "1" and _installed()
 
 
 @functools.cache

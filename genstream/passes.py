@@ -13,8 +13,7 @@ import functools
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from numbers import Integral
 from typing import Any, Self, TypeVar
@@ -28,7 +27,7 @@ from genstream.profile import Profile, current, mark
 from genstream.rows import Rows
 from genstream.sources import NumpySource, RowsSource, Source
 from genstream.stats import EMPTY, Tree, fold_tree
-from genstream.threads import one_blas_thread
+from genstream.threads import abreast, abreast_in, beside, one_blas_thread
 
 T = TypeVar("T")
 Work = Callable[[int, Rows], Any]
@@ -196,7 +195,7 @@ class Passes:
             if n_workers < 2:
                 worker()
             else:
-                _abreast(worker, n_workers, stop)
+                abreast(worker, n_workers, stop)
         # The next pass finds the same storage.
         self._blocks = reading.blocks
 
@@ -263,7 +262,7 @@ class Passes:
             yield in_turn
             return
         with one_blas_thread(), ThreadPoolExecutor(n_workers - 1) as pool:
-            yield functools.partial(_abreast_in, pool, n_workers)
+            yield functools.partial(abreast_in, pool, n_workers)
 
     def map(self, work: Callable[[int, Rows], T]) -> Iterator[T]:
         """`work(chunk, rows)` of every chunk, in the order of chunks, a few of them ahead."""
@@ -291,7 +290,7 @@ class Passes:
         tasks = (functools.partial(work, i) for i in chunks)
         with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
             done = 0
-            for i, value in zip(chunks, _windowed(pool, self.workers, tasks), strict=True):
+            for i, value in zip(chunks, beside(pool, self.workers, tasks), strict=True):
                 yield value
                 done += self.source.chunk_rows[i]
                 if self.on_progress is not None:
@@ -302,24 +301,6 @@ def _task_chunks(n_chunks: int, workers: int) -> int:
     """The largest power of two that leaves every worker some tasks."""
     share = max(1, n_chunks // (workers * TASKS_PER_WORKER))
     return min(MAX_TASK_CHUNKS, 1 << (share.bit_length() - 1))
-
-
-def _windowed(
-    pool: ThreadPoolExecutor, workers: int, tasks: Iterable[Callable[[], T]]
-) -> Iterator[T]:
-    """Results in order, with no more tasks begun than the workers and one each in waiting."""
-    waiting: deque[Future[T]] = deque()
-    profile = current()
-    try:
-        for task in tasks:
-            waiting.append(pool.submit(_taking_part, profile, task))
-            if len(waiting) >= 2 * workers:
-                yield _awaited(profile, waiting.popleft(), workers)
-        while waiting:
-            yield _awaited(profile, waiting.popleft(), workers)
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 class _SharedTree:
@@ -408,67 +389,6 @@ def _read_for(profile: Profile | None, source: Source, chunk: int) -> Rows:
     if profile is not None:
         profile.read_ahead(time.perf_counter() - begin)
     return rows
-
-
-def _taking_part(profile: Profile | None, work: Callable[[], T]) -> T:
-    """What `work` gives, on a thread that takes part in a profile if there is one."""
-    if profile is None:
-        return work()
-    with profile.joined():
-        return work()
-
-
-def _awaited(profile: Profile | None, future: Future[T], workers: int) -> T:
-    """The result of a future, while which this thread does nothing."""
-    if profile is None:
-        return future.result()
-    with profile.handed_over(workers):
-        return future.result()
-
-
-def _abreast_in(
-    pool: ThreadPoolExecutor, n_workers: int, work: Callable[[int], T], n: int
-) -> list[T]:
-    """`work(i)` of each i below n, by this thread and those of the pool."""
-    values: dict[int, T] = {}
-    numbers = iter(range(n))
-    lock = threading.Lock()
-
-    def some() -> None:
-        while True:
-            with lock:
-                i = next(numbers, None)
-            if i is None:
-                return
-            values[i] = work(i)
-
-    profile = current()
-    futures = [pool.submit(_taking_part, profile, some) for _ in range(min(n_workers, n) - 1)]
-    some()
-    for future in futures:
-        _awaited(profile, future, n_workers)
-    return [values[i] for i in range(n)]
-
-
-def _abreast(worker: Callable[[], None], n_workers: int, stop: threading.Event) -> None:
-    """Run a worker in so many threads. Whatever is raised, here or there, stops all of them at
-    their next chunk, and is raised when they have ended.
-    """
-    profile = current()
-
-    def run() -> None:
-        try:
-            worker()
-        except BaseException:
-            stop.set()
-            raise
-
-    with ThreadPoolExecutor(n_workers) as pool:
-        try:
-            for future in [pool.submit(_taking_part, profile, run) for _ in range(n_workers)]:
-                _awaited(profile, future, n_workers)
-        finally:
-            stop.set()
 
 
 def fold_range(source: Source, work: Work, first: int, last: int) -> Any:

@@ -8,7 +8,6 @@ statistics along the same fixed tree as if it were alone, so that it comes to th
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +29,7 @@ from genstream.learn import (
 from genstream.online import OnlineEM
 from genstream.rows import Rows
 from genstream.story import Story
-from genstream.threads import one_blas_thread
+from genstream.threads import beside, one_blas_thread
 
 Work = Callable[[int, Rows], Any]
 
@@ -219,15 +218,15 @@ def fit_many(
                 # Those behind catch up, so that all come to the shared passes together.
                 behind = min(running[i].step for i in walking)
                 turn = [i for i in walking if running[i].step == behind]
-                taken = _walk(candidates, running, turn, passes, pool)
+                taken = _walk(candidates, running, turn, passes, pool, workers)
             else:
                 turn = folding
                 found, seconds = fold_each(passes, works)
                 advances = [
-                    functools.partial(_advance, candidates[i], running[i], stats, took)
+                    _tried(_advance, candidates[i], running[i], stats, took)
                     for i, stats, took in zip(turn, found, seconds, strict=True)
                 ]
-                taken = list(pool.map(_call, advances))
+                taken = list(beside(pool, workers, advances))
             for i, result in zip(turn, taken, strict=True):
                 if isinstance(result, Exception):
                     states[i] = result
@@ -252,14 +251,15 @@ def _walk(
     turn: Sequence[int],
     passes: Passes,
     pool: ThreadPoolExecutor,
+    workers: int,
 ) -> list[Taken | Exception]:
     """A step each of candidates whose steps are no passes; those of online EM side by side."""
     shared = _ReadOnce(passes, alone=len(turn) == 1)
-    steps = {i: functools.partial(_step, candidates[i], states[i], shared) for i in turn}
+    steps = {i: _tried(_step, candidates[i], states[i], shared) for i in turn}
     # Other learners have threads of their own.
     online = [i for i in turn if isinstance(_at_work(candidates[i], states[i]), OnlineEM)]
-    done = dict(zip(online, pool.map(_call, [steps[i] for i in online]), strict=True))
-    taken = [done[i] if i in done else _call(steps[i]) for i in turn]
+    done = dict(zip(online, beside(pool, workers, [steps[i] for i in online]), strict=True))
+    taken = [done[i] if i in done else steps[i]() for i in turn]
     if shared.error is not None:
         raise shared.error
     return taken
@@ -282,8 +282,13 @@ def _advance(candidate: Candidate, state: FitState, stats: Any, seconds: float) 
     return candidate.learner.advance(candidate.story, state, stats, seconds)
 
 
-def _call(step: Callable[[], Taken]) -> Taken | Exception:
-    try:
-        return step()
-    except Exception as error:  # noqa: BLE001 - the other candidates go on
-        return error
+def _tried(step: Callable[..., Taken], *arguments: Any) -> Callable[[], Taken | Exception]:
+    """A step to be taken, or the exception that it raises."""
+
+    def call() -> Taken | Exception:
+        try:
+            return step(*arguments)
+        except Exception as error:  # noqa: BLE001 - the other candidates go on
+            return error
+
+    return call

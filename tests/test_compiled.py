@@ -15,6 +15,7 @@ import oracles
 import pytest
 
 from genstream import compiled
+from genstream.errors import ConfigError
 from genstream.families import gaussian_walk
 from genstream.families.blocks import Pivot
 from genstream.families.gaussian_walk import fill_features
@@ -394,6 +395,12 @@ sys.meta_path[:] = [Without(finder, ["numba"]) for finder in sys.meta_path]
     def test_switched_off_it_is_never_imported(self) -> None:
         ask = "\nimport sys; print('numba' in sys.modules, compiled.version())"
         assert outcome(STEP.format(n=10_000) + ask, GENSTREAM_COMPILED="0") == "False none"
+
+    @pytest.mark.parametrize("said", ("off", "2"))
+    def test_the_switch_is_0_or_1(self, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(compiled.SWITCH, said)
+        with pytest.raises(ConfigError, match=f"GENSTREAM_COMPILED is '{said}': say 0 for"):
+            compiled.version()
 
     def test_small_data_never_import_it(self) -> None:
         ask = "\nimport sys; print('numba' in sys.modules)"

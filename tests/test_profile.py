@@ -22,6 +22,7 @@ from genstream.sources import NumpySource, Split
 from genstream.start import warm_start
 from genstream.store import append_batch
 from genstream.stories import mixture
+from genstream.sweeps import Candidate, fit_many
 
 ROWS = 60_000
 
@@ -121,6 +122,20 @@ def test_threads_are_told_apart(values: np.ndarray) -> None:
     assert found.workers == 1
 
 
+def test_parts_of_fits_in_shared_passes_sum_to_it_too(values: np.ndarray) -> None:
+    """Their M-steps and their steps of online EM are taken by threads of the sweep's own."""
+    passes = Passes(NumpySource(values, chunk_rows=7000), workers=2)
+    learner = Relay((OnlineEM(batch_rows=20_000), BatchEM(3, 0.0)))
+    begun = [warm_start(mixture(Schema.real(4), k), passes, sample_rows=5000) for k in (5, 6, 7)]
+    candidates = [Candidate(story, learner, state) for story, state in begun]
+    with Profile() as found:
+        fit_many(candidates, passes, workers=2)
+    assert found.workers == 2
+    seconds = checked(found)
+    for part in ("read", "features", "score", "softmax", "gather", "m_step"):
+        assert seconds[part] > 0
+
+
 def test_one_profile_a_thread() -> None:
     with Profile(), pytest.raises(ConfigError, match="already"):
         Profile().__enter__()
@@ -151,26 +166,71 @@ def test_as_text_and_as_json() -> None:
     assert "in all" in text
 
 
-def test_the_command_tells_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from flows.cli import app
+CONFIG = """\
+version: 1
+name: t
+data: {source: x.csv, dataset: d, columns: {a: real, b: real}}
+model: {kind: mixture, n_components: 2}
+fit: {max_steps: 3}
+report: true
+orchestrate: none
+"""
 
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     np.savetxt("x.csv", rng.standard_normal((400, 2)), delimiter=",", header="a,b", comments="")
-    Path("c.yaml").write_text(
-        "version: 1\nname: t\ndata: {source: x.csv, dataset: d, columns: {a: real, b: real}}\n"
-        "model: {kind: mixture, n_components: 2}\nfit: {max_steps: 3}\nreport: true\n"
-        "orchestrate: none\n"
-    )
-    app(["fit", "c.yaml", "--profile", "--json"], standalone_mode=False)
+    Path("c.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def told_by(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """What a command says on stdout of the time of learning, known to be on stderr as well."""
+    from flows.cli import app
+
+    app([*arguments, "--json"], standalone_mode=False)
     told = capsys.readouterr()
-    found = json.loads(told.out)["stages"]["fit"]["profile"]
+    found: dict[str, Any] = json.loads(told.out)["stages"]["fit"]["profile"]
+    assert profile_text(found) in told.err
     assert sum(found["seconds"].values()) == pytest.approx(
         found["wall"] * found["workers"], rel=0.05
     )
     assert found["seconds"]["m_step"] > 0
-    assert profile_text(found) in told.err
+    return found
+
+
+SWEPT = "sweep={over: {model.n_components: [1, 2, 3]}}"
+
+
+@pytest.mark.parametrize("command", [("fit", "c.yaml"), ("sweep", "c.yaml", SWEPT)])
+def test_the_command_tells_it(
+    command: tuple[str, ...], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told_by(capsys, *command, "--profile")
     (report,) = Path("runs").glob("*/report.html")
     assert "seconds of all workers" in report.read_text()
+
+
+def test_a_run_that_is_gone_on_with_tells_it(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.cli import app
+    from flows.stages import begin
+
+    run = begin("c.yaml")
+    told_by(capsys, "resume", run.id, "--profile")
+    with pytest.raises(ConfigError, match="has learned already: leave --profile out"):
+        app(["resume", run.id, "--profile"], standalone_mode=False)
+    # What was taken once is told again.
+    told_by(capsys, "resume", run.id)
+
+
+def test_an_update_has_none(folder: Path) -> None:
+    from flows.cli import app
+    from flows.run import Run
+
+    run = Run.create("c.yaml", kind="update")
+    with pytest.raises(ConfigError, match="is an update: a profile is taken of fits and sweeps"):
+        app(["resume", run.id, "--profile"], standalone_mode=False)
