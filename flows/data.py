@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flows.config import Config, Drawn, in_place
 from genstream.errors import ConfigError, DataError
+from genstream.manifests import is_stored
 from genstream.schema import Column, Kind, Schema
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def ingest_data(config: Config, on_rows: OnRows | None = None) -> dict[str, Any]
     if isinstance(data.source, Drawn):
         found = _ingest_drawn(data.source, path, data.dtype, on_rows)
     else:
-        if (Path(path) / "manifests").is_dir():
+        if is_stored(path):
             _check_columns(config, Dataset.open(path).schema)
         files = expand(config.paths)
         here = [file for file in files if "://" not in file]
@@ -111,9 +112,10 @@ def refused_batches(config: Config) -> list[str]:
 
     A fit leaves them out, until `update --retry` has them learned.
     """
-    if config.publish is None or not (Path(config.publish.model) / "manifests").is_dir():
-        return []
     from genstream.models import ModelStore
+
+    if config.publish is None or not is_stored(config.publish.model):
+        return []
 
     batches = ModelStore(config.publish.model).snapshot().batches.values()
     left = ("rejected", "quarantined", "duplicate", "rolled_back")
@@ -210,7 +212,7 @@ def _ingest_drawn(
             if on_rows is not None:
                 on_rows(done)
 
-    if (Path(path) / "manifests").exists():
+    if is_stored(path):
         dataset = Dataset.open(path)
         if [batch.id for batch in dataset.batches] != [identity]:
             raise ConfigError(

@@ -300,8 +300,9 @@ def _with_one_worker(config: Config) -> Config:
 
 
 def _extent(config: Config) -> Extent:
+
     place = config.dataset
-    if place is None or (Path(place) / "manifests").is_dir():
+    if place is None or is_stored(place):
         data = open_data(config)
         sizes = [part for part in (data.train, data.held_out) if part is not None]
         itemsize = 4 if place is not None and config.data.dtype == "float32" else 8

@@ -19,6 +19,7 @@ from flows.data import expand
 from flows.run import Run
 from genstream.dreams import draws, generator_of_chunk
 from genstream.errors import ConfigError, DataError
+from genstream.manifests import is_stored
 from genstream.rows import Rows
 from genstream.schema import Schema
 from genstream.threads import one_blas_thread
@@ -191,6 +192,12 @@ def decoded(schema: Schema, values: np.ndarray[Any, Any], *, whole: bool = True)
     return columns
 
 
+def folder_and_version(reference: str) -> tuple[str, str]:
+    """The parts of `folder@version`, of which a folder's own path may have an @, too."""
+    folder, _, version = reference.rpartition("@")
+    return (folder, version) if folder and not Path(reference).is_dir() else (reference, "")
+
+
 def load_model(reference: str) -> tuple[Story, Params]:
     """The model that a folder, `folder@version` or a run means.
 
@@ -199,10 +206,10 @@ def load_model(reference: str) -> tuple[Story, Params]:
     from genstream.models import ModelStore
     from genstream.store import load_checkpoint
 
-    folder, _, version = reference.rpartition("@") if "@" in reference else (reference, "", "")
-    if version and not version.isdigit():
-        raise ConfigError(f"model {reference!r}: a version is a number, as in {folder}@3")
-    if (Path(folder) / "manifests").is_dir():
+    folder, version = folder_and_version(reference)
+    if is_stored(folder):
+        if version and not version.isdigit():
+            raise ConfigError(f"model {reference!r}: a version is a number, as in {folder}@3")
         store = ModelStore(folder)
         story, state = store.load(int(version) if version else "champion")
         return story, state.params
@@ -225,7 +232,7 @@ def _read(
     from genstream.store import Dataset
     from genstream.tables import Encoder, read_tables
 
-    if (Path(data) / "manifests").is_dir():
+    if is_stored(data):
         source = Dataset.open(data).source()
         if id_column is not None and source.ids(0) is None:
             raise DataError(f"{data}: was ingested without an id: leave --id out")

@@ -228,7 +228,9 @@ def show_anything(what: str) -> tuple[dict[str, Any], str]:
 
     Raises ConfigError where `what` is none of them.
     """
-    folder = what.partition("@")[0]
+    from flows.scoring import folder_and_version
+
+    folder, _ = folder_and_version(what)
     if (Path(folder) / "manifests").is_dir():
         kind = _kind(Path(folder))
         return _dataset(folder) if kind == "dataset" else _model(what)
@@ -284,11 +286,11 @@ def _listed(levels: list[str], most: int = 12) -> str:
 
 
 def _model(reference: str) -> tuple[dict[str, Any], str]:
-    from flows.scoring import load_model
+    from flows.scoring import folder_and_version, load_model
     from genstream.models import ModelStore
 
     story, params = load_model(reference)
-    there = ModelStore(reference.partition("@")[0]).snapshot()
+    there = ModelStore(folder_and_version(reference)[0]).snapshot()
     versions = [
         {
             "version": version.number,

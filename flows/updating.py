@@ -26,7 +26,7 @@ from flows.model import online_of
 from flows.run import Run
 from genstream.errors import ConfigError, CorruptError, DataError, RefusedError
 from genstream.landing import Copy, discard
-from genstream.manifests import storing
+from genstream.manifests import is_stored, storing
 from genstream.models import SETTLED
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def model_of(config: Config) -> ModelStore:
     if isinstance(config.data.source, Drawn):
         raise ConfigError("data.source: drawn data do not arrive: name files to update from")
     store = ModelStore(config.publish.model)
-    if not (store.path / "manifests").is_dir():
+    if not is_stored(store.path):
         raise ConfigError(
             f"{config.publish.model}: no model there yet: `genstream fit` makes the first version"
         )
@@ -473,9 +473,10 @@ class Landing:
     def _stored(self) -> list[Delivery]:
         """Batches of the dataset that the model has neither learned nor refused, in their order."""
         path = self.config.dataset
-        if path is None or not (Path(path) / "manifests").is_dir():
-            return []
         from genstream.store import Dataset
+
+        if path is None or not is_stored(path):
+            return []
 
         known = self.store.snapshot().batches
         stored = (batch.id for batch in Dataset.open(path).batches)
@@ -485,10 +486,11 @@ class Landing:
 
     def _from_dataset(self, wanted: set[str]) -> list[Delivery]:
         path = self.config.dataset
-        if path is None or not wanted or not (Path(path) / "manifests").is_dir():
-            return []
         from genstream.store import Dataset
         from genstream.updates import SourceDelivery
+
+        if path is None or not wanted or not is_stored(path):
+            return []
 
         dataset = Dataset.open(path)
         return [

@@ -184,6 +184,11 @@ class LocalStorage:
         return above
 
 
+def is_stored(folder: str | os.PathLike[str]) -> bool:
+    """Whether anything was committed into a folder; where a first commit was cut short, nothing."""
+    return any(Path(folder, "manifests").glob("[0-9]*.json"))
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, each synced into its parent."""
     for above in _make_folder(folder):
