@@ -6,7 +6,8 @@ to the next spend their time waiting for the interpreter's lock. Importing Numba
 work of fewer than `SMALL` numbers stays with NumPy and never asks; that is decided from shapes
 alone, so that the same rows in the same chunks always take the same way and give the same bits.
 Where Numba is not installed, or the environment variable GENSTREAM_COMPILED is 0, NumPy does
-everything, with the same results to rounding.
+everything, with the same results to rounding; draws that fill gaps come block by block, and of
+other blocks with the same seed they are others.
 """
 
 from __future__ import annotations

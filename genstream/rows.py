@@ -17,7 +17,7 @@ from genstream.schema import Column, Schema
 Array = NDArray[Any]
 
 # The largest magnitude an entry may have, so that squares and sums of them are finite.
-LARGEST = 1e152
+LARGEST = 1e150
 # Rows whose values are looked through at a time.
 CHECKED = 1024
 
@@ -67,7 +67,7 @@ class Rows:
 
         `values` is (n, d) and left untouched; `weights` is (n,). A sparse array of any format is
         kept as CSR, and cannot have gaps. `first_row` and `names` only serve error messages. Raises
-        DataError on a wrong shape, an entry that is infinite or beyond 1e152, a NaN among sparse
+        DataError on a wrong shape, an entry that is infinite or beyond 1e150, a NaN among sparse
         values, or a weight that is negative or not finite, naming the first row and column.
         """
         given: Any = values

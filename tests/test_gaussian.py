@@ -13,7 +13,8 @@ import pytest
 from scipy import stats
 
 from genstream.families import gaussian_walk, lanes
-from genstream.rows import Rows
+from genstream.families.blocks import moments
+from genstream.rows import LARGEST, Rows
 from genstream.schema import Schema
 from genstream.stories import mixture
 from genstream.story import Params, Story
@@ -347,6 +348,30 @@ class TestGapsByHand:
         np.testing.assert_allclose(found[1], s, rtol=1e-9, atol=1e-9)
         wanted = q.sum(axis=0) if kind == "tied" else q
         np.testing.assert_allclose(found[2], wanted, rtol=1e-9, atol=1e-8)
+
+
+class TestNothing:
+    @pytest.mark.parametrize("kind", ("full", "tied", "diag", "spherical"))
+    @pytest.mark.parametrize("prior", (None, "weak"))
+    def test_rows_of_no_weight_teach_nothing(self, kind: str, prior: str | None) -> None:
+        story, params, values = drawn(kind, 40, 3, prior=prior)
+        nothing = story.e_step(params, Rows.of(values, np.zeros(40)))
+        with np.errstate(all="raise"):
+            after = story.m_step(nothing, params)
+        assert all(np.isfinite(value).all() for _, _, value in after.leaves())
+        if prior is None and kind in KINDS:
+            np.testing.assert_allclose(after.family.mean, params.family.mean)
+            np.testing.assert_allclose(after.family.covariance, params.family.covariance)
+
+    @pytest.mark.parametrize("kind", ("full", "tied", "diag", "spherical"))
+    def test_no_rows_are_drawn(self, kind: str) -> None:
+        story, params, _ = drawn(kind, 40, 3)
+        assert story.draw(params, 0, np.random.default_rng(0)).values.shape == (0, 3)
+
+    def test_large_numbers_have_a_spread(self) -> None:
+        """As large as rows may hold, and many of them: no sum of squares is infinite."""
+        values = np.random.default_rng(0).uniform(0.9, 1.0, (100_000, 1)) * LARGEST
+        assert np.isfinite(moments(Rows.of(values))[1]).all()
 
 
 class TestMode:

@@ -122,7 +122,7 @@ def test_draws_repeat(kind: str) -> None:
     Rows.of(one.values).check(story.schema)
 
 
-@pytest.mark.parametrize("size", [1e6, 1e30, 1e152])
+@pytest.mark.parametrize("size", [1e6, 1e30, 1e150])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("kind", STORIES)
 def test_rows_far_beyond_the_sample_stay_finite(kind: str, dtype: str, size: float) -> None:

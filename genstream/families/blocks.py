@@ -413,7 +413,8 @@ def _varying(mean: Array, variance: Array) -> Array:
 
 def block_rows(n_lanes: int, itemsize: int, fast: bool = False) -> int:
     """Rows in a block, so that `n_lanes` numbers a row stay within the last cache, or nearer where
-    they are built by `fast`, compiled loops.
+    they are built by `fast`, compiled loops; of more numbers than that no fewer than `MIN_BLOCK`,
+    for which a plan of memory has to allow.
     """
     rows = (FAST_BLOCK_BYTES if fast else BLOCK_BYTES) // max(1, n_lanes * itemsize)
     size = int(np.clip(1 << max(0, rows.bit_length() - 1), MIN_BLOCK, MAX_BLOCK))
@@ -433,6 +434,8 @@ def slices(n_rows: int, size: int) -> Iterator[slice]:
 
 def by_component(component: Array) -> Iterator[tuple[int, NDArray[np.intp]]]:
     """Each component that is among those of some rows (n,), and which rows have it, in order."""
+    if not len(component):
+        return
     order = np.argsort(component, kind="stable")
     present, first = np.unique(component[order], return_index=True)
     for k, rows in zip(present, np.split(order, first[1:]), strict=True):

@@ -291,7 +291,8 @@ class Gaussian(Begun):
             mean = self.modal_mean(n, stats.sum_wx, old_mean)
         thin = np.zeros(len(n), dtype=bool)
         covariance = old_covariance
-        if "covariance" not in frozen:
+        # Of nothing at all there is nothing to learn.
+        if "covariance" not in frozen and (self.prior is not None or n.any()):
             # Only without a prior has an unseen component nothing to be divided by.
             safe = np.where(unseen, 1.0, n) if self.prior is None else n
             count = n.sum() if self.tied else safe

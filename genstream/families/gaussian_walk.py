@@ -476,6 +476,13 @@ class GaussianWalk:
             return _TiedBlock(self._weak)
         return _PatternBlock(self._weak, marginal)
 
+    def _kept(self, pattern: int, marginal: Marginal) -> _PatternBlock | _TiedBlock:
+        """The work on rows of one pattern, which goes on from block to block."""
+        work = self._works.get(pattern)
+        if work is None:
+            work = self._works[pattern] = self._work(marginal)
+        return work
+
     def _dense(self, marginal: Marginal, index: Array | None) -> Iterator[Index]:
         """Blocks of rows that share one pattern: two matrix products each."""
         work = self._work(marginal)
@@ -513,7 +520,7 @@ class GaussianWalk:
                 self.y = np.empty((len(self.y), n))
             if self.features.shape[1] < n:
                 self.features = np.empty((self.width, n), dtype=self.kernel.dtype)
-            work = self._works.setdefault(-1, self._work(self.kernel.complete))
+            work = self._kept(-1, self.kernel.complete)
             work.load(values, self.y, self.features)
             self.block.parts.append((slice(None), work))
             return
@@ -542,7 +549,7 @@ class GaussianWalk:
         self, pattern: int, marginal: Marginal, chosen: Index, values: Array
     ) -> None:
         """Add the rows `chosen` of the block at hand, which share a pattern."""
-        work = self._works.setdefault(pattern, self._work(marginal))
+        work = self._kept(pattern, marginal)
         y, features = self._room.take(marginal.n_observed, work.width, len(values))
         work.load(values, y, features)
         self.block.parts.append((chosen, work))
