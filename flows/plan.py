@@ -17,6 +17,7 @@ from flows.data import at_hand, columns_of, expand, open_data
 from flows.model import check_components, make_story
 from flows.terminal import bytes_text
 from genstream.errors import ConfigError, DataError, StorageError
+from genstream.manifests import is_stored
 from genstream.schema import Column, Schema
 
 if TYPE_CHECKING:
@@ -133,6 +134,7 @@ def project_memory(config: Config, stories: Sequence[Story], extent: Extent) -> 
     d = stories[0].schema.n_features
     params = sum(map(statistics_nbytes, stories))
     a_worker = WORKER_NBYTES + CHUNKS_HELD * extent.chunk_nbytes + 2 * params
+    a_worker += max(map(products_nbytes, stories))
     side_by_side = min(workers, len(stories))
 
     def start_of(story: Story) -> int:
@@ -188,11 +190,30 @@ def _memory_of(candidates: Sequence[tuple[Config, Story]], extent: Extent) -> in
 @functools.lru_cache(MAX_CANDIDATES)  # asked again and again while groups are made
 def statistics_nbytes(story: Story) -> int:
     """Bytes of the statistics of one chunk, which parameters do not exceed."""
+    return sum(np.asarray(value).nbytes for _, _, value in _of_nothing(story).leaves())
+
+
+def _of_nothing(story: Story) -> Any:
+    """The statistics of no rows."""
     from genstream.rows import Rows
 
-    nothing = Rows(np.empty((0, story.schema.n_features)))
-    stats = story.e_step(story.vague(), nothing)
-    return sum(np.asarray(value).nbytes for _, _, value in stats.leaves())
+    return story.e_step(story.vague(), Rows(np.empty((0, story.schema.n_features))))
+
+
+def products_nbytes(story: Story) -> int:
+    """Bytes of the products of columns in a block of rows, where these are too many for the cache.
+
+    A covariance matrix (d, d) has d (d + 1) / 2 of them a row, which components that need another
+    arithmetic than float32 have in float64 besides.
+    """
+    from genstream.families.blocks import MIN_BLOCK
+
+    if story.n_factors:
+        return 0
+    sizes = [np.shape(value)[-2:] for _, _, value in _of_nothing(story).leaves()]
+    d = max((size[0] for size in sizes if len(size) == 2 and size[0] == size[1]), default=0)
+    numbers = MIN_BLOCK * d * (d + 1) // 2
+    return numbers * (8 if story.dtype == "float64" else 4 + 8)
 
 
 def n_online(config: Config, stories: Sequence[Story], rows: int) -> int:
@@ -376,21 +397,21 @@ def _assumed_schema(config: Config) -> Schema:
 
 def rows_of(path: str) -> tuple[int, bool]:
     """Rows of a file and whether that is exact: text is measured by its first lines."""
-    from genstream.formats import open_table
-    from genstream.tables import open_source, read_tables
+    from genstream.formats import Chunked, open_table
+    from genstream.tables import read_tables
 
-    if in_place(path):
-        return sum(open_source(path).chunk_rows), True
+    opened = open_table(path)
+    if isinstance(opened, Chunked):
+        return sum(opened.chunk_rows), True
     # Columns that cannot be asked for by name need not be of those that are fitted.
-    names = list(open_table(path).default)
+    names = list(opened.default)
     plain = [name for name in names if name and names.count(name) == 1]
     table = next(iter(read_tables(path, columns=plain or None, chunk_rows=10_000)))
     if table.num_rows < 10_000:
         return table.num_rows, True
-    per_row = (
-        sum(column.nbytes - 4 * table.num_rows + table.num_rows for column in table.itercolumns())
-        / table.num_rows
-    )
+    # Of text every entry has a mark behind it, and no offset.
+    offsets = 0 if in_place(path) else (4 - 1) * table.num_rows
+    per_row = sum(column.nbytes - offsets for column in table.itercolumns()) / table.num_rows
     return round(_text_nbytes(Path(path)) / max(per_row, 1.0)), False
 
 
