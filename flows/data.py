@@ -262,10 +262,13 @@ def open_data(config: Config, pinned: Mapping[str, Any] | None = None) -> Data:
         left_out = set(pinned.get("left_out", ()))
         ids = [batch.id for batch in dataset.batches]
         kept = [i for i in ids if i not in left_out]
-        whole: Source = dataset.source(batches=None if len(kept) == len(ids) else kept)
+        told = [c for c in (columns_of(config) or {}).values() if isinstance(c, Column)]
+        whole: Source = dataset.source(
+            batches=None if len(kept) == len(ids) else kept, columns=told
+        )
     else:
         whole = tables.open_source(
-            pinned.get("files") or expand(config.paths),
+            [_found_by_all(config, file) for file in pinned.get("files") or expand(config.paths)],
             columns_of(config),
             data.weights,
             null_values=data.null_values,
@@ -273,7 +276,7 @@ def open_data(config: Config, pinned: Mapping[str, Any] | None = None) -> Data:
         )
     if data.test is not None:
         test_file = tables.open_source(
-            data.test,
+            _found_by_all(config, data.test),
             whole.schema,
             data.weights,
             null_values=data.null_values,
@@ -286,6 +289,13 @@ def open_data(config: Config, pinned: Mapping[str, Any] | None = None) -> Data:
     seed = config.fit.seed
     train, test = (sources.Split(whole, part, share, seed) for part in ("train", "test"))
     return Data(train, test)
+
+
+def _found_by_all(config: Config, path: str) -> str:
+    """A path by which workers find a file, too: those of a given cluster may be elsewhere."""
+    if "://" in path or "://" not in config.compute.scheduler:
+        return path
+    return str(Path(path).absolute())
 
 
 def files_of(identity: Mapping[str, Any]) -> list[str]:

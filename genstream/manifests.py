@@ -80,6 +80,10 @@ class LocalStorage:
 
     root: Path
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Other processes may work in another folder.
+        return type(self), (self.root.absolute(),)
+
     @property
     def name(self) -> str:
         """The folder's path."""

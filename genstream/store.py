@@ -126,15 +126,20 @@ class Dataset:
         return sum(batch.n_rows for batch in self.batches)
 
     def source(
-        self, manifest: int | None = None, batches: Sequence[str] | None = None
+        self,
+        manifest: int | None = None,
+        batches: Sequence[str] | None = None,
+        columns: Sequence[Column] = (),
     ) -> DatasetSource:
         """The rows of this manifest, or of the one given, as chunks.
 
-        `batches` are ids of those whose rows are wanted; left out, all are. Raises DataError where
-        there are no rows.
+        `batches` are ids of those whose rows are wanted; left out, all are. Limits, resolution and
+        unit of a column, which are no part of what is stored of its entries, are those of its
+        namesake in `columns`, where there is one of its kind. Raises DataError where there are no
+        rows.
         """
         of = self if manifest is None else Dataset.open(self.storage.name, manifest)
-        return DatasetSource(of, None if batches is None else tuple(batches))
+        return DatasetSource(of, None if batches is None else tuple(batches), tuple(columns))
 
 
 class LevelsError(ConflictError):
@@ -283,8 +288,14 @@ class DatasetSource:
     See `genstream.sources.Source`.
     """
 
-    def __init__(self, dataset: Dataset, only: tuple[str, ...] | None = None) -> None:
-        self.schema = dataset.schema
+    def __init__(
+        self,
+        dataset: Dataset,
+        only: tuple[str, ...] | None = None,
+        columns: tuple[Column, ...] = (),
+    ) -> None:
+        self._columns = columns
+        self.schema = _described_as(dataset.schema, columns)
         self.dtype = np.dtype(dataset.dtype)
         self._storage, self._manifest, self._only = dataset.storage, dataset.manifest, only
         self._weighted = dataset.weighted
@@ -311,7 +322,8 @@ class DatasetSource:
     def __reduce__(self) -> tuple[Any, ...]:
         # A manifest's number says it all: a ledger of thousands of batches need not travel with
         # every task, and a worker opens each segment's index only once.
-        return _pinned, (self._storage, self._manifest.number, self._manifest.sha256, self._only)
+        manifest = self._manifest.number, self._manifest.sha256
+        return _pinned, (self._storage, *manifest, self._only, self._columns)
 
     @property
     def chunk_nbytes(self) -> int:
@@ -323,6 +335,11 @@ class DatasetSource:
         """Chunk `i`. Raises CorruptError, naming the file, where it is not as committed."""
         number, chunk, _, _ = self._places[i]
         return self._segment(number).read(chunk)
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether all rows have ids."""
+        return all(self._segment(number).has_ids for number in range(len(self._segments)))
 
     def ids(self, i: int) -> list[Any] | None:
         """Ids of the rows of chunk `i`, or None where they have none."""
@@ -354,13 +371,30 @@ class DatasetSource:
 
 
 @functools.lru_cache(maxsize=8)
+def _described_as(schema: Schema, columns: Iterable[Column]) -> Schema:
+    """A schema with the limits, resolutions and units of columns of the same names and kinds."""
+    told = {(column.name, column.kind): column for column in columns}
+    return Schema(
+        tuple(
+            replace(new, levels=old.levels)
+            if (new := told.get((old.name, old.kind))) is not None
+            else old
+            for old in schema.columns
+        )
+    )
+
+
 def _pinned(
-    storage: Storage, number: int, sha256: str, only: tuple[str, ...] | None
+    storage: Storage,
+    number: int,
+    sha256: str,
+    only: tuple[str, ...] | None,
+    columns: tuple[Column, ...],
 ) -> DatasetSource:
     manifest = Manifests(storage, "dataset").read(number)
     if manifest.sha256 != sha256:
         raise CorruptError(f"{storage.name}: manifest {number} is not the one that was pinned")
-    return DatasetSource(Dataset(storage, manifest), only)
+    return DatasetSource(Dataset(storage, manifest), only, columns)
 
 
 # --- ingest --------------------------------------------------------------------------------------
