@@ -44,6 +44,15 @@ Output = Annotated[
 WithProfile = Annotated[
     bool, typer.Option("--profile", help="Say where the time of learning went (on stderr).")
 ]
+IdColumn = Annotated[str | None, typer.Option("--id", help="Column to carry over.")]
+Nulls = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--null",
+        metavar="TEXT",
+        help="A text that means a missing entry; left out, those of the data that were fitted.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace an output that exists.")]
 Unseen = Annotated[
     bool,
@@ -269,9 +278,18 @@ def gc(
 
 
 @app.command()
-def resume(run: RunRef, profile: WithProfile = False, as_json: AsJson = False) -> None:
+def resume(
+    run: RunRef,
+    profile: WithProfile = False,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Though begun on another machine, which is gone.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Go on with a run that was interrupted, to the same bits as if it had not been."""
     found = Run.find(run)
+    if take_over:
+        found.take_over()
     if profile and found.kind == "update":
         raise ConfigError(f"run {found.id} is an update: a profile is taken of fits and sweeps")
     if profile and found.stage("fit"):
@@ -345,11 +363,12 @@ def score(
     output: Output = None,
     overwrite: Overwrite = False,
     unseen_as_missing: Unseen = False,
-    id_column: Annotated[str | None, typer.Option("--id", help="Column to carry over.")] = None,
+    id_column: IdColumn = None,
+    null: Nulls = None,
     as_json: AsJson = False,
 ) -> None:
     """Log-likelihood of every row under a model, in nats."""
-    _walk("score", model, data, output, overwrite, unseen_as_missing, id_column, as_json)
+    _walk("score", model, data, output, overwrite, unseen_as_missing, id_column, null, as_json)
 
 
 @app.command()
@@ -359,13 +378,14 @@ def assign(
     output: Output = None,
     overwrite: Overwrite = False,
     unseen_as_missing: Unseen = False,
-    id_column: Annotated[str | None, typer.Option("--id", help="Column to carry over.")] = None,
+    id_column: IdColumn = None,
+    null: Nulls = None,
     responsibilities: Annotated[bool, typer.Option(help="One column a component too.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The likeliest component of every row, and its responsibility."""
     verb = "assign-all" if responsibilities else "assign"
-    _walk(verb, model, data, output, overwrite, unseen_as_missing, id_column, as_json)
+    _walk(verb, model, data, output, overwrite, unseen_as_missing, id_column, null, as_json)
 
 
 def _walk(
@@ -376,6 +396,7 @@ def _walk(
     overwrite: bool,
     unseen_as_missing: bool,
     id_column: str | None,
+    null: list[str] | None,
     as_json: bool,
 ) -> None:
     from flows.scoring import Verb, score_rows
@@ -392,6 +413,7 @@ def _walk(
             overwrite=overwrite,
             unseen_as_missing=unseen_as_missing,
             id_column=id_column,
+            null_values=null,
             on_progress=RowProgress(progress, verb),
         )
     if output is not None:
@@ -411,7 +433,8 @@ def impute(
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
     overwrite: Overwrite = False,
     unseen_as_missing: Unseen = False,
-    id_column: Annotated[str | None, typer.Option("--id", help="Column to carry over.")] = None,
+    id_column: IdColumn = None,
+    null: Nulls = None,
     as_json: AsJson = False,
 ) -> None:
     """Fill the gaps of every row by what a model makes of the rest of it."""
@@ -430,6 +453,7 @@ def impute(
             overwrite=overwrite,
             unseen_as_missing=unseen_as_missing,
             id_column=id_column,
+            null_values=null,
             on_progress=RowProgress(progress, "impute"),
         )
     if output is not None:

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from zoneinfo import available_timezones
@@ -122,7 +123,8 @@ class Interval:
     def __str__(self) -> str:
         if self.passes is not None:
             return f"{self.passes} pass" + ("es" if self.passes != 1 else "")
-        return f"{self.seconds:g}s"
+        # Without an exponent, so that it is read again.
+        return f"{Decimal(repr(self.seconds)):f}".removesuffix(".0") + "s"
 
 
 def _label(value: object) -> object:

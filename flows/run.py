@@ -182,6 +182,28 @@ class Run:
         """The runs of the candidates of a sweep, in their order."""
         return [Run(path.parent) for path in sorted(self.path.glob(f"{CANDIDATES}/*/run.json"))]
 
+    def take_over(self) -> None:
+        """Count the run as interrupted though a process of another machine is said to be at it.
+
+        Raises ConflictError where that process is one of this machine, and alive.
+        """
+        info = self.info()
+        if info["status"] != "running":
+            return
+        if info["process"]["host"] == socket.gethostname() and _alive(info["process"]):
+            raise ConflictError(self._held())
+        self.update(status="interrupted")
+
+    def _held(self) -> str:
+        process, here = self.info()["process"], socket.gethostname()
+        who = f"run {self.id} is being worked on by process {process['pid']}"
+        if process["host"] == here:
+            return f"{who}: wait for it, or stop it first"
+        return (
+            f"{who} of the machine {process['host']}, and this is {here}: wait for it, or stop it "
+            f"there; if that machine is gone: `genstream resume {self.id} --take-over`"
+        )
+
     def begun(self) -> None:
         """This process is at work on the run."""
         self.update(**_at_work())
@@ -280,10 +302,7 @@ class Run:
         info = self.info()
         mine = _this_process()
         if info["status"] == "running" and info["process"] != mine and _alive(info["process"]):
-            raise ConflictError(
-                f"run {self.id} is being worked on by process {info['process']['pid']}: wait for "
-                "it, or stop it first"
-            )
+            raise ConflictError(self._held())
         self.begun()
         handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -7,7 +7,8 @@ import secrets
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from genstream.story import Params, Story
 
 CHUNK_ROWS = 65_536
+# Responsibilities held at a time: 32 MiB of them.
+HELD = 1 << 22
 
 
 class Verb(Enum):
@@ -47,6 +50,7 @@ def score_rows(
     overwrite: bool = False,
     unseen_as_missing: bool = False,
     id_column: str | None = None,
+    null_values: Sequence[str] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write what `verb` says of every row of `data` under a model.
@@ -56,24 +60,29 @@ def score_rows(
     responsibility of every component besides; a story with factors adds `factor_0`, ..., their
     posterior means given the likeliest component. Where the story has a bound in place of the
     log-likelihood, the column is called `log_prob_bound`. A row is known by its number in `data`,
-    from 0, or by the column `id_column`. One chunk is in memory at a time. Raises DataError where
-    `data` do not fit the model's columns, naming row, column and level.
+    from 0, or by the column `id_column`; rows of a dataset by their ids, where all have one. Texts
+    that mean a missing entry in files are `null_values`, or else those of the data that the model
+    was fitted to. One chunk is in memory at a time. Raises DataError where `data` do not fit the
+    model's columns, naming row, column and level, and ConfigError where what is written has a
+    column called `id_column` already.
     """
-    story, params = load_model(model)
+    story, params, nulls = _found(model)
+    wanted = _Wanted(story.schema, id_column, unseen_as_missing, null_values or nulls)
     if output is not None and output.exists() and Path(data).exists() and output.samefile(data):
         raise ConfigError(f"{output} is what is read: name another file to write to")
     rows_done, total = 0, 0.0
     counted = 0
+    size = CHUNK_ROWS
+    if verb is not Verb.SCORE:
+        size = min(size, max(1, HELD // story.n_components))
     with one_blas_thread(), _sink(output, overwrite) as write:
-        for rows, ids in _read(data, story.schema, id_column, unseen_as_missing):
-            posterior = story.infer(params, rows)
-            columns: dict[str, Any] = (
-                {"row": np.arange(rows_done, rows_done + rows.n_rows)}
-                if ids is None
-                else {id_column or "id": pa.array(ids)}
-            )
-            if verb is not Verb.SCORE:
-                component = posterior.component
+        for rows, ids in _read(data, wanted, size):
+            columns: dict[str, Any] = {}
+            if verb is Verb.SCORE:
+                log_prob = story.log_prob(params, rows)
+            else:
+                posterior = story.infer(params, rows)
+                log_prob, component = posterior.log_prob, posterior.component
                 columns["component"] = component
                 columns["responsibility"] = posterior.responsibilities[
                     np.arange(rows.n_rows), component
@@ -81,15 +90,15 @@ def score_rows(
                 if story.n_factors:
                     factors = story.factors(params, rows, component).mean
                     columns |= {f"factor_{i}": factors[:, i] for i in range(story.n_factors)}
-            columns["log_prob_bound" if story.bound else "log_prob"] = posterior.log_prob
+            columns["log_prob_bound" if story.bound else "log_prob"] = log_prob
             if verb is Verb.ASSIGN_ALL:
                 for k in range(story.n_components):
                     columns[f"responsibility_{k}"] = posterior.responsibilities[:, k]
-            write(pa.RecordBatch.from_pydict(columns))
+            write(pa.RecordBatch.from_pydict(wanted.known_by(ids, rows_done, columns)))
             rows_done += rows.n_rows
             observed = rows.is_observed.any(axis=1)
             counted += int(observed.sum())
-            total += float(posterior.log_prob[observed].sum())
+            total += float(log_prob[observed].sum())
             if on_progress is not None:
                 on_progress(rows_done)
     return {
@@ -111,6 +120,7 @@ def impute_rows(
     overwrite: bool = False,
     unseen_as_missing: bool = False,
     id_column: str | None = None,
+    null_values: Sequence[str] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write every row of `data` with its gaps filled by a model, the model's columns alone.
@@ -119,20 +129,16 @@ def impute_rows(
     with `draw`, one draw of all gaps of a row together, which follows from the seed and the
     number of the chunk. Rows are known as in `score_rows`, and the same errors are raised.
     """
-    story, params = load_model(model)
+    story, params, nulls = _found(model)
+    wanted = _Wanted(story.schema, id_column, unseen_as_missing, null_values or nulls)
     if output is not None and output.exists() and Path(data).exists() and output.samefile(data):
         raise ConfigError(f"{output} is what is read: name another file to write to")
     rows_done = gaps = 0
     with one_blas_thread(), _sink(output, overwrite) as write:
-        for i, (rows, ids) in enumerate(_read(data, story.schema, id_column, unseen_as_missing)):
+        for i, (rows, ids) in enumerate(_read(data, wanted)):
             rng = generator_of_chunk(seed, i) if draw else None
-            values = story.impute(params, rows, rng)
-            columns: dict[str, Any] = (
-                {"row": np.arange(rows_done, rows_done + rows.n_rows)}
-                if ids is None
-                else {id_column or "id": pa.array(ids)}
-            )
-            write(pa.RecordBatch.from_pydict(columns | decoded(story.schema, values, whole=draw)))
+            columns = decoded(story.schema, story.impute(params, rows, rng), whole=draw)
+            write(pa.RecordBatch.from_pydict(wanted.known_by(ids, rows_done, columns)))
             rows_done += rows.n_rows
             gaps += int((~rows.is_observed).sum())
             if on_progress is not None:
@@ -203,6 +209,11 @@ def load_model(reference: str) -> tuple[Story, Params]:
 
     Raises ConfigError where there is none.
     """
+    return _found(reference)[:2]
+
+
+def _found(reference: str) -> tuple[Story, Params, list[str] | None]:
+    """A model, and the texts that meant a missing entry in the data that it was fitted to."""
     from genstream.models import ModelStore
     from genstream.store import load_checkpoint
 
@@ -211,8 +222,9 @@ def load_model(reference: str) -> tuple[Story, Params]:
         if version and not version.isdigit():
             raise ConfigError(f"model {reference!r}: a version is a number, as in {folder}@3")
         store = ModelStore(folder)
-        story, state = store.load(int(version) if version else "champion")
-        return story, state.params
+        number: Any = int(version) if version else "champion"
+        story, state = store.load(number)
+        return story, state.params, store.snapshot().version(number).record.get("null_values")
     try:
         run = Run.find(reference)
     except ConfigError:
@@ -222,31 +234,69 @@ def load_model(reference: str) -> tuple[Story, Params]:
     found = load_checkpoint(run.checkpoint)
     if found is None:
         raise ConfigError(f"run {run.id} has not begun to fit: `genstream resume {run.id}`")
-    return found[0], found[1].params
+    return found[0], found[1].params, run.config.data.null_values
 
 
-def _read(
-    data: str, schema: Schema, id_column: str | None, unseen_as_missing: bool
-) -> Iterator[tuple[Rows, list[str] | list[int] | None]]:
-    """Rows with the model's columns, and their ids, chunk by chunk."""
+Ids = list[str] | list[int]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What is read of rows, and what they are known by in what is written."""
+
+    schema: Schema
+    id_column: str | None
+    unseen_as_missing: bool
+    null_values: Sequence[str] | None
+
+    def known_by(self, ids: Ids | None, first_row: int, columns: dict[str, Any]) -> dict[str, Any]:
+        """Columns to write, behind one of ids or else of numbers of rows."""
+        if self.id_column in columns:
+            raise ConfigError(
+                f"--id {self.id_column}: a column of what is written is called so: rename it in "
+                "the data, or leave --id out"
+            )
+        if ids is not None:
+            return {self.id_column or "id": pa.array(ids)} | columns
+        n_rows = len(next(iter(columns.values())))
+        return {"row": np.arange(first_row, first_row + n_rows)} | columns
+
+
+def _read(data: str, wanted: _Wanted, size: int | None = None) -> Iterator[tuple[Rows, Ids | None]]:
+    """Rows with the model's columns, and their ids, chunk by chunk, at most `size` at a time."""
+    for rows, ids in _chunks(data, wanted):
+        step = size or max(rows.n_rows, 1)
+        for first in range(0, rows.n_rows, step):
+            part = slice(first, first + step)
+            yield rows[part], None if ids is None else ids[part]
+
+
+def _chunks(data: str, wanted: _Wanted) -> Iterator[tuple[Rows, Ids | None]]:
     from genstream.store import Dataset
     from genstream.tables import Encoder, read_tables
 
+    id_column = wanted.id_column
     if is_stored(data):
         source = Dataset.open(data).source()
-        if id_column is not None and source.ids(0) is None:
-            raise DataError(f"{data}: was ingested without an id: leave --id out")
-        take = _Recoded(data, source.schema, schema, unseen_as_missing)
+        has_ids = source.has_ids
+        if id_column is not None and not has_ids:
+            raise DataError(f"{data}: was ingested without an id, or some of it: leave --id out")
+        take = _Recoded(data, source.schema, wanted.schema, wanted.unseen_as_missing)
         for i in range(len(source.chunk_rows)):
-            yield take(source.read(i)), source.ids(i)
+            yield take(source.read(i)), source.ids(i) if has_ids else None
         return
     for path in expand([data]):
-        encoder = Encoder(schema, unseen="missing" if unseen_as_missing else "error")
-        wanted = list(dict.fromkeys([*schema.names, *([id_column] if id_column else [])]))
+        encoder = Encoder(
+            wanted.schema,
+            unseen="missing" if wanted.unseen_as_missing else "error",
+            null_values=wanted.null_values,
+        )
+        names = list(dict.fromkeys([*wanted.schema.names, *([id_column] if id_column else [])]))
         first = 0
-        for table in read_tables(path, columns=wanted, chunk_rows=CHUNK_ROWS):
+        for table in read_tables(path, columns=names, chunk_rows=CHUNK_ROWS):
             rows = encoder.encode(table, first_row=first, place=path)
-            yield rows, encoder.ids(table, id_column, place=path) if id_column else None
+            ids = encoder.ids(table, id_column, first_row=first, place=path) if id_column else None
+            yield rows, ids
             first += rows.n_rows
 
 

@@ -519,6 +519,7 @@ def publish(run: Run, target: Publish | None = None) -> dict[str, Any]:
         "rows": run.stage("fit").get("rows"),
         "data": run.read_json("repro.json").get("data"),
         "digest": state.params.digest(),
+        "null_values": config.data.null_values,
         **{key: scores.get(key) for key in ("train", "held_out", "criteria")},
     }
     version = ModelStore(target.model).publish(

@@ -37,8 +37,11 @@ def suggest(name: str, values: pa.Array) -> Suggestion:
     at most 50 labels becomes categorical. A column that is constant, empty, or text of its own in
     every row tells components nothing and is left out.
     """
+    import pyarrow as pa
     import pyarrow.compute as pc
 
+    if pa.types.is_nested(values.type):
+        return Suggestion(name, "real", left_out=True, remark=f"holds {values.type}")
     seen = values.drop_null()
     n_distinct = len(pc.unique(seen))
     numbers = _numbers(seen)

@@ -582,6 +582,7 @@ def _attempt(
         "rows": event.n_rows,
         "digest": learned.params.digest(),
         "held_out": {"mean_loglik": scores["candidate"], "n_rows": scores["held_rows"]},
+        "null_values": base.version().record.get("null_values"),
     }
     done = commit(event, model=(candidate, learned), record=record, held=held)
     return Learned(done, drift)

@@ -325,7 +325,8 @@ def test_sizes_that_are_none(text: object) -> None:
 @given(
     st.one_of(
         st.integers(1, 10**6).map(lambda n: Interval(passes=n)),
-        st.integers(1, 10**5).map(lambda n: Interval(seconds=float(n))),
+        st.integers(1, 10**9).map(lambda n: Interval(seconds=float(n))),
+        st.floats(1e-9, 1e20).map(lambda x: Interval(seconds=x)),
     )
 )
 def test_intervals_read_back(interval: Interval) -> None:

@@ -121,6 +121,22 @@ def test_two_processes_never_work_on_one_run(config: Path) -> None:
         pass
 
 
+def test_a_run_begun_on_another_machine_can_be_taken_over(config: Path) -> None:
+    run = Run.create(config)
+    with run.working():
+        with pytest.raises(ConflictError, match=r"process \d+: wait for it, or stop"):
+            run.take_over()
+        run.update(process={**run.info()["process"], "host": "elsewhere"})
+        told = f"of the machine elsewhere.* {run.id} --take-over"
+        with pytest.raises(ConflictError, match=told), run.working():
+            pass
+        run.take_over()
+        assert run.status == "interrupted"
+    # One that is done stays so.
+    run.take_over()
+    assert run.status == "done"
+
+
 def test_a_run_whose_process_is_gone_was_interrupted(config: Path) -> None:
     run = Run.create(config)
     run.update(process={**run.info()["process"], "started": 1.0})

@@ -258,6 +258,144 @@ def test_levels_never_seen(fitted: Call) -> None:
     assert len(ran.rows) == 620
 
 
+def test_what_meant_a_missing_entry_in_the_fit_means_it_in_what_is_scored(call: Call) -> None:
+    nulls = 'data.null_values=["-999"]'
+    write_rows("rows.csv", 300, height={4: "-999"})
+    assert call("fit", "config.yaml", nulls).code == 0
+    run = call("show", "last", "--json").json["id"]
+    for model in ("models/small", "models/small@1", run):
+        filled = call("impute", model, "rows.csv", "--id", "person").rows
+        assert 100 < float(filled[4]["height"]) < 200
+    # An update hands it on.
+    write_rows("rows.csv", 200, seed=3)
+    assert call("update", "config.yaml", nulls).code == 0
+    assert call("show", "models/small", "--json").json["champion"] == 2
+    write_rows("new.csv", 20, height={4: "-999", 5: "-1"})
+    heights = [float(row["height"]) for row in call("impute", "models/small", "new.csv").rows]
+    assert 100 < heights[4] < 200
+    assert heights[5] == -1
+    # What is said here counts instead.
+    ran = call("impute", "models/small", "new.csv", "--null", "-1", "--null", "n/a")
+    heights = [float(row["height"]) for row in ran.rows]
+    assert heights[4] == -999
+    assert 100 < heights[5] < 200
+    told = [float(row["log_prob"]) for row in call("score", "models/small", "new.csv").rows]
+    assert told[4] > -100 > told[5]
+
+
+def test_rows_of_which_only_some_have_ids_are_numbered(call: Call) -> None:
+    assert call("fit", "config.yaml", "data.id=null").code == 0
+    write_rows("more.csv", 50, seed=3)
+    assert call("ingest", "config.yaml", "data.source=more.csv").code == 0
+    ran = call("score", "models/small", "data/small")
+    assert [int(row["row"]) for row in ran.rows] == list(range(650))
+    assert call("score", "models/small", "data/small", "-o", "out.parquet").code == 0
+    ran = call("score", "models/small", "data/small", "--id", "person")
+    assert ran.code == 3
+    assert "was ingested without an id, or some of it" in ran.err
+
+
+def test_an_id_never_replaces_what_is_written(fitted: Call) -> None:
+    Path("odd.csv").write_text(Path("rows.csv").read_text().replace("person", "component", 1))
+    ran = fitted("assign", "models/small", "odd.csv", "--id", "component")
+    assert ran.code == 2
+    assert "--id component: a column of what is written is called so" in ran.err
+    assert fitted("impute", "models/small", "rows.csv", "--id", "visits").code == 2
+    assert fitted("score", "models/small", "odd.csv", "--id", "component").code == 0
+
+
+def test_a_missing_id_is_told_by_the_row_of_the_file(fitted: Call) -> None:
+    write_rows("long.csv", 70_000, person={69_000: ""})
+    ran = fitted("score", "models/small", "long.csv", "--id", "person", "-o", "out.csv")
+    assert ran.code == 3
+    assert "row 69000, column 'person': the id is missing" in ran.err
+
+
+def test_assignments_take_no_more_memory_under_many_components(
+    fitted: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import scoring
+    from genstream.story import Story
+
+    whole = fitted("assign", "models/small", "rows.csv", "--responsibilities").rows
+    scores = fitted("score", "models/small", "rows.csv").rows
+    monkeypatch.setattr(scoring, "HELD", 200)
+    rows_at_once = []
+    infer = Story.infer
+
+    def watched(self: Story, params: Any, rows: Any) -> Any:
+        rows_at_once.append(rows.n_rows)
+        return infer(self, params, rows)
+
+    monkeypatch.setattr(Story, "infer", watched)
+    for source in ("rows.csv", "data/small"):
+        parts = fitted("assign", "models/small", source, "--responsibilities").rows
+        assert max(rows_at_once) == 100
+        for name in ("component", "responsibility_1", "log_prob"):
+            found = [float(row[name]) for row in parts]
+            np.testing.assert_allclose(found, [float(row[name]) for row in whole], rtol=1e-9)
+    rows_at_once.clear()
+    assert fitted("score", "models/small", "rows.csv").rows == scores
+    assert rows_at_once == []
+
+
+def test_a_path_of_a_model_may_have_an_at(fitted: Call) -> None:
+    Path("me@work").mkdir()
+    Path("models").rename("me@work/models")
+    for model in ("me@work/models/small", "me@work/models/small@1"):
+        assert len(fitted("sample", model, "-n", "3").rows) == 3
+        assert fitted("show", model).code == 0
+    ran = fitted("sample", "me@work/models/small@first")
+    assert ran.code == 2
+    assert "a version is a number" in ran.err
+
+
+def test_a_first_commit_cut_short_leaves_nothing_in_the_way(call: Call) -> None:
+    for folder in ("data/small", "models/small"):
+        Path(folder, "manifests").mkdir(parents=True)
+    assert call("plan", "config.yaml").code == 0
+    ran = call("update", "config.yaml")
+    assert ran.code == 2
+    assert "no model there yet" in ran.err
+    assert call("fit", "config.yaml").code == 0
+    assert len(call("sample", "models/small", "-n", "3").rows) == 3
+
+
+def test_limits_of_columns_are_those_of_the_configuration(call: Call) -> None:
+    limits = "data.columns={height: {kind: real, lower: 150, resolution: 0.5}, visits: count}"
+    Path("rows.csv").write_text("person,height,visits\n" + "p1,151,2\np2,149,3\n" * 40)
+    one = ("config.yaml", "data.dataset=data/two", "data.id=null")
+    assert call("ingest", *one, "data.columns={height: real, visits: count}").code == 0
+    assert call("fit", *one, limits, "model.n_components=1").code == 0
+    height, _ = call("show", "models/small", "--json").json["columns"]
+    assert (height["lower"], height["resolution"]) == (150.0, 0.5)
+
+
+def test_columns_left_out_of_a_table_are_never_looked_at(call: Call) -> None:
+    n = 2000
+    table = pa.table(
+        {
+            "x": np.random.default_rng(0).standard_normal(n),
+            "at": pa.array(np.arange(n), pa.timestamp("s")),
+            "name": [f"n{i}" for i in range(n)],
+        }
+    )
+    pq.write_table(table, "t.parquet")
+    with pa.ipc.new_stream("t.arrows", table.schema) as stream:
+        stream.write_table(table)
+    for source in ("t.parquet", "t.arrows"):
+        options = (
+            f"data.source={source}",
+            f"data.dataset=data/{source}",
+            "data.columns={x: real}",
+            "data.id=null",
+            "model.n_components=1",
+        )
+        plan = call("plan", "config.yaml", *options, "--json").json
+        assert plan["rows"] == 1800
+        assert call("fit", "config.yaml", *options).code == 0
+
+
 def test_outputs_are_not_overwritten_unasked(fitted: Call) -> None:
     Path("out.csv").write_text("precious")
     assert fitted("score", "models/small", "rows.csv", "-o", "out.csv").code == 2
@@ -331,6 +469,11 @@ def test_init_of_arrays_and_odd_names(call: Call) -> None:
     assert call("init", "odd.parquet", "-o", "b.yaml").code == 0
     assert list(load("b.yaml").column_specs() or ()) == ['we: "ird", {#}', "no"]
     assert call("fit", "b.yaml", "fit.n_init=1", "model.n_components=1").code == 0
+    table = pa.table({"x": rng.standard_normal(50), "several": [[1, 2]] * 50})
+    pq.write_table(table, "nested.parquet")
+    assert call("init", "nested.parquet", "-o", "d.yaml").code == 0
+    assert "holds list" in Path("d.yaml").read_text()
+    assert call("fit", "d.yaml", "fit.n_init=1", "model.n_components=1").code == 0
     table = pa.table({"all": pa.nulls(5, pa.float64())})
     pq.write_table(table, "empty.parquet")
     ran = call("init", "empty.parquet", "-o", "c.yaml")
