@@ -370,7 +370,6 @@ class DatasetSource:
         } | ({} if self._only is None else {"batches": list(self._only)})
 
 
-@functools.lru_cache(maxsize=8)
 def _described_as(schema: Schema, columns: Iterable[Column]) -> Schema:
     """A schema with the limits, resolutions and units of columns of the same names and kinds."""
     told = {(column.name, column.kind): column for column in columns}
@@ -384,6 +383,7 @@ def _described_as(schema: Schema, columns: Iterable[Column]) -> Schema:
     )
 
 
+@functools.lru_cache(maxsize=8)
 def _pinned(
     storage: Storage,
     number: int,

@@ -15,7 +15,7 @@ import pytest
 
 from flows import stages
 from flows.config import Compute, load
-from flows.data import ingest_data
+from flows.data import ingest_data, open_data
 from flows.plan import make_plan
 from flows.run import Interrupted, Run
 from genstream import compiled
@@ -274,6 +274,22 @@ def test_a_cluster_of_processes_gives_the_same_bits(folder: Path) -> None:
     here = stages.run_stages(start("report=false")).stage("fit")["digest"]
     there = stages.run_stages(start("report=false", "compute.scheduler=distributed"))
     assert there.stage("fit")["digest"] == here
+
+
+def test_workers_in_another_folder_find_what_is_fitted_in_place(folder: Path) -> None:
+    np.save("test.npy", np.zeros((4, 3)))
+    data = open_data(
+        load(
+            "config.yaml",
+            ["compute.scheduler=tcp://a:1", "data.holdout=null", "data.test=test.npy"],
+        )
+    )
+    assert data.held_out is not None
+    for source, name in ((data.train, "rows.npy"), (data.held_out, "test.npy")):
+        assert source.identity()["name"] == str(folder / name)
+    assert open_data(load("config.yaml", ["data.holdout=null"])).train.identity()["name"] == (
+        "rows.npy"
+    )
 
 
 def test_a_cluster_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -426,6 +426,22 @@ def test_a_source_travels_as_its_address(tmp_path: Path) -> None:
     assert pickle.loads(sent) is again
 
 
+def test_it_is_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dataset, _ = append(Path("d"), 10, 0)
+    columns = [Column("x0", lower=-9.0, resolution=0.5), Column("x1", "count")]
+    source = dataset.source(columns=columns)
+    # Of the kind that is stored alone.
+    assert source.schema.columns[0] == columns[0]
+    assert source.schema.columns[1:] == REAL.columns[1:]
+    sent, values = pickle.dumps(source), source.read(0).filled()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    again = pickle.loads(sent)
+    np.testing.assert_array_equal(again.read(0).filled(), values)
+    assert again.schema == source.schema
+
+
 def test_states_of_any_numbers_keep_every_bit(tmp_path: Path) -> None:
     bits = np.array([0x7FF8000000000123, 0xFFF8000000000001, 1 << 63, 1], np.uint64)
     given = xarray.Dataset(
