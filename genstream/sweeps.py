@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from genstream.errors import GenstreamError
 from genstream.learn import (
     Abreast,
     FitState,
@@ -96,10 +98,22 @@ class Each:
             try:
                 part = work(chunk, rows)
             except Exception as error:  # noqa: BLE001 - the others go on
-                part = Failure(error)
+                part = Failure(_without_frames(error))
             parts.append(part)
             seconds.append(time.perf_counter() - begin)
         return Several(tuple(parts), tuple(seconds))
+
+
+def _without_frames(error: Exception) -> Exception:
+    """An error to be kept, without the frames that it was raised in: these hold chunks of rows.
+
+    Where it was raised, and what from, is a note of it, but where the message says all there is to
+    say.
+    """
+    if not isinstance(error, GenstreamError):
+        error.add_note("".join(traceback.format_exception(error)).rstrip())
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def fold_each(passes: Passes, works: Sequence[Work]) -> tuple[list[Any], list[float]]:
@@ -275,20 +289,24 @@ def _step(candidate: Candidate, state: FitState, passes: Passes) -> Taken:
     return candidate.learner.step(candidate.story, state, passes)
 
 
-def _advance(candidate: Candidate, state: FitState, stats: Any, seconds: float) -> Taken:
+def _advance(
+    candidate: Candidate, state: FitState, stats: Any, seconds: float
+) -> Taken | Exception:
     if isinstance(stats, Exception):
-        raise stats
+        return stats
     assert isinstance(candidate.learner, PassLearner)
     return candidate.learner.advance(candidate.story, state, stats, seconds)
 
 
-def _tried(step: Callable[..., Taken], *arguments: Any) -> Callable[[], Taken | Exception]:
+def _tried(
+    step: Callable[..., Taken | Exception], *arguments: Any
+) -> Callable[[], Taken | Exception]:
     """A step to be taken, or the exception that it raises."""
 
     def call() -> Taken | Exception:
         try:
             return step(*arguments)
         except Exception as error:  # noqa: BLE001 - the other candidates go on
-            return error
+            return _without_frames(error)
 
     return call

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
+import traceback
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +71,37 @@ class Counting:
 
     def identity(self) -> dict[str, Any]:
         return self.source.identity()
+
+
+@dataclass
+class Watched(Counting):
+    """A source that knows how many of the chunks read are still in memory, and the most there were.
+
+    Only with the garbage collector at rest does that say who holds them.
+    """
+
+    held: list[weakref.ref[Rows]] = field(default_factory=list)
+    most: int = 0
+
+    @property
+    def alive(self) -> int:
+        return sum(each() is not None for each in self.held)
+
+    def read(self, i: int) -> Rows:
+        rows = super().read(i)
+        with self.lock:
+            self.held.append(weakref.ref(rows))
+            self.most = max(self.most, self.alive)
+        return rows
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """What is let go of in here goes by its count of references alone."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def make_rows(n: int = 500, gaps: float = 0.0, weighted: bool = False) -> NumpySource:
@@ -213,8 +248,8 @@ class Faulty(BatchEM):
 
 class Bad(EStep):
     def __call__(self, chunk: int, rows: Rows) -> Any:
-        if chunk == 6:
-            raise ArithmeticError("chunk 6")
+        if chunk >= 6:
+            raise ArithmeticError(f"chunk {chunk}")
         return super().__call__(chunk, rows)
 
 
@@ -227,6 +262,44 @@ def test_a_candidate_that_fails_stops_no_other() -> None:
     assert [str(state) for state in states[1:3]] == ["chunk 6", "m-step"]
     for i in (0, 3):
         assert bits(states[i]) == bits(alone(many[i], Passes(source)))
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_candidate_that_fails_keeps_no_chunk() -> None:
+    source = Watched(make_rows())
+    many = of_components(source, BatchEM(4, 0.0), 2, 3)
+    many[1] = replace(many[1], learner=Faulty(4, 0.0))
+    source.most = 0
+    first, second = fit_many(many, Passes(source, workers=1))
+    assert isinstance(first, FitState)
+    # One is worked on while the next is read.
+    assert source.most <= 2
+    assert source.alive == 0
+    # Where it happened is said all the same.
+    assert isinstance(second, ArithmeticError)
+    assert second.__traceback__ is None
+    told = "".join(traceback.format_exception(second))
+    assert 'raise ArithmeticError(f"chunk {chunk}")' in told
+    assert told.count("Traceback") == 1
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_step_that_fails_keeps_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Watched(make_rows())
+    many = of_components(source, OnlineEM(batch_rows=40), 2, 3)
+
+    def learn(*arguments: Any) -> Any:
+        try:
+            return {}["a"]
+        except KeyError as error:
+            raise DataError("these rows cannot be learned") from error
+
+    monkeypatch.setattr(OnlineEM, "_learn", learn)
+    states = fit_many(many, Passes(source, workers=2), workers=2)
+    assert [str(state) for state in states] == ["these rows cannot be learned"] * 2
+    assert source.alive == 0
+    # What is meant for users says all in its message.
+    assert not any(hasattr(state, "__notes__") for state in states)
 
 
 @pytest.mark.parametrize("learner", [BatchEM(4, 0.0), OnlineEM(batch_rows=40)])
