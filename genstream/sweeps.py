@@ -267,16 +267,31 @@ def _walk(
     pool: ThreadPoolExecutor,
     workers: int,
 ) -> list[Taken | Exception]:
-    """A step each of candidates whose steps are no passes; those of online EM side by side."""
-    shared = _ReadOnce(passes, alone=len(turn) == 1)
-    steps = {i: _tried(_step, candidates[i], states[i], shared) for i in turn}
+    """A step each of candidates whose steps are no passes; those of online EM side by side.
+
+    Those that want the same chunks have them read once, and no more buffers of chunks than there
+    are workers are in memory at a time.
+    """
+    buffers: dict[tuple[int, int, int], list[int]] = {}
+    for i in turn:
+        learner = _at_work(candidates[i], states[i])
+        if isinstance(learner, OnlineEM):
+            wanted = (states[i].seed, states[i].cursor, learner.buffer_chunks)
+            buffers.setdefault(wanted, []).append(i)
+    taken: dict[int, Taken | Exception] = {}
+    wanting = list(buffers.values())
+    for first in range(0, len(wanting), workers):
+        group = [i for same in wanting[first : first + workers] for i in same]
+        shared = _ReadOnce(passes, alone=len(group) == 1)
+        steps = [_tried(_step, candidates[i], states[i], shared) for i in group]
+        taken.update(zip(group, beside(pool, workers, steps), strict=True))
+        if shared.error is not None:
+            raise shared.error
     # Other learners have threads of their own.
-    online = [i for i in turn if isinstance(_at_work(candidates[i], states[i]), OnlineEM)]
-    done = dict(zip(online, beside(pool, workers, [steps[i] for i in online]), strict=True))
-    taken = [done[i] if i in done else steps[i]() for i in turn]
-    if shared.error is not None:
-        raise shared.error
-    return taken
+    for i in turn:
+        if i not in taken:
+            taken[i] = _tried(_step, candidates[i], states[i], passes)()
+    return [taken[i] for i in turn]
 
 
 def _at_work(candidate: Candidate, state: FitState) -> Learner:

@@ -205,6 +205,24 @@ def test_online_buffers_are_read_once() -> None:
         assert bits(each) == bits(alone(state, Passes(source)))
 
 
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_more_buffers_than_workers_are_in_memory(workers: int) -> None:
+    source = Watched(make_rows(1500))
+    learner = OnlineEM(batch_rows=40)
+    many = [
+        candidate(source, mixture(source.schema, 2), learner, seed) for seed in (1, 2, 3, 1, 4, 2)
+    ]
+    source.most = 0
+    source.reads.clear()
+    together = fit_many(many, Passes(source, workers=workers), workers=workers)
+    assert source.most <= workers * learner.buffer_chunks
+    # Those of one seed share what is read.
+    assert sum(source.reads.values()) <= 4 * 30
+    for each, state in zip(together, many, strict=True):
+        assert bits(each) == bits(alone(state, Passes(source.source)))
+
+
 def test_steps_are_told_in_order_and_resume_to_the_same_bits() -> None:
     source = make_rows()
     passes = Passes(source, workers=2)
