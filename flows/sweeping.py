@@ -246,10 +246,12 @@ class Group:
         # Drawn here, one after another, before threads want them.
         drawn = {run: samples.of(run.config.fit.sample_rows) for run in new}
         stop = threading.Event()
+        # No more threads work than there are workers, whoever started them.
+        passes = self._passes.among(max(1, min(self._workers, len(new))))
 
         def start(run: Run) -> tuple[Story, FitState] | Exception:
             try:
-                return self._start(run, drawn[run], shown, stop)
+                return self._start(run, passes, drawn[run], shown, stop)
             except Exception as error:  # noqa: BLE001 - the other candidates go on
                 return error
 
@@ -269,7 +271,12 @@ class Group:
         return {run: begun for run, begun in found.items() if begun is not None}
 
     def _start(
-        self, run: Run, sample: Rows, shown: SweepProgress, stop: threading.Event
+        self,
+        run: Run,
+        passes: Passes,
+        sample: Rows,
+        shown: SweepProgress,
+        stop: threading.Event,
     ) -> tuple[Story, FitState]:
         from genstream.store import save_checkpoint
 
@@ -280,7 +287,7 @@ class Group:
 
         config = run.config
         story, state = stages.begin_fit(
-            config, self._data.train.schema, self._passes, sample=sample, on_start=on_start
+            config, self._data.train.schema, passes, sample=sample, on_start=on_start
         )
         save_checkpoint(run.checkpoint, story, state, keep=config.checkpoint.keep)
         return story, state

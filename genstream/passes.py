@@ -110,6 +110,17 @@ class Passes:
         alone = self.scheduler == "synchronous"
         return Passes(source, scheduler="synchronous" if alone else "threads", workers=self.workers)
 
+    def among(self, n: int) -> Passes:
+        """These passes for each of `n` who go over the chunks at the same time: with as many
+        workers as are its share of all, and at least one.
+        """
+        return Passes(
+            self.source,
+            scheduler=self.scheduler,
+            workers=max(1, self.workers // n),
+            on_progress=self.on_progress,
+        )
+
     def fold(self, work: Work) -> Any:
         """`work(chunk, rows)` of every chunk, merged in the fixed tree.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from genstream.start import warm_start
 from genstream.store import append_batch
 from genstream.stories import mixture
 from genstream.sweeps import Candidate, fit_many
+from genstream.threads import beside
 
 ROWS = 60_000
 
@@ -136,6 +138,20 @@ def test_parts_of_fits_in_shared_passes_sum_to_it_too(values: np.ndarray) -> Non
         assert seconds[part] > 0
 
 
+def test_passes_side_by_side_share_the_workers() -> None:
+    passes = Passes(NumpySource(np.zeros((20, 1)), chunk_rows=1), workers=4)
+
+    def go_over() -> Nothing:
+        nothing: Nothing = passes.among(2).fold(lambda chunk, rows: time.sleep(0.02) or Nothing())
+        return nothing
+
+    with Profile() as found, ThreadPoolExecutor(4) as pool:
+        list(beside(pool, 4, [go_over] * 2))
+    # Two threads wait for two each.
+    assert found.workers == 4
+    checked(found)
+
+
 def test_one_profile_a_thread() -> None:
     with Profile(), pytest.raises(ConfigError, match="already"):
         Profile().__enter__()
@@ -211,6 +227,27 @@ def test_the_command_tells_it(
     told_by(capsys, *command, "--profile")
     (report,) = Path("runs").glob("*/report.html")
     assert "seconds of all workers" in report.read_text()
+
+
+def test_starts_side_by_side_share_the_workers(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import stages
+
+    begin_fit = stages.begin_fit
+    seen: list[int] = []
+
+    def noted(config: Any, schema: Schema, passes: Passes, **options: Any) -> Any:
+        seen.append(passes.workers)
+        return begin_fit(config, schema, passes, **options)
+
+    monkeypatch.setattr(stages, "begin_fit", noted)
+    told_by(capsys, "sweep", "c.yaml", SWEPT, "compute.workers=6", "--profile")
+    assert seen == [2, 2, 2]
+    # One that starts alone has them all.
+    one = SWEPT.replace("[1, 2, 3]", "[2]")
+    told_by(capsys, "sweep", "c.yaml", one, "compute.workers=6", "--profile")
+    assert seen[3:] == [6]
 
 
 def test_a_run_that_is_gone_on_with_tells_it(
