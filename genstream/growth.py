@@ -144,6 +144,18 @@ def retire(
     return replace(story, n_components=len(kept)), state, events
 
 
+def shared_weights(story: Story, weights: Array, parents: Sequence[int] | NDArray[Any]) -> Array:
+    """(K + n,) mixing weights where a component comes beside each of n others: it has half of its
+    parent's. Where they are frozen and equal, as of K-means, all are equal again.
+    """
+    if "weights" in story.frozen and (weights == weights[0]).all():
+        n = len(weights) + len(parents)
+        return np.full(n, 1 / n)
+    shared = weights.copy()
+    shared[parents] /= 2
+    return np.append(shared, shared[parents])
+
+
 def _worth(state: FitState) -> float:
     """Rows the state's parameters are worth: of its statistics, or else of its sample."""
     if state.memory is not None:
@@ -178,7 +190,8 @@ def birth(
     rises by more than half the number of the new component's parameters times `log(out_of)`
     (Schwarz 1978). The sample is the state's own, so that rows which are merely the tail of what
     the model already is are no reason for a birth; and no row counts as worse than 100 nats below
-    the sample's worst, so that one absurd value is none either.
+    the sample's worst, so that one absurd value is none either. Frozen weights stay equal where
+    they are; otherwise the newborn has half of the largest one.
 
     Parameters
     ----------
@@ -306,6 +319,10 @@ class Nursery:
         # Where the rows say nothing of a column, it begins like the largest component.
         largest = int(self.state.params.weights.argmax())
         params = self.state.params.take([*range(k), largest])
+        if "weights" in story.frozen:
+            # No M-step will make room for one more.
+            weights = shared_weights(story, self.state.params.weights, [largest])
+            params = replace(params, weights=weights)
         w = self.rows.row_weights
         took = first.astype(np.float64)
         weight = -1.0

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from genstream.errors import ConfigError, DataError
 from genstream.families.blocks import Splittable
+from genstream.growth import shared_weights
 from genstream.incremental import IncrementalEM
 from genstream.learn import FitState, Outcome, fit
 from genstream.passes import Passes
@@ -52,8 +53,9 @@ def split(
     """The story and parameters with each of some components split in two.
 
     One half is in the place of the whole, the others follow after the last component, in the order
-    of `components`. What the weak prior expects of a component is left as it was: anchor the story
-    again for that of more components.
+    of `components`. Each half has half the weight, but weights that are frozen and equal stay so.
+    What the weak prior expects of a component is left as it was: anchor the story again for that of
+    more components.
 
     Raises
     ------
@@ -70,12 +72,11 @@ def split(
         )
     assert params.family is not None
     one, other = family.halves(params.family, chosen, apart, rng)
-    weights = params.weights.copy()
-    weights[chosen] /= 2
-    new = replace(params, weights=weights, family=params.family.put(one, chosen.tolist()))
-    more = Params(weights[chosen], other)
-    grown = replace(story, n_components=story.n_components + len(chosen))
-    return grown, _joined(new, more)
+    weights = shared_weights(story, params.weights, chosen)
+    k = story.n_components
+    new = Params(weights[:k], params.family.put(one, chosen.tolist()))
+    more = Params(weights[k:], other)
+    return replace(story, n_components=k + len(chosen)), _joined(new, more)
 
 
 def doubled(

@@ -14,11 +14,12 @@ from genstream.growth import birth, retire, with_levels
 from genstream.learn import BatchEM, FitState, fit
 from genstream.online import OnlineEM
 from genstream.passes import Passes
+from genstream.responsibility import hard
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
 from genstream.start import warm_start
-from genstream.stories import mixture
+from genstream.stories import kmeans, mixture
 from genstream.story import Story
 
 MIXED = Schema(
@@ -451,6 +452,23 @@ def test_parameters_alone_give_birth_too() -> None:
     assert grown.stats is None
     np.testing.assert_allclose(grown.params.family.mean[2], [-7, 9, 5], atol=0.4)
     assert wide.n_components == 3
+
+
+def test_frozen_weights_make_room() -> None:
+    far = Rows.of(np.random.default_rng(1).normal([-30, 40, 20], 1, (200, 3)))
+    passes = Passes(NumpySource(plane(2000, 28), PLANE), workers=1)
+    story, state = warm_start(kmeans(PLANE, 2), passes, n_init=1, responsibility=hard)
+    state = fit(story, BatchEM(10, responsibility=hard), passes, state)
+    wide, grown, events = birth(story, state, far)
+    assert len(events) == 1
+    # Equal ones are equal again.
+    np.testing.assert_array_equal(grown.params.weights, np.full(3, 1 / 3))
+    assert set(wide.draw(grown.params, 100, np.random.default_rng(0)).component) == {0, 1, 2}
+    # Others are kept but for the half that the newborn has of the largest.
+    story, state = begun(plane(2000, 28), PLANE, frozen={"weights"})
+    state = replace(state, params=replace(state.params, weights=np.array([0.2, 0.8])))
+    _, grown, _ = birth(story, state, far)
+    np.testing.assert_array_equal(grown.params.weights, [0.2, 0.4, 0.4])
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -12,11 +12,12 @@ from genstream.errors import ConfigError
 from genstream.learn import BatchEM, FitState, Resident, fit
 from genstream.passes import Passes
 from genstream.priors import Prior
+from genstream.responsibility import hard
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
 from genstream.sources import NumpySource
 from genstream.start import seed_params
-from genstream.stories import factors, mixture
+from genstream.stories import factors, kmeans, mixture
 
 MIXED = Schema(
     (
@@ -168,6 +169,16 @@ class TestDoubled:
         most, _ = splitting.doubled(story, params, 50, np.random.default_rng(0))
         assert most.n_components == 6
 
+    def test_frozen_weights_stay_equal_or_are_halved(self):
+        rng = np.random.default_rng(0)
+        story, params = begun(Schema.real(2), clover(300, 3), frozen={"weights"})
+        np.testing.assert_array_equal(params.weights, np.full(3, 1 / 3))
+        _, two = splitting.doubled(story, params, 5, rng)
+        np.testing.assert_array_equal(two.weights, np.full(5, 1 / 5))
+        params = type(params)(np.array([0.2, 0.5, 0.3]), params.family)
+        _, two = splitting.doubled(story, params, 5, rng)
+        np.testing.assert_allclose(two.weights, [0.2, 0.25, 0.15, 0.25, 0.15])
+
 
 class TestGrow:
     def test_finds_what_starts_miss(self):
@@ -229,6 +240,14 @@ class TestGrow:
         assert (
             held_out.mean() > one.log_prob(plain.params, Rows.of(mixed_values(500, 1))).mean() + 0.5
         )
+
+    def test_means_grow_as_k_means(self):
+        passes = Passes(NumpySource(clover(600, 5)), workers=1)
+        story, state = splitting.grow(
+            kmeans(Schema.real(2), 5), passes, first=2, n_passes=2, responsibility=hard
+        )
+        np.testing.assert_array_equal(state.params.weights, np.full(5, 1 / 5))
+        assert story.n_components == 5
 
     def test_numbers_are_checked(self):
         passes = Passes(NumpySource(clover(100, 2)))
