@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from genstream.errors import ConfigError, DataError
 from genstream.growth import birth, retire, with_levels
-from genstream.learn import BatchEM, FitState, fit
+from genstream.incremental import IncrementalEM
+from genstream.learn import BatchEM, FitState, Outcome, fit
 from genstream.online import OnlineEM
 from genstream.passes import Passes
 from genstream.responsibility import hard
@@ -276,6 +277,55 @@ def test_one_component_always_stays() -> None:
             retire(story, state, wrong)
     with pytest.raises(ConfigError, match="min_rows"):
         retire(story, state, 0.1, min_rows=-1)
+
+
+def changed(story: Story, state: FitState, how: str) -> tuple[Story, FitState]:
+    """After a change of size."""
+    if how == "levels":
+        return with_levels(story, state, GROWN)
+    if how == "retire":
+        return retire(story, state, 0.49)[:2]
+    far = np.full((100, 6), [90.0, 0, 0, 0, -90, 0]) + np.eye(6)[0] * np.arange(100)[:, None] / 50
+    return birth(story, state, Rows.of(far))[:2]
+
+
+@pytest.mark.parametrize("how", ["levels", "retire", "birth"])
+def test_incremental_learning_goes_on_with_what_has_changed(how: str) -> None:
+    passes = Passes(NumpySource(mixed(2000, 30, 0.2), MIXED, chunk_rows=250), workers=1)
+    story, state = warm_start(mixture(MIXED, 3), passes, n_init=1)
+    learner = IncrementalEM(3, 0.0, tasks=8, group=2)
+    state = fit(story, learner, passes, state)
+    assert state.memo is not None
+    story, state = changed(story, state, how)
+    assert story != mixture(MIXED, 3)
+    # The statistics of the tasks are of what was: they are gathered anew.
+    assert (state.memo, state.cursor) == (None, 0)
+    begin = replace(stored(story, state)[1], outcome=Outcome.RUNNING)
+    passes = Passes(NumpySource(mixed(2000, 30, 0.2), story.schema, chunk_rows=250), workers=1)
+    again = fit(story, learner, passes, begin)
+    assert again.memo is not None
+    assert again.outcome is Outcome.MAX_STEPS
+    assert [info.n_rows for info in again.trace[state.step :]] == [2000, *[500] * 8]
+    assert (np.diff([info.mean_objective for info in again.trace[state.step :]]) > -1e-9).all()
+
+
+@pytest.mark.parametrize("how", ["levels", "retire", "birth"])
+def test_acceleration_begins_anew_with_what_has_changed(how: str) -> None:
+    passes = Passes(NumpySource(mixed(2000, 30, 0.2), MIXED, chunk_rows=250), workers=1)
+    story, state = warm_start(mixture(MIXED, 3), passes, n_init=1)
+    learner = BatchEM(20, 0.0, accelerate=True)
+    while state.stride is None or not state.stride.leapt:
+        state, _ = learner.step(story, state, passes)
+    story, state = changed(story, state, how)
+    assert (state.past, state.stride) == (None, None)
+    stored(story, state)
+
+
+def test_online_learning_keeps_its_place() -> None:
+    passes = Passes(NumpySource(mixed(2000, 30, 0.2), MIXED, chunk_rows=250), workers=1)
+    story, state = warm_start(mixture(MIXED, 3), passes, n_init=1)
+    state, _ = OnlineEM(batch_rows=100, buffer_chunks=2).step(story, state, passes)
+    assert changed(story, state, "retire")[1].cursor == 1
 
 
 # --- births --------------------------------------------------------------------------------------
