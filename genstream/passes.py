@@ -249,6 +249,8 @@ class Passes:
             raise ComputeError(
                 "no Dask client is connected: make one, or give the scheduler's address"
             ) from None
+        except OSError as error:
+            raise ComputeError(f"no Dask cluster answers at {self.scheduler}: {error}") from error
         mark("other")
         try:
             found = client.compute(graph, optimize_graph=False).result()

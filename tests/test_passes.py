@@ -236,6 +236,15 @@ class TestErrors:
         with pytest.raises(ComputeError, match="source is empty"):
             Passes(Empty(), scheduler="distributed").fold(name_chunk)
 
+    def test_no_cluster_at_an_address(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def none(address: str | None) -> None:
+            raise OSError("Timed out trying to connect")
+
+        monkeypatch.setattr(distributed, "get_client", none)
+        passes = Passes(NumpySource(np.zeros((3, 1))), scheduler="tcp://127.0.0.1:9")
+        with pytest.raises(ComputeError, match=r"at tcp://127\.0\.0\.1:9: Timed out"):
+            passes.fold(name_chunk)
+
     def test_no_client(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def none(address: str | None) -> None:
             raise ValueError("No global client found and no address provided")
