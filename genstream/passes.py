@@ -302,12 +302,12 @@ class Passes:
         """`work(chunk)` of some chunks, on threads of this process."""
         tasks = (functools.partial(work, i) for i in chunks)
         with one_blas_thread(), ThreadPoolExecutor(self.workers) as pool:
-            done = 0
+            done, total = 0, sum(self.source.chunk_rows[i] for i in chunks)
             for i, value in zip(chunks, beside(pool, self.workers, tasks), strict=True):
                 yield value
                 done += self.source.chunk_rows[i]
                 if self.on_progress is not None:
-                    self.on_progress(done, self.n_rows)
+                    self.on_progress(done, total)
 
 
 def _task_chunks(n_chunks: int, workers: int) -> int:

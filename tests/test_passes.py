@@ -325,6 +325,17 @@ def test_progress_counts_every_row_once(
     assert [done for done, _ in seen] == [*range(CHUNK, N_ROWS, CHUNK), N_ROWS]
 
 
+def test_progress_of_some_chunks_reaches_its_total(sources: dict[str, Source]) -> None:
+    seen: list[tuple[int, int]] = []
+    passes = Passes(
+        sources["zarr"], workers=2, on_progress=lambda done, total: seen.append((done, total))
+    )
+    # Of the first chunk, and of the last one, which is shorter.
+    assert passes.pick(np.array([3, 5, N_ROWS - 1])).n_rows == 3
+    last = N_ROWS % CHUNK
+    assert seen == [(CHUNK, CHUNK + last), (CHUNK + last, CHUNK + last)]
+
+
 def test_empty_chunks_are_neutral(problem: Any) -> None:
     """A hold-out may leave a chunk without rows."""
     story, params, values = problem
