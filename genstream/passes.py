@@ -147,6 +147,8 @@ class Passes:
         A range (first, last + 1) begins at a multiple of a power of two and is at most that long,
         so that what comes of it is a node of the tree of `fold`. Raises as `fold` does.
         """
+        if not self.n_chunks:
+            raise ComputeError(EMPTY)
         spans = list(ranges)
         if self._remote:
             from dask.delayed import delayed

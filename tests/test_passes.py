@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from genstream.errors import ComputeError, ConfigError, DataError
 from genstream.estimators import GaussianMixture
-from genstream.learn import BatchEM, EStep, FitState, fit
+from genstream.incremental import IncrementalEM
+from genstream.learn import BatchEM, EStep, FitState, Learner, fit
 from genstream.passes import Passes, fold_tree
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -230,7 +231,15 @@ class TestErrors:
     def test_no_chunk_at_all(self, scheduler: str) -> None:
         with pytest.raises(ComputeError, match="source is empty"):
             Passes(Empty(), scheduler=scheduler).fold(name_chunk)
+        with pytest.raises(ComputeError, match="source is empty"):
+            Passes(Empty(), scheduler=scheduler).fold_tasks(name_chunk, [])
         assert list(Passes(Empty(), scheduler=scheduler).map(name_chunk)) == []
+
+    @pytest.mark.parametrize("learner", [BatchEM(), IncrementalEM()])
+    def test_no_chunk_to_learn_from(self, learner: Learner) -> None:
+        story = oracles.make_story("full", 1, 2)
+        with pytest.raises(ComputeError, match="source is empty"):
+            fit(story, learner, Passes(Empty(), workers=1), FitState(story.vague()))
 
     def test_no_chunk_on_a_cluster(self, cluster: str) -> None:
         with pytest.raises(ComputeError, match="source is empty"):
