@@ -507,6 +507,10 @@ class Story:
     def _in_float64(self) -> Story:
         return replace(self, family=self.family.with_dtype("float64"))
 
+    def _lost(self, log_prob: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """(n,) which rows are beyond float32's range: these are done again, in float64."""
+        return ~np.isfinite(log_prob) & (self.dtype == "float32")
+
     @np.errstate(over="ignore", invalid="ignore")
     def infer(self, params: Params, rows: Rows) -> Posterior:
         """The posterior of the latent of each row."""
@@ -515,8 +519,8 @@ class Story:
         for index, block, value in self._posterior_blocks(params, rows):
             responsibilities[index] = block.T
             log_prob[index] = value
-        lost = ~np.isfinite(log_prob)
-        if self.dtype == "float32" and lost.any():
+        lost = self._lost(log_prob)
+        if lost.any():
             again = self._in_float64().infer(params, rows[lost])
             responsibilities[lost], log_prob[lost] = again.responsibilities, again.log_prob
         return Posterior(responsibilities, log_prob)
@@ -536,6 +540,9 @@ class Story:
             # What is next to nothing is exactly 0, and adds 0.
             spread = block * np.log(np.maximum(block, np.finfo(block.dtype).tiny))
             entropy[index] = -spread.sum(axis=0, dtype=np.float64)
+        lost = self._lost(log_prob)
+        if lost.any():
+            log_prob[lost], entropy[lost] = self._in_float64().score(params, rows[lost])
         return log_prob, entropy
 
     @np.errstate(over="ignore", invalid="ignore")
@@ -544,8 +551,8 @@ class Story:
         log_prob = np.zeros(rows.n_rows)
         for index, _, value in self._posterior_blocks(params, rows):
             log_prob[index] = value
-        lost = ~np.isfinite(log_prob)
-        if self.dtype == "float32" and lost.any():
+        lost = self._lost(log_prob)
+        if lost.any():
             log_prob[lost] = self._in_float64().log_prob(params, rows[lost])
         return log_prob
 

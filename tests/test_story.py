@@ -12,6 +12,7 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special
 
 from genstream.errors import ConfigError, CorruptError, DataError
 from genstream.rows import Rows
@@ -137,6 +138,11 @@ def test_rows_far_beyond_the_sample_stay_finite(kind: str, dtype: str, size: flo
     assert np.isfinite(log_prob).all()
     assert log_prob[[3, 7]].max() < -1e9
     np.testing.assert_allclose(posterior.responsibilities.sum(axis=1), 1.0, rtol=1e-5)
+    scored, entropy = story.score(params, rows)
+    np.testing.assert_array_equal(scored, log_prob)
+    np.testing.assert_allclose(
+        entropy, special.entr(posterior.responsibilities).sum(axis=1), atol=1e-4
+    )
     stats = story.e_step(params, rows)
     assert oracles.finite(stats)
     assert stats.objective == pytest.approx(log_prob.sum(), rel=1e-5)
