@@ -687,11 +687,9 @@ class Story:
             log_p = (
                 np.concatenate(scores, axis=1) - np.log(np.maximum(params.weights, 1e-300))[:, None]
             )
-            slack = TWIN * (1 + np.abs(log_p))
-            order = np.argsort(log_p[:, 0], kind="stable")
-            near = np.abs(np.diff(log_p[order], axis=0)) <= slack[order[1:]]
+            groups = _alike(log_p)
         pairs = []
-        for alike in np.split(order, np.flatnonzero(~near.all(axis=1)) + 1):
+        for alike in groups:
             alike.sort()
             first = alike[params.weights[alike].argmax()]
             pairs += [(int(first), int(k)) for k in alike if k != first]
@@ -783,6 +781,32 @@ def _unobserved(rows: Rows) -> Iterator[NDArray[np.intp]]:
         index = np.flatnonzero(~rows.observed.any(axis=1))
         for piece in slices(len(index), MAX_BLOCK):
             yield index[piece]
+
+
+def _alike(log_p: Array) -> list[NDArray[np.intp]]:
+    """Groups of components whose log-densities (K, n) are the same but for rounding.
+
+    Row by row a group parts where its sorted values leave a gap, until no row parts any: one that
+    tells no two apart, or some from no others, so hides nothing, and nobody is compared with all.
+    """
+    kept = np.arange(len(log_p))
+    group = np.zeros(len(log_p), dtype=np.intp)
+    parted = True
+    while parted:
+        parted = False
+        for column in log_p.T:
+            order = np.lexsort((column[kept], group))
+            kept, group, value = kept[order], group[order], column[kept[order]]
+            same = np.diff(group) == 0
+            near = np.abs(np.diff(value)) <= TWIN * (1 + np.abs(value[1:]))
+            parted |= bool((same & ~near).any())
+            group = np.cumsum(np.concatenate([[True], ~(same & near)])) - 1
+            # Nobody is left to part from one that is alone.
+            many = np.bincount(group)[group] > 1
+            kept, group = kept[many], group[many]
+            if not len(kept):
+                return []
+    return np.split(kept, np.flatnonzero(np.diff(group)) + 1)
 
 
 def _drawn(responsibilities: Array, rng: np.random.Generator) -> Array:

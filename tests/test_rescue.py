@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -54,6 +55,34 @@ class TestTwins:
             mean = np.array([[0.0], [apart]])
             params = Params(np.full(2, 0.5), replace(family, mean=mean))
             assert story.twins(params, rows) == pairs
+
+    def test_a_row_that_cannot_tell_others_apart_hides_none(self) -> None:
+        """In whatever order they come: the first row is as likely under all, or under some."""
+        story = mixture(Schema.real(2), 5, covariance="diag")
+        rng = np.random.default_rng(0)
+        rows = Rows.of(np.concatenate([np.zeros((1, 2)), rng.standard_normal((20, 2))]))
+        story = story.anchored(rows)
+        family: Any = story.vague().family
+        places = np.array([[1.0, 0], [-1, 0], [1, 0], [0, 1], [0, 1]])
+        for order in itertools.permutations(range(5)):
+            means = places[list(order)]
+            alike = replace(family, mean=means, variance=np.ones((5, 2)))
+            first, second = (
+                tuple(np.flatnonzero((means == m).all(axis=1))) for m in ((1, 0), (0, 1))
+            )
+            assert story.twins(Params(np.full(5, 1 / 5), alike), rows) == sorted([first, second])
+
+    def test_of_very_many_are_found_without_comparing_all(self) -> None:
+        """Thousands of which each is a twin of another, and none differs at the first row."""
+        n = 4_000
+        story = mixture(Schema.real(2), n, covariance="diag")
+        rows = Rows.of(np.concatenate([np.zeros((1, 2)), np.eye(2), -np.eye(2)]))
+        story = story.anchored(rows)
+        family: Any = story.vague().family
+        angle = np.tile(np.arange(n // 2), 2) * 2 * np.pi / n
+        means = np.column_stack([np.cos(angle), np.sin(angle)])
+        params = Params(np.full(n, 1 / n), replace(family, mean=means, variance=np.ones((n, 2))))
+        assert story.twins(params, rows) == [(k, k + n // 2) for k in range(n // 2)]
 
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     @pytest.mark.parametrize("learner", LEARNERS)
@@ -115,7 +144,7 @@ DEGENERATE: dict[str, Any] = {
 @pytest.mark.parametrize("what", DEGENERATE)
 def test_degenerate_rows_end_finite(what: str, covariance: str, prior: str | None) -> None:
     rows = Rows.of(DEGENERATE[what])
-    story = mixture(Schema.real(2), 6, covariance=covariance, prior=prior)
+    story = mixture(Schema.real(2), 5, covariance=covariance, prior=prior)
     story, state = warm_start(story, passes_over(story, rows.values), n_init=2, long_steps=20)
     for learner in LEARNERS.values():
         assert finite(story, fit(story, learner, Resident(rows), state), rows)
