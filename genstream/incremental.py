@@ -47,7 +47,7 @@ class IncrementalEM:
     Parameters
     ----------
     max_passes
-        Passes over all tasks after which the fit ends.
+        Passes over all tasks after which the fit ends, those counted that a rescue cut short.
     tolerance
         The fit has converged when a pass changes the mean bound by less than this many nats a row.
     tasks
@@ -138,7 +138,7 @@ class IncrementalEM:
             params, faulty = story.maximise(total, state.params)
             params, rescues, events = rescue(story, state, total, params, faulty)
             info = replace(info, events=events)
-            outcome = self._outcome(story, state, info, a_pass)
+            outcome = self._outcome(story, state, info, a_pass, total.n_rows)
             state = replace(state, params=params, rescues=rescues, outcome=outcome, stats=total)
             # What the memo says of a component that was moved is of where it was.
             cursor = state.cursor + 1 if state.memo is not None else 0
@@ -146,11 +146,21 @@ class IncrementalEM:
         info = replace(info, seconds=time.perf_counter() - begin)
         return state.after(info), info
 
-    def _outcome(self, story: Story, state: FitState, info: StepInfo, a_pass: int) -> Outcome:
-        """How the fit stands; `state` is the one before the step."""
-        if info.events:
-            return Outcome.RUNNING
+    def _outcome(
+        self, story: Story, state: FitState, info: StepInfo, a_pass: int, n_rows: int
+    ) -> Outcome:
+        """How the fit stands; `state` is the one before the step, `n_rows` are those of a pass."""
         done = 0 if state.memo is None else state.cursor + 1
+        earlier = [line for line in state.trace if line.step > state.origin]
+        if info.events or any(line.events for line in earlier):
+            # A rescue begins the memo anew, but not the count of passes; a pass follows it.
+            seen = sum(line.n_rows for line in earlier) + info.n_rows
+            over = seen + (n_rows if info.events else 1) > self.max_passes * n_rows
+        else:
+            # The pass that fills the memo is the first one.
+            over = done >= (self.max_passes - 1) * a_pass
+        if info.events:
+            return Outcome.MAX_STEPS if over else Outcome.RUNNING
         trace = state.trace[-a_pass:]
         drawn = isinstance(self.responsibility, Sampled)
         if state.memo is not None and not drawn:
@@ -163,8 +173,7 @@ class IncrementalEM:
             gain = info.mean_objective - trace[0].mean_objective
             if abs(gain) < self.tolerance:
                 return Outcome.CONVERGED
-        # The pass that fills the memo is the first one.
-        return Outcome.MAX_STEPS if done >= (self.max_passes - 1) * a_pass else Outcome.RUNNING
+        return Outcome.MAX_STEPS if over else Outcome.RUNNING
 
 
 def _with_entropy(story: Story, params: Params, stats: StoryStats) -> StoryStats:

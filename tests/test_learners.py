@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from genstream.learn import (
     Resident,
     fit,
     leap,
+    rescue,
     story_of,
 )
 from genstream.online import OnlineEM
@@ -328,6 +329,35 @@ class TestIncremental:
             assert nodes * size <= learner.memo_nbytes
         with pytest.raises(ConfigError, match=f"one task's statistics take {2 * size}"):
             fit(story, IncrementalEM(memo_nbytes=size), passes, state)
+
+    @pytest.mark.parametrize("group", [1, 2, 4])
+    @pytest.mark.parametrize("moved", [(), (1,), (17, 21), (30,), (5, 6, 7), range(1, 99)])
+    def test_a_rescue_begins_no_new_count_of_passes(
+        self, monkeypatch: pytest.MonkeyPatch, moved: Sequence[int], group: int
+    ) -> None:
+        story, state, passes = problem("full", 600)
+        known = rescue
+
+        def moving(story: Story, state: FitState, *args: Any) -> Any:
+            params, rescues, _ = known(story, state, *args)
+            return params, rescues, ("moved",) if state.step + 1 in moved else ()
+
+        monkeypatch.setattr("genstream.incremental.rescue", moving)
+        learner = IncrementalEM(max_passes=10, tolerance=0.0, tasks=6, group=group)
+        seen: list[FitState] = []
+        ended = fit(story, learner, passes, state, [lambda state, _: seen.append(state)])
+        n_passes = sum(info.n_rows for info in ended.trace) / 600
+        assert ended.outcome is Outcome.MAX_STEPS
+        if ended.trace[-1].events:
+            # The next step would have been a whole pass.
+            assert 9 < n_passes <= 10
+        elif ended.events:
+            assert 10 <= n_passes < 10 + group / 6
+        else:
+            assert n_passes == 10
+        for part in seen[2:-1:18]:
+            again = FitState.from_dataset(part.to_dataset(story))
+            assert fit(story, learner, passes, again).step == ended.step
 
     @pytest.mark.parametrize(
         "wrong", [{"max_passes": 0}, {"tolerance": -1.0}, {"tasks": 0}, {"group": 0}]
