@@ -104,14 +104,15 @@ class Memory(Record):
     """How far online learning has come.
 
     `clock` counts the mini-batches absorbed, `n_eff` is the number of rows the statistics are
-    worth, `n_averaged` how many iterates are in the state's `average`, and `share` (K,) the mixing
-    weights that learning began with.
+    worth, `n_averaged` how many iterates are in the state's `average`, `share` (K,) the mixing
+    weights that learning began with, and `unit` what a row weighs on average; 0 where not known.
     """
 
     clock: float
     n_eff: float
     n_averaged: int
     share: Array = axes("component")
+    unit: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

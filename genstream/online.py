@@ -3,6 +3,9 @@
 Statistics are kept per unit of weight and moved towards those of each mini-batch (Cappe & Moulines
 2009, eq. 8), `S <- (1 - rho) S + rho s / n`, with an M-step on `n_eff S` after each. `n_eff` is the
 number of rows that the weights in `S` are worth (Kish), so that a prior keeps its weight.
+
+Time is counted in rows, and rows weigh what they do beside others: `rho` is multiplied by the mean
+weight of the mini-batch over that of all rows so far, so that the unit of weights does not show.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ _ORDER, _MIX = 11, 12
 # Rows of a part of a mini-batch, or a multiple of it, and the most parts there are. A part of fewer
 # numbers (rows times components and columns) would cost more to begin than to do.
 PART_ROWS, MAX_PARTS, PART_NUMBERS = 2048, 8, 1 << 16
+# The largest step, which leaves so little of what was known that nothing can be seen of it: of
+# nothing at all there is no logarithm.
+MOST_RATE = 1 - 1e-13
 # Lines of the trace that a state keeps which learns from what arrives: it may live for years.
 TRACE_LINES = 256
 
@@ -40,7 +46,8 @@ class OnlineEM:
     ----------
     batch_rows
         Rows of a mini-batch. What arrives is cut into equal mini-batches of at most this many rows;
-        a smaller one moves the statistics by as much less.
+        a smaller one moves the statistics by as much less, and so does one of lighter rows than
+        there were on average. Rows of weight 0 are not counted.
     kappa, t0
         Step sizes `rho_t = (t + t0)^-kappa`, where t counts mini-batches of `batch_rows` rows;
         `kappa` in (0.5, 1].
@@ -185,11 +192,12 @@ class OnlineEM:
         for i, (n_rows, take) in enumerate(batches):
             cuts = list(slices(n_rows, _part_rows(story, n_rows)))
             work = functools.partial(self._part, story, state, i, cuts, take)
-            stats: StoryStats = fold_tree(abreast(work, len(cuts)))
+            parts = abreast(work, len(cuts))
+            stats: StoryStats = fold_tree(part for part, _ in parts)
             mark("merge")
             total = stats if total is None else total.merge(stats)
             if stats.weight > 0 and np.isfinite(stats.objective):
-                state = self._absorb(story, state, stats, late)
+                state = self._absorb(story, state, stats, sum(n for _, n in parts), late)
             mark("m_step")
         if total is None:
             total = story.e_step(state.params, Rows(np.empty((0, story.schema.n_features))))
@@ -203,15 +211,24 @@ class OnlineEM:
         cuts: Sequence[slice],
         take: Callable[[slice], Rows],
         part: int,
-    ) -> StoryStats:
+    ) -> tuple[StoryStats, int]:
+        """A part's statistics, and how many of its rows are in them with any weight."""
         rows = _plain(take(cuts[part]))
         mark("features")
         key = (state.seed, state.step, batch * (MAX_PARTS + 1) + part)
-        return story.e_step(state.params, rows, self.responsibility, key)
+        stats = story.e_step(state.params, rows, self.responsibility, key)
+        n_rows = stats.n_rows - stats.n_unobserved
+        if rows.weights is not None:
+            light = rows.weights == 0
+            seen = light if rows.observed is None else rows.observed[light].any(axis=1)
+            n_rows -= int(seen.sum())
+        return stats, n_rows
 
-    def _absorb(self, story: Story, state: FitState, stats: StoryStats, late: bool) -> FitState:
-        """Move the state's statistics towards a mini-batch's, and maximise."""
-        batch = stats.scale(1.0 / stats.weight)
+    def _absorb(
+        self, story: Story, state: FitState, stats: StoryStats, n_rows: int, late: bool
+    ) -> FitState:
+        """Move the state's statistics towards those of a mini-batch of `n_rows`, and maximise."""
+        batch, mean = stats.scale(1.0 / stats.weight), stats.weight / n_rows
         memory, old = state.memory, state.stats
         if memory is None or old is None:
             # What there is so far, statistics or only parameters, stands for t0 mini-batches; a
@@ -219,8 +236,13 @@ class OnlineEM:
             old = stats if old is None else old
             n_eff = min(self.t0 * self.batch_rows, old.weight)
             old = old.scale(1.0 / old.weight)
-            memory = Memory(0.0, n_eff, 0, state.params.weights)
-        rho = self.rate(memory.clock, stats.weight)
+            memory = Memory(0.0, n_eff, 0, state.params.weights, mean)
+        rho = self.rate(memory.clock, n_rows)
+        # Of all rows at first, lest a few odd ones be the measure of all that follow; later of
+        # those that are remembered. States of before there was a unit have none.
+        unit = memory.unit or mean
+        unit += max(rho, n_rows / (memory.clock * self.batch_rows + n_rows)) * (mean - unit)
+        rho = min(rho * (mean / unit), MOST_RATE)
         n_eff = 1.0 / ((1 - rho) ** 2 / memory.n_eff + rho**2 / stats.weight)
         new = self._moved(old, batch, rho, memory)
         average, n_averaged = state.average, memory.n_averaged
@@ -230,9 +252,10 @@ class OnlineEM:
             average = part if average is None else average.scale(1 - 1 / n_averaged).merge(part)
         memory = replace(
             memory,
-            clock=memory.clock + stats.weight / self.batch_rows,
+            clock=memory.clock + n_rows / self.batch_rows,
             n_eff=n_eff,
             n_averaged=n_averaged,
+            unit=unit,
         )
         params = story.m_step(new.scale(n_eff), state.params)
         return replace(state, params=params, stats=new, memory=memory, average=average)

@@ -899,6 +899,15 @@ def test_partial_fit_goes_on_from_a_fit_and_follows_new_rows() -> None:
     assert model.n_iter_ > 50
 
 
+def test_partial_fit_of_heavy_rows_moves_what_there_is() -> None:
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.standard_normal((1000, 2)), rng.standard_normal((1000, 2)) + 80])
+    model = GaussianMixture(2, random_state=0).partial_fit(x, sample_weight=np.full(2000, 1e3))
+    model.partial_fit(x[:1000], sample_weight=np.full(1000, 9e3))
+    np.testing.assert_allclose(np.sort(model.means_[:, 0]), [0, 80], atol=0.1)
+    assert 0.5 < model.weights_[model.means_[:, 0].argmin()] < 0.6
+
+
 def test_partial_fit_of_mixed_columns() -> None:
     rng = np.random.default_rng(0)
     kind = rng.integers(2, size=400)

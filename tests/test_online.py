@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 
 import numpy as np
+import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -161,6 +162,92 @@ def test_weights_and_rows_without_an_observed_entry() -> None:
     empty, info = learner.learn(story, alone, Rows.of(nothing))
     assert empty.params.digest() == alone.params.digest()
     assert info.n_unobserved == 300
+
+
+@pytest.mark.parametrize("known", ["statistics", "parameters"])
+@pytest.mark.parametrize("pace", [{"kappa": 0.6}, {"forgetting": 0.02}])
+@pytest.mark.parametrize("unit", [1000.0, 430.0, 1e-3])
+def test_the_unit_of_weights_does_not_show(unit: float, pace: dict, known: str) -> None:
+    """In a pass as in what arrives; nothing but a prior knows of how much weight there is."""
+    x = three_clusters(6_000, 60)
+    story, state, _ = begun(x[:1_000], prior=None)
+    if known == "parameters":
+        state = FitState(state.params, seed=state.seed)
+    rng = np.random.default_rng(61)
+    for weights in (np.ones(6_000), rng.choice([0.0, 0.5, 1.0, 3.0], 6_000)):
+        learner = OnlineEM(batch_rows=200, **pace)
+        found = []
+        for times in (1.0, unit):
+            source = NumpySource(x, weights=times * weights, chunk_rows=500)
+            ended = fit(story, learner, Passes(source, workers=1), state)
+            arrived = state
+            for i in range(0, 6_000, 1_500):
+                rows = Rows.of(x[i : i + 1_500], times * weights[i : i + 1_500])
+                arrived, _ = learner.learn(story, arrived, rows)
+            assert ended.memory is not None
+            assert arrived.memory is not None
+            assert arrived.memory.clock == pytest.approx(np.count_nonzero(weights) / 200)
+            found.append((ended, arrived))
+        for plain, scaled in zip(*found, strict=True):
+            for (name, _, a), (_, _, b) in zip(
+                plain.params.leaves(), scaled.params.leaves(), strict=True
+            ):
+                np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9, err_msg=name)
+
+
+def test_rows_count_by_their_weight_beside_others() -> None:
+    """Mini-batches of one kind, thrice as heavy as those of another, are three quarters."""
+    story, state, _ = begun(three_clusters(2_000, 62))
+    kinds = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0)]
+    for unit in (1.0, 700.0):
+        learned = state
+        learner = OnlineEM(batch_rows=100, forgetting=0.02)
+        shares = []
+        for day in range(300):
+            x = three_clusters(100, 800 + day, kinds[day % 2])
+            weight = unit * (1.0, 3.0)[day % 2]
+            learned, _ = learner.learn(story, learned, Rows.of(x, np.full(100, weight)))
+            distance = ((learned.params.family.mean - MEANS[1]) ** 2).sum(axis=1)
+            shares.append(learned.params.weights[distance.argmin()])
+        assert np.mean(shares[200:]) == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_light_row_is_not_the_measure_of_all_that_follow() -> None:
+    story, state, _ = begun(three_clusters(5_000, 63))
+    learner = OnlineEM(batch_rows=1_000)
+    odd = Rows.of(np.full((1, 2), 4.0), np.array([1e-4]))
+    light, _ = learner.learn(story, state, odd)
+    x = Rows.of(three_clusters(1_000, 64, (1.0, 0.0, 0.0)))
+    after, _ = learner.learn(story, light, x)
+    plain, _ = learner.learn(story, state, x)
+    np.testing.assert_allclose(after.params.weights, plain.params.weights, atol=0.01)
+
+
+def test_weights_that_grow_without_measure_leave_parameters_finite() -> None:
+    story, state, _ = begun(three_clusters(2_000, 65))
+    learner = OnlineEM(batch_rows=500)
+    for day, weight in enumerate([1e-200, 1e-3, 1.0, 1e4, 1e30, 1e200, 1.0, 1e-100]):
+        x = three_clusters(1_000, 66 + day, (1.0, 0.0, 0.0))
+        state, info = learner.learn(story, state, Rows.of(x, np.full(1_000, weight)))
+        assert np.isfinite(info.mean_objective)
+        assert oracles.finite(state.params)
+
+
+def test_a_state_of_before_weights_had_a_unit_goes_on() -> None:
+    story, state, _ = begun(three_clusters(5_000, 67))
+    learner = OnlineEM(batch_rows=300)
+    x = three_clusters(4_000, 68)
+    state, _ = learner.learn(story, state, Rows.of(x[:2_000]))
+    stored = state.to_dataset(story)
+    before = FitState.from_dataset(stored.drop_vars("memory.unit"))
+    ends = [
+        learner.learn(story, each, Rows.of(x[2_000:]))[0]
+        for each in (state, FitState.from_dataset(stored), before)
+    ]
+    for end in ends:
+        assert end.params.digest() == ends[0].params.digest()
+        assert end.memory is not None
+        assert end.memory.unit == 1.0
 
 
 def test_mixed_columns_learn_from_parameters_alone() -> None:
