@@ -84,12 +84,13 @@ def _observed_weight(state: FitState, n_features: int) -> Array:
 
 def _with_stats(state: FitState, change: Callable[[StoryStats], StoryStats]) -> FitState:
     """The state with every statistic in it changed, and without what goes on from those of before:
-    the memo of incremental EM, which begins anew, and the leaps of accelerated EM.
+    the memo of incremental EM, which begins anew, and the leaps of accelerated EM. Whatever fits it
+    further is not to compare itself with what its trace says.
     """
     if state.memo is not None:
         # It counts the groups of tasks renewed.
         state = replace(state, memo=None, cursor=0)
-    state = replace(state, past=None, stride=None)
+    state = replace(state, past=None, stride=None, origin=state.step)
     held = {f.name: getattr(state, f.name) for f in fields(state)}
     changed: dict[str, Any] = {n: change(v) for n, v in held.items() if isinstance(v, StoryStats)}
     return replace(state, **changed)

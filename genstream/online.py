@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from genstream.errors import ConfigError, DataError
+from genstream.errors import ComputeError, ConfigError, DataError
 from genstream.families.blocks import Array, slices
 from genstream.learn import Abreast, FitState, Memory, Outcome, Passes, StepInfo, in_turn
 from genstream.profile import mark
 from genstream.responsibility import Responsibility, soft
 from genstream.rows import Rows
-from genstream.stats import fold_tree
+from genstream.stats import EMPTY, fold_tree
 from genstream.story import Story, StoryStats
 
 # Numbers of the random streams that follow from a seed.
@@ -109,6 +109,8 @@ class OnlineEM:
         """
         begin = time.perf_counter()
         n_chunks = passes.n_chunks
+        if not n_chunks:
+            raise ComputeError(EMPTY)
         per_pass = -(-n_chunks // self.buffer_chunks)
         number, place = divmod(state.cursor, per_pass)
         order = np.random.default_rng([state.seed, _ORDER, number]).permutation(n_chunks)

@@ -325,7 +325,7 @@ def test_nothing_and_extremes_stay_finite(model: tuple[Story, FitState, Referenc
     assert flag(unobserved, "x") == "x: every value is missing"
     assert not flag(unobserved, "never")
     values = drawn(50, 11)
-    values[0, 0] = 1e151
+    values[0, 0] = 1e149
     huge = seen(model, values)
     assert huge.outside
     assert flag(huge, "x").startswith("x: values from")

@@ -22,6 +22,7 @@ from genstream.errors import ComputeError, ConfigError, DataError
 from genstream.estimators import GaussianMixture
 from genstream.incremental import IncrementalEM
 from genstream.learn import BatchEM, EStep, FitState, Learner, fit
+from genstream.online import OnlineEM
 from genstream.passes import Passes, fold_tree
 from genstream.rows import Rows
 from genstream.schema import Schema
@@ -235,7 +236,7 @@ class TestErrors:
             Passes(Empty(), scheduler=scheduler).fold_tasks(name_chunk, [])
         assert list(Passes(Empty(), scheduler=scheduler).map(name_chunk)) == []
 
-    @pytest.mark.parametrize("learner", [BatchEM(), IncrementalEM()])
+    @pytest.mark.parametrize("learner", [BatchEM(), IncrementalEM(), OnlineEM()])
     def test_no_chunk_to_learn_from(self, learner: Learner) -> None:
         story = oracles.make_story("full", 1, 2)
         with pytest.raises(ComputeError, match="source is empty"):
