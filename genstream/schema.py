@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from genstream.errors import ConfigError, DataError
@@ -94,6 +94,20 @@ class Column:
     def least_variance(self) -> float:
         """Variance of rounding to the column's resolution; 0 where none is said."""
         return (self.resolution or 0.0) ** 2 / 12.0
+
+    def completed(self, known: Column) -> Column:
+        """The column, with what it does not say itself as `known` has it, and the longer levels.
+
+        Raises ConfigError where limits of the two contradict each other.
+        """
+        return replace(
+            self,
+            levels=max(self.levels, known.levels, key=len),
+            unit=self.unit or known.unit,
+            lower=known.lower if self.lower is None else self.lower,
+            upper=known.upper if self.upper is None else self.upper,
+            resolution=known.resolution if self.resolution is None else self.resolution,
+        )
 
     def code(self, value: float | str) -> float:
         """The number that stands for a value in `Rows`: a level's position, or the number itself.
@@ -185,6 +199,11 @@ class Schema:
     def at(self, columns: Iterable[int]) -> Schema:
         """The schema of some columns, by position."""
         return Schema(tuple(self.columns[j] for j in columns))
+
+    def completed(self, known: Schema) -> Schema:
+        """The schema, each column completed by that of `known` at its place."""
+        pairs = zip(self.columns, known.columns, strict=True)
+        return Schema(tuple(column.completed(other) for column, other in pairs))
 
     def to_json(self) -> list[dict[str, Any]]:
         """A list of plain dictionaries, one a column; `from_json` undoes it."""

@@ -259,13 +259,12 @@ def _grown(
                 f"{batch.name}: has the columns {_described(columns)}; the dataset "
                 f"{storage.name} has {_described(known)}"
             )
-        if not extends(columns, known):
-            # Another writer added levels: the codes of ours would mean something else.
-            if not extends(known, columns):
-                raise LevelsError(
-                    f"{storage.name}: another writer added levels meanwhile: run this again"
-                )
-            columns = known
+        # Another writer may have added levels: the codes of ours would mean something else.
+        if not (extends(columns, known) or extends(known, columns)):
+            raise LevelsError(
+                f"{storage.name}: another writer added levels meanwhile: run this again"
+            )
+        columns = columns.completed(known)
     ledger = grow_ledger(storage, content, [batch.to_json()])
     return {**content, "schema": columns.to_json(), **ledger}
 

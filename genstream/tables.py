@@ -175,10 +175,8 @@ class Encoder:
             self._settle(tuple(ColumnSpec.of(name, given) for name, given in specs.items()), known)
         elif known is not None:
             # Whether levels were learned or fixed is not recorded; here nobody fixes them.
-            learned = (
-                ColumnSpec(c.name, c.kind, c.levels or None if c.kind == "binary" else None, c.unit)
-                for c in known.columns
-            )
+            told = (ColumnSpec.of(column.name, column) for column in known.columns)
+            learned = (replace(s, levels=None) if s.kind == "categorical" else s for s in told)
             self._settle(tuple(learned), known)
 
     def _settle(self, specs: tuple[ColumnSpec, ...], known: Schema | None) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -571,6 +572,23 @@ def test_levels_learned_by_two_writers_at_once_agree(tmp_path: Path) -> None:
     assert "".join(labels) == "xyx" + "xzzz" + "wzy"
     assert store.fsck(tmp_path / "d") == ()
     assert len(list((tmp_path / "d" / "segments").glob("*.json"))) == 3
+
+
+@pytest.mark.parametrize("named", [None, {"x": "real", "c": "categorical"}])
+def test_a_further_file_keeps_limits_resolution_and_unit(tmp_path: Path, named: Any) -> None:
+    for name, lines in (("a", "1.5,u\n2,v"), ("b", "3,u"), ("c", "4,w")):
+        (tmp_path / f"{name}.csv").write_text(f"x,c\n{lines}\n")
+    x = Column("x", unit="mg", lower=0.5, upper=9.0, resolution=0.25)
+    store.ingest([tmp_path / "a.csv"], tmp_path / "d", columns={"x": x, "c": "categorical"})
+    store.ingest([tmp_path / "b.csv", tmp_path / "c.csv"], tmp_path / "d", columns=named)
+    found = store.Dataset.open(tmp_path / "d").schema
+    assert found["x"] == x
+    assert found["c"].levels == ("u", "v", "w")
+    # What a caller says anew counts, field by field.
+    (tmp_path / "e.csv").write_text("x,c\n5,u\n")
+    columns = {"x": Column("x", lower=1.0), "c": "categorical"}
+    store.ingest([tmp_path / "e.csv"], tmp_path / "d", columns=columns)
+    assert store.Dataset.open(tmp_path / "d").schema["x"] == replace(x, lower=1.0)
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:

@@ -507,6 +507,16 @@ class TestEncoder:
             with pytest.raises(ConfigError, match=says):
                 Encoder(specs, known=known)  # type: ignore[arg-type]
 
+    def test_what_is_known_of_a_column_stays_known(self) -> None:
+        known = Schema(
+            (
+                Column("x", unit="mg", lower=0.1, upper=9.0, resolution=0.5),
+                Column("b", "binary", ("no", "yes")),
+                Column("c", "categorical", ("u",), "town"),
+            )
+        )
+        assert Encoder(known=known).schema == known
+
     def test_too_many_levels_and_none(self) -> None:
         assert len(codes([str(i) for i in range(1000)], "categorical")) == 1000
         with pytest.raises(DataError, match=r"row 1000, column 'x': '1000' is level number 1001"):
