@@ -142,6 +142,8 @@ class ArraySource:
     kind = "array"
     # Whether a missing entry is an error.
     forbid_missing = False
+    # Numbers that stand for a missing entry.
+    null_numbers: tuple[float, ...] = ()
 
     def __init__(
         self,
@@ -184,8 +186,11 @@ class ArraySource:
         stored: Any = taken
         if sparse.issparse(taken):
             values = stored.astype(self.dtype)
+            # Sparse rows cannot have gaps, and say so of their first NaN.
+            values.data = with_gaps(values.data, self.null_numbers)
         else:
             values = np.ascontiguousarray(taken, dtype=self.dtype)
+            values = with_gaps(values, self.null_numbers)
         weights = None if self.weights is None else _numbers(self.weights[first:last])
         try:
             rows = Rows.of(values, weights, first_row=first, names=self.schema.names)
@@ -276,7 +281,7 @@ class NumpySource(ArraySource):
         """
         weights = None if self.weights is None else _numbers(self.weights)[index]
         few = NumpySource(pick(self.array, index), self.schema, weights, len(index), name=self.name)
-        few.forbid_missing = self.forbid_missing
+        few.forbid_missing, few.null_numbers = self.forbid_missing, self.null_numbers
         return few.read(0)
 
     @property
@@ -631,6 +636,24 @@ def _checked_weights(name: str, weights: Any, rows: int) -> Any:
             "one weight a row"
         )
     return weights
+
+
+def with_gaps(values: Array, nulls: Sequence[float]) -> Array:
+    """Floats with NaN for those that stand for a missing entry; the same array where none does."""
+    for number in as_held(nulls, values.dtype):
+        gaps = values == number
+        if gaps.any():
+            values = np.where(gaps, values.dtype.type(np.nan), values)
+    return values
+
+
+def as_held(numbers: Sequence[float], dtype: np.dtype[Any]) -> Array:
+    """Numbers as a type of floats rounds them; those out of its range are left out."""
+    exact = np.array(numbers, np.float64)
+    with np.errstate(over="ignore", under="ignore"):
+        held = exact.astype(dtype)
+    kept: Array = held[np.isfinite(held) & ((held != 0) | (exact == 0))]
+    return kept
 
 
 def _numbers(piece: Any) -> Array:

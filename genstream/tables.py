@@ -47,7 +47,9 @@ from genstream.sources import (
     Piece,
     Source,
     ZarrSource,
+    as_held,
     fingerprint,
+    with_gaps,
 )
 
 __all__ = [
@@ -164,9 +166,7 @@ class Encoder:
         self.max_levels = max_levels
         nulls = tuple(NULL_VALUES if null_values is None else null_values)
         self._null_texts = pa.array(sorted({*nulls, ""}), pa.string())
-        self._null_numbers = [
-            x for x in map(number_of, nulls) if x is not None and math.isfinite(x)
-        ]
+        self._null_numbers = _null_numbers(nulls)
         self._specs: tuple[ColumnSpec, ...] | None = None
         self._codes: dict[str, dict[str, int]] = {}
         if isinstance(specs, Schema):
@@ -373,12 +373,11 @@ class Encoder:
             column = column.cast(pa.uint8())
         elif not _is_number(column.type):
             raise _EntryError(None, _refusal(column.type))
-        if not pa.types.is_float64(column.type):
+        if not pa.types.is_floating(column.type):
             column = column.cast(pa.float64(), safe=False)
-        found: NDArray[np.float64] = column.to_numpy(zero_copy_only=False)
-        for number in self._null_numbers:
-            found = np.where(found == number, np.nan, found)
-        return found
+        # As the column's own type rounds them: -999.9 in float32 is another number in float64.
+        found = with_gaps(column.to_numpy(zero_copy_only=False), self._null_numbers)
+        return found.astype(np.float64, copy=False)
 
     def _binary(self, spec: ColumnSpec, column: Any) -> NDArray[np.float64]:
         if spec.levels is not None:
@@ -437,13 +436,20 @@ class Encoder:
         numeric = _is_number(column.type)
         texts = self._texts(_labels(column))
         if numeric and self._null_numbers:
-            gaps = [x for x in map(_number_label, self._null_numbers) if x is not None]
+            kind = np.dtype(np.float32 if pa.types.is_float32(column.type) else np.float64)
+            gaps = [_number_label(float(x)) for x in as_held(self._null_numbers, kind)]
             texts = pc.if_else(
                 pc.is_in(texts, value_set=pa.array(gaps, pa.string())),
                 pa.scalar(None, pa.string()),
                 texts,
             )
         return texts.dictionary_encode()
+
+
+def _null_numbers(null_values: Sequence[str]) -> tuple[float, ...]:
+    """Those of the texts for a missing entry that are numbers, for columns of numbers."""
+    numbers = map(number_of, null_values)
+    return tuple(x for x in numbers if x is not None and math.isfinite(x))
 
 
 class _EntryError(Exception):
@@ -769,7 +775,7 @@ def open_source(
     weights
         (n,) row weights; of a table also the name of their column.
     null_values
-        As for `Encoder`; it has a meaning for tables only.
+        As for `Encoder`; those that are numbers count in arrays too.
     missing
         `forbid` refuses the first gap met.
 
@@ -797,10 +803,13 @@ def open_source(
     if len(opened) > 1:
         if weights is not None:
             raise ConfigError("weights are not known of several arrays: name them file by file")
-        return Concatenated([open_source(path, schema, missing=missing) for path in data])
+        return Concatenated(
+            [open_source(path, schema, null_values=null_values, missing=missing) for path in data]
+        )
     array = opened[0].source if opened and isinstance(opened[0], ArrayTable) else data
     source = _array_source(array, _array_schema(schema), weights)
     source.forbid_missing = missing == "forbid"
+    source.null_numbers = _null_numbers(null_values or ())
     return source
 
 

@@ -446,6 +446,14 @@ class TestEncoder:
         with pytest.raises(DataError, match="'NA' is not a number"):
             codes(["NA"], "real", null_values=["-"])
 
+    @pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+    def test_null_numbers_are_what_a_column_holds_of_them(self, kind: Any) -> None:
+        nulls = ["-999.9", "1e20"]
+        assert codes([1, -999.9, 1e20], "real", kind, null_values=nulls) == [1, None, None]
+        assert codes([1, -999.9, 1], "categorical", kind, null_values=nulls) == [0, None, 0]
+        # A number out of a type's range is none that a column of it can hold.
+        assert codes([0, 1], "real", kind, null_values=["1e-60", "1e300"]) == [0, 1]
+
     def test_binary_columns(self) -> None:
         assert codes(["TRUE", "false", "1", "0", ""], "binary") == [1, 0, 1, 0, None]
         assert codes([True, False, None], "binary") == [1, 0, None]
@@ -748,6 +756,36 @@ class TestSources:
             open_source(data).read(0)
             with pytest.raises(DataError, match=r"row 1, column 'x1': is missing"):
                 open_source(data, missing="forbid").read(0)
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_null_values_of_arrays_in_place(self, dtype: Any, tmp_path: Path) -> None:
+        X = np.array([[1, -999.9], [2, 3], [1e20, 4], [5, 6]], dtype)
+        wanted = np.array([[1, np.nan], [2, 3], [np.nan, 4], [5, 6]], dtype)
+        np.save(tmp_path / "x.npy", X)
+        zarr.create_array(str(tmp_path / "x.zarr"), data=X, chunks=(2, 2))
+        labelled = xarray.DataArray(X, dims=("t", "f"), name="x")
+        nulls = ["-999.9", "1e20", "none"]
+        before = X.copy()
+        for data in (X, tmp_path / "x.npy", tmp_path / "x.zarr", da.from_array(X), labelled):
+            source = open_source(data, null_values=nulls)
+            read = [source.read(i).filled() for i in range(len(source.chunk_rows))]
+            np.testing.assert_array_equal(np.concatenate(read), wanted)
+            assert read[0].dtype == dtype
+            with pytest.raises(DataError, match=r"row 0, column 'x1': is missing"):
+                open_source(data, null_values=nulls, missing="forbid").read(0)
+        np.testing.assert_array_equal(X, before)
+        picked = open_source(X, null_values=nulls)
+        assert isinstance(picked, NumpySource)
+        np.testing.assert_array_equal(picked.pick(np.array([0, 1])).filled(), wanted[:2])
+        several = open_source([tmp_path / "x.npy", tmp_path / "x.zarr"], null_values=nulls)
+        np.testing.assert_array_equal(several.read(0).filled(), wanted)
+        # Where nothing is missing, nothing is copied.
+        whole = np.ascontiguousarray(X[1::2])
+        assert np.shares_memory(open_source(whole, null_values=nulls).read(0).values, whole)
+        # As what it is ingested from, labels too.
+        listed = {"c": Column("c", "categorical", ("u", "v"))}
+        coded = open_source(np.array([[0], [-1], [1]]), listed, null_values=["-1"])
+        np.testing.assert_array_equal(coded.read(0).filled(), [[0], [np.nan], [1]])
 
     def test_what_cannot_be_read_in_place(self, tmp_path: Path) -> None:
         for name in ("rows.csv", "rows.arrows"):
