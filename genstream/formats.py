@@ -190,13 +190,23 @@ def _regrouped(batches: Iterable[Any], chunk_rows: int) -> Iterator[Any]:
         yield pa.Table.from_batches(held)
 
 
-_MAGIC = (
-    (b"PAR1", "parquet"),
-    (b"ARROW1", "arrow"),
-    (b"\x93NUMPY", "npy"),
-    (b"CDF", "netcdf"),
-    (b"\x89HDF", "netcdf"),
-)
+# How files begin that are not text, archives by their endings. Letters alone do not tell, as the
+# first column of a CSV file may be called PK, CDF or PAR1: what no text has must follow. In parquet
+# that is a control character of the header of a page, or of the footer where there is none.
+_SIGNATURES = {
+    name: re.compile(pattern, re.DOTALL)
+    for name, pattern in {
+        "parquet": rb"PAR1.{0,3}[\x00-\x08\x0e-\x1f]",
+        "arrow": rb"ARROW1\x00\x00",
+        "npy": rb"\x93NUMPY",
+        "netcdf": rb"CDF[\x01\x02\x05]|\x89HDF\r\n\x1a\n",
+        ".gz": rb"\x1f\x8b",
+        ".bz2": rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)",
+        ".xz": rb"\xfd7zXZ\x00",
+        ".zip": rb"PK(?:\x03\x04|\x05\x06)",
+    }.items()
+}
+SIGNATURE_NBYTES = 16
 _SUFFIXES = {
     ".parquet": "parquet",
     ".pq": "parquet",
@@ -213,13 +223,7 @@ _SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
 }
-# Endings of packed files, and how their bytes begin.
-_PACKED = {
-    ".gz": b"\x1f\x8b",
-    ".bz2": b"BZh",
-    ".xz": b"\xfd7zXZ\x00",
-    ".zip": b"PK",
-}
+_PACKED = (".gz", ".bz2", ".xz", ".zip")
 
 
 def open_table(data: Any) -> Format:
@@ -275,10 +279,15 @@ def kind_of_bytes(start: bytes) -> str:
 
     One of `parquet`, `arrow`, `npy`, `netcdf`, `jsonl`.
     """
-    known = next((k for magic, k in _MAGIC if start.startswith(magic)), "")
-    if known or not start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+    known = _signed(start)
+    if known and known not in _PACKED:
         return known
-    return "jsonl"
+    return "jsonl" if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{") else ""
+
+
+def _signed(start: bytes) -> str:
+    """Whose signature the first bytes are: a kind of file, the ending of an archive, or nothing."""
+    return next((name for name, form in _SIGNATURES.items() if form.match(start)), "")
 
 
 def ending_of_bytes(start: bytes) -> str:
@@ -287,12 +296,12 @@ def ending_of_bytes(start: bytes) -> str:
     Of an Arrow stream, parquet, Arrow, npy, JSON lines and CSV, the last two also packed. Raises
     DataError where the bytes are none of them.
     """
-    inside, ending = start, ""
-    for packed, magic in _PACKED.items():
-        if start.startswith(magic):
-            ending = packed
-            with contextlib.suppress(OSError, EOFError, zlib.error, lzma.LZMAError):
-                inside = _unpack(packed, start)
+    inside, ending = start, _signed(start)
+    if ending in _PACKED:
+        with contextlib.suppress(OSError, EOFError, zlib.error, lzma.LZMAError):
+            inside = _unpack(ending, start)
+    else:
+        ending = ""
     if not ending and start.startswith(b"\xff\xff\xff\xff"):
         return ".arrows"
     kind = kind_of_bytes(inside)
@@ -350,8 +359,8 @@ class _Csv(Format):
             start = file.read(HEADER_NBYTES)
         if start.startswith((b"\xff\xfe", b"\xfe\xff")):
             raise DataError(f"{path}: is UTF-16 text: save it as UTF-8")
-        packed = next((k for magic, k in _MAGIC if start.startswith(magic)), None)
-        if packed is not None:
+        packed = _signed(start)
+        if packed and packed not in _PACKED:
             raise DataError(f"{path}: holds {packed} in an archive: unpack it first")
         if b"\0" in start[:4096]:
             raise DataError(f"{path}: is neither text nor of another known format")
@@ -528,18 +537,18 @@ def _delimiter(path: Path, text: str) -> str:
 def _unpacked(path: Path) -> Iterator[Any]:
     """The bytes of a file, unpacked if it is an archive (told by its first bytes)."""
     with path.open("rb") as file:
-        start = file.read(6)
+        packed = _signed(file.read(SIGNATURE_NBYTES))
         file.seek(0)
-        if start.startswith(b"\x1f\x8b"):
+        if packed == ".gz":
             with gzip.open(file) as unpacked:
                 yield unpacked
-        elif start.startswith(b"BZh"):
+        elif packed == ".bz2":
             with bz2.open(file) as unpacked:
                 yield unpacked
-        elif start.startswith(b"\xfd7zXZ\x00"):
+        elif packed == ".xz":
             with lzma.open(file) as unpacked:
                 yield unpacked
-        elif start.startswith(b"PK"):
+        elif packed == ".zip":
             with zipfile.ZipFile(file) as archive:
                 members = [
                     name

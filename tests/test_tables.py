@@ -30,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genstream.errors import ConfigError, DataError, GenstreamError, StorageError
+from genstream.formats import ending_of_bytes, kind_of_bytes
 from genstream.schema import Column, Schema
 from genstream.sources import DaskSource, NpySource, NumpySource, Source, Split, ZarrSource, n_rows
 from genstream.tables import (
@@ -330,6 +331,51 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "cut netcdf": ("r.nc", b"\x89HDF\r\n\x1a\n" + bytes(40), "NetCDF"),
     "cut netcdf 3": ("r.nc", b"CDF\1" + bytes(3), "NetCDF"),
 }
+
+
+class TestFirstBytes:
+    @pytest.mark.parametrize(
+        "header", ["PK,name", "PK", "CDF,x", "PAR1,PAR2", "PAR1", "BZh,x", "BZh9,x", "ARROW1,b"]
+    )
+    def test_text_is_not_taken_for_what_its_first_letters_say(
+        self, header: str, tmp_path: Path
+    ) -> None:
+        row = ",".join(["1"] * len(header.split(",")))
+        text = f"{header}\n{row}\n"
+        assert ending_of_bytes(text.encode()) == ".csv"
+        packed = pack(tmp_path / "r.csv.gz", gzip.compress(text.encode()))
+        for path in (save_csv(tmp_path / "r.csv", text), save_csv(tmp_path / "r", text), packed):
+            assert table_columns(path) == tuple(header.split(","))
+            values, _ = encoded(path, Encoder())
+            assert values.tolist() == [[1.0] * values.shape[1]]
+
+    def test_what_is_not_text_is_known(self, tmp_path: Path) -> None:
+        for compression in ("none", "snappy", "zstd"):
+            for table in (TABLE, TABLE.slice(0, 0), TABLE.select(["height"]), pa.table({})):
+                for version in ("1.0", "2.0"):
+                    file = io.BytesIO()
+                    pq.write_table(
+                        table,
+                        file,
+                        compression=compression,
+                        data_page_version=version,
+                        use_dictionary=version == "1.0",
+                    )
+                    assert ending_of_bytes(file.getvalue()[:64]) == ".parquet"
+        for name, ending in (
+            ("rows.arrow", ".arrow"),
+            ("rows.arrows", ".arrows"),
+            ("rows.nc", ".nc"),
+            ("rows3.nc", ".nc"),
+            ("rows.csv.gz", ".csv.gz"),
+            ("rows.csv.bz2", ".csv.bz2"),
+            ("rows.csv.xz", ".csv.xz"),
+            ("rows.zip", ".csv.zip"),
+        ):
+            assert ending_of_bytes(SAVED[name](tmp_path / name).read_bytes()) == ending
+        assert ending_of_bytes(bz2.compress(b"")) == ".csv.bz2"
+        np.save(tmp_path / "x.npy", np.zeros((2, 1)))
+        assert kind_of_bytes((tmp_path / "x.npy").read_bytes()) == "npy"
 
 
 class TestBadFiles:
