@@ -36,6 +36,7 @@ from genstream.sources import (
     ZarrSource,
     check_zarr,
     open_npy,
+    rows_of_piece,
 )
 
 Array = NDArray[Any]
@@ -619,7 +620,8 @@ class _Parquet(Chunked):
         import pyarrow.parquet
 
         with pyarrow.parquet.ParquetFile(self.path, pre_buffer=False) as file:
-            for batch in file.iter_batches(columns=columns, use_threads=False):
+            n = rows_of_piece(len(columns))
+            for batch in file.iter_batches(batch_size=n, columns=columns, use_threads=False):
                 yield batch.select(columns)
 
 
@@ -803,7 +805,8 @@ class _FromNpy:
 def _npy(path: Path) -> Chunked:
     array = open_npy(path)
     if array.ndim != 1:
-        return ArrayTable(NpySource(path))
+        width = array.shape[1] if array.ndim else 1
+        return ArrayTable(NpySource(path, chunk_rows=rows_of_piece(width)))
     names = array.dtype.names or ("x0",)
     fields = _Fields(str(path), names, len(array), CHUNK_ROWS, _FromNpy(path))
     fields.named = bool(array.dtype.names)

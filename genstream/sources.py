@@ -35,6 +35,8 @@ CHUNK_ROWS = 65_536
 # are fewer than so many rows for each: the same whoever works on them, and as much for each of a
 # few workers.
 EVEN_CHUNKS, LEAST_ROWS = 16, 8192
+# Tables are decoded by pieces of so many bytes, or of so few rows where they are very wide.
+PIECE_NBYTES, LEAST_PIECE_ROWS = 8 << 20, 256
 MAX_CHUNK_NBYTES = 2**31
 _COMPRESSORS = ("blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd")
 _CHECKSUMS = ("adler32", "crc32", "crc32c", "fletcher32")
@@ -125,6 +127,11 @@ def even_rows(n: int) -> int:
     chunks = EVEN_CHUNKS * max(1, -(-n // (EVEN_CHUNKS * CHUNK_ROWS)))
     fitting = max(1, n // LEAST_ROWS)
     return max(1, -(-n // min(chunks, 1 << (fitting.bit_length() - 1))))
+
+
+def rows_of_piece(n_columns: int) -> int:
+    """Rows of a table to decode at once: as many as are 8 MiB of float64, at most `CHUNK_ROWS`."""
+    return min(CHUNK_ROWS, max(LEAST_PIECE_ROWS, PIECE_NBYTES // (8 * max(1, n_columns))))
 
 
 def n_rows(source: Source) -> int:

@@ -43,7 +43,7 @@ from genstream.rows import Rows
 from genstream.schema import Column, Kind, Schema
 from genstream.segments import DType, Ids, Segment, SegmentWriter, read_record, write_record
 from genstream.sources import Piece as RowPiece
-from genstream.sources import content_digest
+from genstream.sources import content_digest, rows_of_piece
 from genstream.story import Story
 
 # Times a file is encoded, where other writers add levels of their own at the same time.
@@ -455,6 +455,9 @@ def ingest(
         Texts that stand for a missing entry.
     dtype
         How a new dataset stores values.
+    chunk_rows
+        Rows by whose first so many the kinds of columns are told, and the most that are decoded at
+        once; wide rows come fewer at a time.
     batch
         Id and name of the one batch in `paths`, where it is a copy that nobody writes to; left
         out, files are known by their bytes and called after themselves.
@@ -537,8 +540,9 @@ class _Reader:
         self, opened: Dataset | None, dtype: DType, on_rows: Callable[[int], None]
     ) -> tuple[Iterator[Rows | tuple[Rows, Ids]], Callable[[], Schema], Callable[[], str]]:
         """The rows, to be read once, and what gives columns and digest when all are read."""
+        from genstream.formats import read_tables, table_columns
         from genstream.landing import RowMultiset, by_label
-        from genstream.tables import Encoder, read_tables
+        from genstream.tables import Encoder
 
         place, digest = str(self.path), RowMultiset()
         encoder = Encoder(
@@ -550,8 +554,14 @@ class _Reader:
         )
 
         def pieces() -> Iterator[Rows | tuple[Rows, Ids]]:
+            width = len(encoder.wanted or table_columns(self.path))
+            chunk_rows = min(self.chunk_rows, rows_of_piece(width))
+            if encoder.wanted is None and chunk_rows < self.chunk_rows:
+                # Kinds do not depend on how wide rows are: as many are looked at.
+                beginning = read_tables(self.path, chunk_rows=chunk_rows)
+                encoder.infer(_first_rows(beginning, self.chunk_rows), place=place)
             first = 0
-            for table in read_tables(self.path, columns=encoder.wanted, chunk_rows=self.chunk_rows):
+            for table in read_tables(self.path, columns=encoder.wanted, chunk_rows=chunk_rows):
                 rows = encoder.encode(table, first_row=first, place=place)
                 if self.weights is not None:
                     found = encoder.weights(table, self.weights, first_row=first, place=place)
@@ -567,6 +577,15 @@ class _Reader:
                 on_rows(first)
 
         return pieces(), lambda: encoder.schema, digest.hexdigest
+
+
+def _first_rows(tables: Iterable[Any], n: int) -> Iterator[Any]:
+    """The first `n` rows of tables that follow each other."""
+    for table in tables:
+        yield table.slice(0, n)
+        n -= table.num_rows
+        if n <= 0:
+            return
 
 
 def _unchanged(path: str | Path, identity: str) -> None:

@@ -236,6 +236,28 @@ class Encoder:
             )
         return spec.column(levels)
 
+    def infer(self, tables: Iterable[Any], *, place: str = "table") -> None:
+        """Settle the kinds of the columns by the first rows, in one table or several.
+
+        Raises DataError for a column whose values cannot be used, or where there is none.
+        """
+        looks: dict[str, _Look] = {}
+        for table in tables:
+            for name in table.column_names:
+                if name in self.carried:
+                    continue
+                column = _plain(table.column(name))
+                look = looks.setdefault(name, _Look())
+                if _is_text(column.type):
+                    look.add(pc.unique(self._texts(column).drop_null()))
+                elif pa.types.is_boolean(column.type):
+                    look.truth = True
+                elif not _is_number(column.type):
+                    raise DataError(f"{place}: column {name!r}: {_refusal(column.type)}")
+        if not looks:
+            raise DataError(f"{place}: has no column besides {', '.join(self.carried)}")
+        self._settle(tuple(ColumnSpec(name, look.kind) for name, look in looks.items()), None)
+
     def encode(self, table: Any, *, first_row: int = 0, place: str = "table") -> Rows:
         """(n, d) float64 rows of a table, gaps masked; further columns are left aside.
 
@@ -243,7 +265,7 @@ class Encoder:
         column, for an entry that cannot be used.
         """
         if self._specs is None:
-            self._settle(self._inferred(table, place), None)
+            self.infer([table], place=place)
         names = [spec.name for spec in self.specs]
         check_columns(place, table.column_names, names)
         values = np.empty((table.num_rows, len(names)))
@@ -325,36 +347,6 @@ class Encoder:
             return whole
         texts: list[str] = _labels(column).to_pylist()
         return texts
-
-    def _inferred(self, table: Any, place: str) -> tuple[ColumnSpec, ...]:
-        specs = []
-        check_columns(place, table.column_names, [])
-        for name in table.column_names:
-            if name in self.carried:
-                continue
-            specs.append(ColumnSpec(name, self._kind(name, _plain(table.column(name)), place)))
-        if not specs:
-            raise DataError(f"{place}: has no column besides {', '.join(self.carried)}")
-        return tuple(specs)
-
-    def _kind(self, name: str, column: Any, place: str) -> Kind:
-        if pa.types.is_boolean(column.type):
-            return "binary"
-        if _is_number(column.type):
-            return "real"
-        if not _is_text(column.type):
-            raise DataError(f"{place}: column {name!r}: {_refusal(column.type)}")
-        seen = self._texts(column).drop_null()
-        if not len(seen):
-            return "real"
-        labels = pc.unique(seen)
-        if {text.lower() for text in labels.to_pylist()[:3]} <= {"true", "false"}:
-            return "binary"
-        try:
-            _parsed(labels)
-        except _EntryError:
-            return "categorical"
-        return "real"
 
     # --- entries ---------------------------------------------------------------------------------
 
@@ -450,6 +442,31 @@ def _null_numbers(null_values: Sequence[str]) -> tuple[float, ...]:
     """Those of the texts for a missing entry that are numbers, for columns of numbers."""
     numbers = map(number_of, null_values)
     return tuple(x for x in numbers if x is not None and math.isfinite(x))
+
+
+@dataclass
+class _Look:
+    """What a column's entries have looked like: truth values, or numbers, or else any labels."""
+
+    truth: bool = False
+    numbers: bool = True
+    first: tuple[str, ...] = ()
+
+    def add(self, labels: Any) -> None:
+        """Look at further distinct labels."""
+        self.first = tuple(dict.fromkeys((*self.first, *labels[:3].to_pylist())))[:3]
+        try:
+            if self.numbers:
+                _parsed(labels)
+        except _EntryError:
+            self.numbers = False
+
+    @property
+    def kind(self) -> Kind:
+        words = {text.lower() for text in self.first}
+        if self.truth or (words and words <= {"true", "false"}):
+            return "binary"
+        return "real" if self.numbers else "categorical"
 
 
 class _EntryError(Exception):

@@ -591,6 +591,27 @@ def test_a_further_file_keeps_limits_resolution_and_unit(tmp_path: Path, named: 
     assert store.Dataset.open(tmp_path / "d").schema["x"] == replace(x, lower=1.0)
 
 
+def test_how_many_rows_are_decoded_at_once_shows_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    lines = ["id,x,c,late", *(f"r{i},{rng.normal()},{'ab'[i % 2]},{i}" for i in range(30))]
+    lines[20] = "r19,,z,text"
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    found = []
+    for name, n in (("whole", 100), ("pieces", 7)):
+        monkeypatch.setattr("genstream.sources.LEAST_PIECE_ROWS", n)
+        monkeypatch.setattr("genstream.sources.PIECE_NBYTES", 1)
+        store.ingest([tmp_path / "a.csv"], tmp_path / name, id_column="id")
+        dataset = store.Dataset.open(tmp_path / name)
+        (batch,) = dataset.batches
+        (folder,) = (tmp_path / name / "segments").glob("*.zarr")
+        files = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        found.append((dataset.schema, batch.digest, dataset.source().chunk_rows, files))
+    assert found[0] == found[1]
+    assert found[0][0].kinds == ("real", "categorical", "categorical")
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("x\n1\n2\n")

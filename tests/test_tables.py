@@ -30,9 +30,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genstream.errors import ConfigError, DataError, GenstreamError, StorageError
-from genstream.formats import ending_of_bytes, kind_of_bytes
+from genstream.formats import ending_of_bytes, kind_of_bytes, open_table
 from genstream.schema import Column, Schema
 from genstream.sources import DaskSource, NpySource, NumpySource, Source, Split, ZarrSource, n_rows
+from genstream.store import Dataset, ingest
 from genstream.tables import (
     ColumnSpec,
     Concatenated,
@@ -210,6 +211,32 @@ class TestReading:
         values, schema = encoded(path, Encoder({"n": "real", "c": "categorical"}))
         assert schema["c"].levels == ("0", "1", "2", "x")
         np.testing.assert_array_equal(values[:, 0], np.arange(n))
+
+    @pytest.mark.parametrize("name", ["x.csv", "x.parquet", "x.npy"])
+    def test_no_more_is_decoded_at_once_of_wide_rows(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("genstream.sources.LEAST_PIECE_ROWS", 4)
+        monkeypatch.setattr("genstream.sources.PIECE_NBYTES", 10 * 3 * 8)
+        X = np.arange(75.0).reshape(25, 3)
+        table = pa.table({f"x{j}": X[:, j] for j in range(3)})
+        if name == "x.npy":
+            np.save(tmp_path / name, X)
+        else:
+            pandas = table.to_pandas()
+            (pandas.to_csv if name == "x.csv" else pandas.to_parquet)(tmp_path / name, index=False)
+        opened = open_table(tmp_path / name)
+        if name != "x.csv":  # text comes by bytes
+            assert [batch.num_rows for batch in opened.read(list(opened.names))] == [10, 10, 5]
+        done: list[int] = []
+        ingest([tmp_path / name], tmp_path / "d", on_progress=done.append)
+        assert done == [10, 20, 25]
+        source = Dataset.open(tmp_path / "d").source()
+        assert source.chunk_rows == (25,)
+        np.testing.assert_array_equal(source.read(0).values, X)
+        # Fitted in place, rows are cut as ever.
+        if name != "x.csv":
+            assert open_source(tmp_path / name).chunk_rows == (25,)
 
     def test_arrays_go_by_the_names_given(self, tmp_path: Path) -> None:
         X = np.arange(12.0).reshape(6, 2)
@@ -631,6 +658,31 @@ class TestEncoder:
             Encoder().encode(column(pa.array([0], pa.date32())))
         with pytest.raises(DataError, match="no column besides x"):
             Encoder(carried=["x"]).encode(column([1]))
+
+    def test_inference_does_not_depend_on_how_the_first_rows_are_cut(self) -> None:
+        table = pa.table(
+            {
+                "late": ["1", "2", "", "4", "x", "6"],
+                "words": ["true", "", "FALSE", "true", "false", ""],
+                "more": ["true", "false", "true", "false", "maybe", "1"],
+                "empty": ["", "", "", "", "", ""],
+                "number": ["", "", "1.5", "2", "", "-3"],
+                "truth": [True, False, None, True, True, True],
+                "id": list("abcdef"),
+            }
+        )
+        wanted = {
+            "late": "categorical",
+            "words": "binary",
+            "more": "categorical",
+            "empty": "real",
+            "number": "real",
+            "truth": "binary",
+        }
+        for n in (1, 2, 4, 6):
+            encoder = Encoder(carried=["id"])
+            encoder.infer(table.slice(i, n) for i in range(0, 6, n))
+            assert {spec.name: spec.kind for spec in encoder.specs} == wanted
 
     def test_weights_and_ids(self) -> None:
         encoder = Encoder({"x": "real"})
