@@ -236,13 +236,15 @@ def _matches(pattern: str) -> list[_Found]:
     fs, path = _file_system(pattern)
     parts = PurePosixPath(path).parts
     fixed = parts
-    if _is_glob(pattern):
-        n = next(i for i, part in enumerate(parts) if _is_glob(part))
-        fixed = parts[:n]
     try:
-        if not _is_glob(pattern) and fs.isdir(path) and not _is_table(fs, path):
+        # What is there under this very name is meant, whatever marks are in it (`r[1].csv`).
+        open_ended = _is_glob(pattern) and not fs.exists(path)
+        if open_ended:
+            n = next(i for i, part in enumerate(parts) if _is_glob(part))
+            fixed = parts[:n]
+        if not open_ended and fs.isdir(path) and not _is_table(fs, path):
             listed = fs.ls(path, detail=False)
-        elif _is_glob(pattern):
+        elif open_ended:
             listed = fs.glob(path)
             top = str(PurePosixPath(*fixed)) if fixed else ""
             if isinstance(fs, LocalFileSystem) and not listed and not Path(top).is_dir():

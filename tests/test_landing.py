@@ -125,6 +125,25 @@ class TestFinding:
         deep = find_arrivals(f"{tmp_path}/**", ready="stable_size").ready
         assert names(deep) == ["plain/x.csv", "x.csv"]
 
+    def test_a_path_that_is_there_is_no_pattern(self, tmp_path: Path, remote: Any) -> None:
+        for name in ("r[1].csv", "r1.csv", "day[2]/x.csv"):
+            write(tmp_path / name)
+        for given_path, expected in (
+            (tmp_path / "r[1].csv", ["r[1].csv"]),
+            (tmp_path / "day[2]", ["x.csv"]),
+            (tmp_path / "day[2]" / "x.csv", ["x.csv"]),
+            (tmp_path / "r[12].csv", ["r1.csv"]),
+            (f"file://{tmp_path}/r[1].csv", ["r[1].csv"]),
+        ):
+            found = find_arrivals(given_path, ready="stable_size")
+            assert (names(found.ready), found.waiting) == (expected, ())
+        assert landing.list_data(str(tmp_path / "r[1].csv")) == [str(tmp_path / "r[1].csv")]
+        (waiting,) = find_arrivals(tmp_path / "r[1].csv").waiting
+        assert waiting.why.startswith("no r[1].csv.done beside it")
+        remote.pipe("/in/r[1].csv", TEXT)
+        (found_there,) = find_arrivals("memory://in/r[1].csv", ready="stable_size", settle=0).ready
+        assert found_there.name == "r[1].csv"
+
     def test_what_cannot_be_looked_at_is_said(self, tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="no such folder"):
             find_arrivals(tmp_path / "absent" / "*.csv")
