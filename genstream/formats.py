@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from genstream.errors import ConfigError, CorruptError, DataError, StorageError
@@ -44,6 +45,8 @@ Array = NDArray[Any]
 # Bytes of a CSV or JSON lines file that are parsed at once; no line can be longer.
 CSV_BLOCK = 1 << 20
 HEADER_NBYTES = 1 << 20
+# Whole numbers below it are doubles to the last digit.
+LARGEST_EXACT = 2.0**53
 
 
 def table_columns(path: str | Path) -> tuple[str, ...]:
@@ -499,9 +502,9 @@ class _JsonLines(Format):
                 names = table.column_names
                 self._texts |= dict.fromkeys(times, pa.string())
                 table = parse().select(names)
-        except (pa.ArrowException, UnicodeDecodeError) as error:
+            return _with_digits(table, block)
+        except (pa.ArrowException, ValueError) as error:
             raise self._bad_line(block, line, error) from None
-        return table
 
     def _bad_line(self, block: bytes, line: int, error: BaseException) -> DataError:
         """What is wrong with a block, by its first bad line where it can be told."""
@@ -525,6 +528,39 @@ class _JsonLines(Format):
         if row is None or int(row[1]) >= len(numbered):
             return DataError(f"{self.place}: from line {line + 1}: {what}")
         return DataError(f"{self.place}: line {numbered[int(row[1])][0]}: {what[: row.start()]}")
+
+
+def _with_digits(table: Any, block: bytes) -> Any:
+    """The table of a block of JSON lines, with integers that became doubles as they are written.
+
+    Arrow reads those beyond 64 bits so, and those beside fractions: two ids could become one.
+    """
+    rows: list[dict[str, Any]] = []
+    for j, field in enumerate(table.schema):
+        column = table.column(j)
+        if not pa.types.is_floating(field.type):
+            continue
+        if not pc.any(pc.greater_equal(pc.abs(column), LARGEST_EXACT)).as_py():
+            continue
+        rows = rows or _objects(block)
+        written = [row.get(field.name) for row in rows]
+        read = column.cast(pa.string()).to_pylist()
+        texts = [x if isinstance(x, str) else y for x, y in zip(written, read, strict=True)]
+        table = table.set_column(j, field.name, pa.array(texts, pa.string()))
+    return table
+
+
+def _objects(block: bytes) -> list[dict[str, Any]]:
+    """JSON objects that follow each other, their integers as text."""
+    decoder, text = json.JSONDecoder(parse_int=str), block.decode().rstrip()
+    rows: list[dict[str, Any]] = []
+    at = len(text) - len(text.lstrip())
+    while at < len(text):
+        row, at = decoder.raw_decode(text, at)
+        rows.append(row)
+        while text[at : at + 1].isspace():
+            at += 1
+    return rows
 
 
 def _delimiter(path: Path, text: str) -> str:

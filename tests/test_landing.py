@@ -647,6 +647,27 @@ class TestJsonLines:
         late = self.read(tmp_path / "x.jsonl", data + b'{"a": 1, "b": 2}\n', columns=["b"])
         assert late["b"].to_pylist()[-2:] == [None, "2"]
 
+    def test_integers_of_any_size_keep_all_their_digits(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.jsonl"
+        ids = [2**64 - 1, 2**64 - 2, 2**63, 7, -(10**30), None, 2**53 + 1]
+        rows = [{"x": 0.5 * i, "id": one} for i, one in enumerate(ids)]
+        rows += [{"id": 1e300}, {"x": 2e19}, {"x": 2**60, "id": 2.5}]
+        table = self.read(path, "\n \n".join(map(json.dumps, rows)).encode())
+        wanted = [*(None if one is None else str(one) for one in ids), "1e+300", None, "2.5"]
+        assert table["id"].to_pylist() == wanted
+        assert [None if x is None else float(x) for x in table["x"].to_pylist()] == [
+            row.get("x") for row in rows
+        ]
+        for packed in (b' {"a":1}{"a":%d}\n', b'{"a":\n1}\n\n{"a":%d}'):
+            again = self.read(path, packed % (2**53 + 1))
+            assert again["a"].to_pylist() == ["1", str(2**53 + 1)]
+            again = self.read(path, packed % (2**65 + 1))
+            assert again["a"].to_pylist() == ["1", str(2**65 + 1)]
+        encoder = Encoder({"id": "categorical"})
+        encoder.encode(table.slice(0, 3))
+        assert encoder.schema["id"].levels == tuple(map(str, ids[:3]))
+        assert Encoder({"x": "real"}).ids(table.slice(0, 3), "id") == list(map(str, ids[:3]))
+
     def test_nested_values_of_other_columns_do_not_matter(self, tmp_path: Path) -> None:
         table = self.read(tmp_path / "x.ndjson", b'{"a":1,"b":{"x":1}}\n', columns=["a"])
         assert table.to_pydict() == {"a": ["1"]}
