@@ -874,8 +874,7 @@ def _zarr(path: Path) -> Chunked:
     except (OSError, ValueError, TypeError, KeyError):
         arrays = {}  # what is wrong with it is said where an array is opened
     for name, a in arrays.items():
-        if a.ndim:
-            check_zarr(f"{path}/{name}", a, a.shards or a.chunks)
+        check_zarr(f"{path}/{name}", a, a.shards or a.chunks)
     if any(_named_dimensions(a) for a in arrays.values()):
         return _written_by_xarray(path)
     if not arrays or {a.ndim for a in arrays.values()} != {1}:

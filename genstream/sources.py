@@ -691,12 +691,18 @@ def _open_zarr(path: str | Path) -> zarr.Array[Any]:
         raise CorruptError(f"{path}: its zarr metadata cannot be used: {error}") from None
     if isinstance(opened, zarr.Array):
         return opened
-    arrays = sorted(name for name, _ in opened.arrays())
+    try:
+        arrays = dict(opened.arrays())
+    except (ValueError, TypeError, KeyError) as error:
+        what = str(error).partition("\n")[0]
+        raise DataError(
+            f"{path}: a zarr group, and the metadata of one of its arrays cannot be used ({what}): "
+            "name the one to read in the path"
+        ) from None
     if len(arrays) == 1:
-        found = opened[arrays[0]]
-        assert isinstance(found, zarr.Array)
+        (found,) = arrays.values()
         return found
-    listed = ", ".join(arrays) or "none"
+    listed = ", ".join(sorted(arrays)) or "none"
     raise DataError(f"{path}: a zarr group; name one of its arrays in the path ({listed})")
 
 
@@ -704,7 +710,7 @@ def check_zarr(name: str, array: zarr.Array[Any], chunks: tuple[int, ...]) -> No
     """Refuse, before anything is decoded, what a small store can do: declare terabytes.
 
     Raises DataError, naming the array, on chunks above 2 GiB, on a codec that is not one of those
-    allowed, and where data are declared but no chunk is stored.
+    allowed, and where data are declared but no chunk is stored, a scalar's excepted.
     """
     from zarr.core.metadata import ArrayV2Metadata
 
@@ -726,7 +732,7 @@ def check_zarr(name: str, array: zarr.Array[Any], chunks: tuple[int, ...]) -> No
                 f"{name}: is stored with codec {codec!r}, which is not one of those allowed: "
                 f"{', '.join(sorted(_CODECS))}"
             )
-    if _holds_no_chunk(array):
+    if array.ndim and _holds_no_chunk(array):
         raise DataError(f"{name}: declares {array.nbytes} bytes, but no chunk is stored")
 
 

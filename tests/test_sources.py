@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from genstream.sources import (
     ZarrSource,
     n_rows,
 )
+from genstream.tables import open_source
 
 
 def everything(source: Source) -> Rows:
@@ -243,6 +245,36 @@ def test_bad_zarr_gets_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "bad" / "zarr.json").write_text("{")
     with pytest.raises(GenstreamError, match="bad"):
         ZarrSource(tmp_path / "bad")
+
+
+@pytest.mark.parametrize("shape", [[], [3]])
+def test_a_member_that_zarr_cannot_know_is_told_in_one_line(tmp_path: Path, shape: list) -> None:
+    path = tmp_path / "g.zarr"
+    group = zarr.open_group(str(path), mode="w", zarr_format=2)
+    group.create_array("x", shape=(3,), dtype="f8")[:] = 1.0
+    bad = {"zarr_format": 2, "shape": shape, "chunks": shape, "dtype": "<f8", "fill_value": 0}
+    bad |= {"compressor": {"id": "pickle", "protocol": 5}, "order": "C", "filters": None}
+    (path / "t").mkdir()
+    (path / "t" / ".zarray").write_text(json.dumps(bad))
+    for opened in (open_source, ZarrSource):
+        with pytest.raises(DataError, match=r"g\.zarr: .*pickle.*: name the one to read") as caught:
+            opened(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_scalars_of_a_zarr_group_are_stored_by_codecs_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "g.zarr"
+    group = zarr.open_group(str(path), mode="w", zarr_format=2)
+    group.create_array("x", shape=(3,), dtype="f8")[:] = 1.0
+    group["x"].attrs["_ARRAY_DIMENSIONS"] = ["row"]
+    # Nothing is stored of a scalar that is its fill value.
+    group.create_array("crs", shape=(), dtype="i8").attrs["_ARRAY_DIMENSIONS"] = []
+    assert open_source(path).read(0).values.tolist() == [[1.0]] * 3
+    metadata = json.loads((path / "crs" / ".zarray").read_text())
+    metadata["compressor"] = {"id": "packbits"}
+    (path / "crs" / ".zarray").write_text(json.dumps(metadata))
+    with pytest.raises(DataError, match=r"crs: is stored with codec 'packbits'"):
+        open_source(path)
 
 
 def test_flipped_bits_of_a_checksummed_zarr_are_found(tmp_path: Path) -> None:
