@@ -272,6 +272,7 @@ def _read(data: str, wanted: _Wanted, size: int | None = None) -> Iterator[tuple
 
 
 def _chunks(data: str, wanted: _Wanted) -> Iterator[tuple[Rows, Ids | None]]:
+    from genstream.sources import rows_of_piece
     from genstream.store import Dataset
     from genstream.tables import Encoder, read_tables
 
@@ -293,7 +294,7 @@ def _chunks(data: str, wanted: _Wanted) -> Iterator[tuple[Rows, Ids | None]]:
         )
         names = list(dict.fromkeys([*wanted.schema.names, *([id_column] if id_column else [])]))
         first = 0
-        for table in read_tables(path, columns=names, chunk_rows=CHUNK_ROWS):
+        for table in read_tables(path, columns=names, chunk_rows=rows_of_piece(len(names))):
             rows = encoder.encode(table, first_row=first, place=path)
             ids = encoder.ids(table, id_column, first_row=first, place=path) if id_column else None
             yield rows, ids

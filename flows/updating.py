@@ -285,7 +285,9 @@ def _line(done: Learned) -> dict[str, Any]:
 def grows(config: Config) -> bool:
     """Whether the source is one array or table that is fitted where it lies, and may get rows."""
     paths = config.paths
-    return config.dataset is None and len(paths) == 1 and not glob.has_magic(paths[0])
+    if config.dataset is not None or len(paths) != 1:
+        return False
+    return Path(paths[0]).exists() or not glob.has_magic(paths[0])
 
 
 def _source(

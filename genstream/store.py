@@ -134,9 +134,9 @@ class Dataset:
         """The rows of this manifest, or of the one given, as chunks.
 
         `batches` are ids of those whose rows are wanted; left out, all are. Limits, resolution and
-        unit of a column, which are no part of what is stored of its entries, are those of its
-        namesake in `columns`, where there is one of its kind. Raises DataError where there are no
-        rows.
+        unit of a column, which are no part of what is stored of its entries, are as its namesake in
+        `columns` says, where there is one of its kind and it says any. Raises DataError where there
+        are no rows.
         """
         of = self if manifest is None else Dataset.open(self.storage.name, manifest)
         return DatasetSource(of, None if batches is None else tuple(batches), tuple(columns))
@@ -370,11 +370,11 @@ class DatasetSource:
 
 
 def _described_as(schema: Schema, columns: Iterable[Column]) -> Schema:
-    """A schema with the limits, resolutions and units of columns of the same names and kinds."""
+    """A schema with what columns of the same names and kinds say of limits, resolution and unit."""
     told = {(column.name, column.kind): column for column in columns}
     return Schema(
         tuple(
-            replace(new, levels=old.levels)
+            replace(new, levels=old.levels).completed(old)
             if (new := told.get((old.name, old.kind))) is not None
             else old
             for old in schema.columns

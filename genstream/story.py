@@ -59,6 +59,8 @@ _preparing = threading.RLock()
 
 # More components on a floor than this are told of together.
 MANY_TOLD = 8
+# Where all weights are below this, those of responsibilities that count may be none in float32.
+LIGHTEST = 1e-30
 # Log-densities this close, relative to 1 + their size, tell no two components apart.
 TWIN = 1e-9
 
@@ -284,6 +286,9 @@ class Story:
         responsibilities given from outside, which leaves the objective at 0. A rule that draws
         needs a `key` to draw by.
         """
+        heaviest = 1.0 if rows.weights is None else rows.weights.max(initial=0.0)
+        if self.dtype == "float32" and 0 < heaviest < LIGHTEST:
+            return self._in_float64().e_step(params, rows, responsibility, key)
         if isinstance(responsibility, Nearest):
             return self._e_step_nearest(params, rows, responsibility, key)
         if rows.weights is not None and not rows.weights.all():

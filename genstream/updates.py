@@ -36,7 +36,7 @@ from genstream.models import SETTLED, Event, ModelStore, MovedError, Snapshot
 from genstream.online import OnlineEM
 from genstream.rows import Rows
 from genstream.schema import Column, Schema
-from genstream.sources import CHUNK_ROWS, Source, row_hash
+from genstream.sources import Source, row_hash, rows_of_piece
 from genstream.start import RESCUE_ROWS
 from genstream.story import Params, Story
 from genstream.tables import Encoder, read_tables
@@ -48,8 +48,6 @@ log = logging.getLogger("genstream")
 # memory, and add little.
 MAX_HELD = 20_000
 HELD_NBYTES = 8 << 20
-# Bytes of the rows of a file that are in memory at once.
-PIECE_NBYTES = 8 << 20
 # Badly explained rows of a batch from which a component may be born.
 MAX_SURPRISING = 2_048
 # Other writers may overtake this often before an update gives up.
@@ -119,7 +117,7 @@ class TableDelivery:
             carried=() if self.weights is None else (self.weights,),
         )
         first = 0
-        chunk_rows = min(CHUNK_ROWS, max(256, PIECE_NBYTES // (8 * known.n_features)))
+        chunk_rows = rows_of_piece(known.n_features)
         try:
             for table in read_tables(self.data, columns=encoder.wanted, chunk_rows=chunk_rows):
                 rows = encoder.encode(table, first_row=first, place=self.name)

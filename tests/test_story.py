@@ -364,6 +364,15 @@ class TestWeightScale:
         assert oracles.distance(found[1][0], found[0][0]) < 1e-9
         assert not found[1][1].any()
 
+    @pytest.mark.parametrize("scale", [1e-20, 1e-35, 1e-44, 1e-200])
+    @pytest.mark.parametrize("kind", ["full", "tied", "diag"])
+    def test_nor_does_float32(self, kind: str, scale: float) -> None:
+        story, params, values = drawn(kind, 90, gaps=0.2, prior=None, dtype="float32")
+        weights = np.random.default_rng(0).uniform(0.5, 2, len(values))
+        one, other = (story.e_step(params, Rows.of(values, weights * by)) for by in (1.0, scale))
+        assert other.weight == pytest.approx(one.weight * scale, rel=1e-6)
+        assert oracles.distance(other.scale(1 / scale), one) < 1e-4
+
 
 class TestPlace:
     @pytest.mark.parametrize("kind", STORIES)
