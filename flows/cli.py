@@ -301,10 +301,12 @@ def _carry_out(run: Run, as_json: bool, profile: bool = False) -> None:
     """What is left to do of a run, and where the time of it went if that is wanted or was."""
     if profile:
         run.update(profile=True)
+    # The run of an update that finds nothing is gone when that ends.
+    is_update = run.kind == "update"
     try:
         _go_through(run, as_json)
     finally:
-        spent = run.stage("fit").get("profile")
+        spent = None if is_update else run.stage("fit").get("profile")
         if spent is not None:
             from genstream.profile import profile_text
 
