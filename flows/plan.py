@@ -208,10 +208,12 @@ def products_nbytes(story: Story) -> int:
     """
     from genstream.families.blocks import MIN_BLOCK
 
-    if story.n_factors:
-        return 0
-    sizes = [np.shape(value)[-2:] for _, _, value in _of_nothing(story).leaves()]
-    d = max((size[0] for size in sizes if len(size) == 2 and size[0] == size[1]), default=0)
+    sizes = [
+        value.shape[-1]
+        for _, names, value in _of_nothing(story).leaves()
+        if names and names[-1].endswith("feature_other")
+    ]
+    d = max(sizes, default=0)
     numbers = MIN_BLOCK * d * (d + 1) // 2
     return numbers * (8 if story.dtype == "float64" else 4 + 8)
 

@@ -16,11 +16,14 @@ import pytest
 from flows import stages
 from flows.config import Compute, load
 from flows.data import ingest_data, open_data
-from flows.plan import make_plan
+from flows.plan import make_plan, products_nbytes
 from flows.run import Interrupted, Run
 from genstream import compiled
 from genstream.errors import ComputeError, ConfigError, DataError
 from genstream.learn import FitState, StepInfo
+from genstream.schema import Column, Schema
+from genstream.stories import mixture
+from genstream.story import Story
 
 CONFIG = """\
 name: small
@@ -316,6 +319,24 @@ def test_memory_stays_below_what_was_planned(folder: Path, components: int, colu
     )
     peak = json.loads(ran.stdout)["stages"]["evaluate"]["peak_rss"]
     assert plan.memory / 4 < peak < plan.memory
+
+
+@pytest.mark.parametrize(
+    ("story", "wide"),
+    [
+        (mixture(Schema.real(40), 40), 40),
+        (mixture(Schema.real(40), 40, covariance="tied", dtype="float32"), 40),
+        (mixture(Schema.real(40), 40, covariance="diag"), 0),
+        (mixture(Schema((*Schema.real(30).columns, Column("n", "count"))), 31), 0),
+        (
+            mixture(Schema((*Schema.real(30).columns, Column("n", "count"))), 3, covariance="full"),
+            30,
+        ),
+    ],
+)
+def test_only_covariances_need_products_of_columns(story: Story, wide: int) -> None:
+    itemsize = 8 if story.dtype == "float64" else 12
+    assert products_nbytes(story) == 256 * wide * (wide + 1) // 2 * itemsize
 
 
 def test_data_in_place_that_changed_are_noticed(folder: Path) -> None:
