@@ -5,6 +5,7 @@ Everything heavy is imported by the verb that needs it, so that help comes at on
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ from flows.command import (
 )
 from flows.run import Run
 from flows.terminal import table
-from genstream.errors import ConfigError, CorruptError
+from genstream.errors import ConfigError, CorruptError, GenstreamError
 
 app = typer.Typer(
     name="genstream",
@@ -207,7 +208,6 @@ def serve(
     ] = False,
 ) -> None:
     """Update models on the schedules of their configurations, until interrupted."""
-    import contextlib
     import sys
 
     from flows.serve import serve as serve_updates
@@ -288,12 +288,14 @@ def resume(
 ) -> None:
     """Go on with a run that was interrupted, to the same bits as if it had not been."""
     found = Run.find(run)
-    if take_over:
-        found.take_over()
     if profile and found.kind == "update":
         raise ConfigError(f"run {found.id} is an update: a profile is taken of fits and sweeps")
     if profile and found.stage("fit"):
         raise ConfigError(f"run {found.id} has learned already: leave --profile out")
+    if take_over:
+        found.take_over()
+    if profile:
+        found.refuse_if_held()
     _carry_out(found, as_json, profile)
 
 
@@ -306,11 +308,13 @@ def _carry_out(run: Run, as_json: bool, profile: bool = False) -> None:
     try:
         _go_through(run, as_json)
     finally:
-        spent = None if is_update else run.stage("fit").get("profile")
-        if spent is not None:
-            from genstream.profile import profile_text
+        # Whatever went wrong before says more than a run that cannot be read.
+        with contextlib.suppress(GenstreamError):
+            spent = None if is_update else run.stage("fit").get("profile")
+            if spent is not None:
+                from genstream.profile import profile_text
 
-            typer.echo(f"\n{profile_text(spent)}", err=True)
+                typer.echo(f"\n{profile_text(spent)}", err=True)
 
 
 def _go_through(run: Run, as_json: bool) -> None:

@@ -134,7 +134,8 @@ def project_memory(config: Config, stories: Sequence[Story], extent: Extent) -> 
     d = stories[0].schema.n_features
     params = sum(map(statistics_nbytes, stories))
     a_worker = WORKER_NBYTES + CHUNKS_HELD * extent.chunk_nbytes + 2 * params
-    a_worker += max(map(products_nbytes, stories))
+    complete = config.data.missing == "forbid"
+    a_worker += max(products_nbytes(story, complete=complete) for story in stories)
     side_by_side = min(workers, len(stories))
 
     def start_of(story: Story) -> int:
@@ -200,18 +201,22 @@ def _of_nothing(story: Story) -> Any:
     return story.e_step(story.vague(), Rows(np.empty((0, story.schema.n_features))))
 
 
-def products_nbytes(story: Story) -> int:
+@functools.lru_cache(MAX_CANDIDATES)
+def products_nbytes(story: Story, *, complete: bool = False) -> int:
     """Bytes of the products of columns in a block of rows, where these are too many for the cache.
 
     A covariance matrix (d, d) has d (d + 1) / 2 of them a row, which components that need another
-    arithmetic than float32 have in float64 besides.
+    arithmetic than float32 have in float64 besides. Of `complete` rows one that all components
+    share needs none.
     """
     from genstream.families.blocks import MIN_BLOCK
 
     sizes = [
         value.shape[-1]
         for _, names, value in _of_nothing(story).leaves()
-        if names and names[-1].endswith("feature_other")
+        if names
+        and names[-1].endswith("feature_other")
+        and not (complete and "component" not in names)
     ]
     d = max(sizes, default=0)
     numbers = MIN_BLOCK * d * (d + 1) // 2

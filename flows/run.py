@@ -204,6 +204,12 @@ class Run:
             f"there; if that machine is gone: `genstream resume {self.id} --take-over`"
         )
 
+    def refuse_if_held(self) -> None:
+        """Raise ConflictError where another process is at the run."""
+        info, mine = self.info(), _this_process()
+        if info["status"] == "running" and info["process"] != mine and _alive(info["process"]):
+            raise ConflictError(self._held())
+
     def begun(self) -> None:
         """This process is at work on the run."""
         self.update(**_at_work())
@@ -299,10 +305,7 @@ class Run:
 
         Raises ConflictError where another process is at it.
         """
-        info = self.info()
-        mine = _this_process()
-        if info["status"] == "running" and info["process"] != mine and _alive(info["process"]):
-            raise ConflictError(self._held())
+        self.refuse_if_held()
         self.begun()
         handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

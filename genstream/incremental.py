@@ -47,7 +47,8 @@ class IncrementalEM:
     Parameters
     ----------
     max_passes
-        Passes over all tasks after which the fit ends, those counted that a rescue cut short.
+        Passes over all tasks after which the fit ends, those counted that a rescue cut short. In
+        the last one no component is rescued, as no pass would be left to fit it.
     tolerance
         The fit has converged when a pass changes the mean bound by less than this many nats a row.
     tasks
@@ -135,32 +136,39 @@ class IncrementalEM:
         if not (np.isfinite(info.mean_objective) and np.isfinite(total.sum_r).all()):
             state = replace(state, outcome=Outcome.NONFINITE)
         else:
+            earlier = [line for line in state.trace if line.step > state.origin]
+            seen = sum(line.n_rows for line in earlier) + info.n_rows
             params, faulty = story.maximise(total, state.params)
-            params, rescues, events = rescue(story, state, total, params, faulty)
-            info = replace(info, events=events)
-            outcome = self._outcome(story, state, info, a_pass, total.n_rows)
-            state = replace(state, params=params, rescues=rescues, outcome=outcome, stats=total)
+            if seen + total.n_rows <= self.max_passes * total.n_rows:
+                # A pass is left to fill the memo anew: what is moved is fitted, too.
+                params, rescues, events = rescue(story, state, total, params, faulty)
+                info = replace(info, events=events)
+                state = replace(state, rescues=rescues)
+            over = None
+            if any(line.events for line in earlier):
+                # A rescue begins the memo anew, but not the count of passes.
+                over = seen >= self.max_passes * total.n_rows
+            outcome = self._outcome(story, state, info, a_pass, over)
+            state = replace(state, params=params, outcome=outcome, stats=total)
             # What the memo says of a component that was moved is of where it was.
             cursor = state.cursor + 1 if state.memo is not None else 0
-            state = replace(state, memo=None if events else memo, cursor=0 if events else cursor)
+            moved = bool(info.events)
+            state = replace(state, memo=None if moved else memo, cursor=0 if moved else cursor)
         info = replace(info, seconds=time.perf_counter() - begin)
         return state.after(info), info
 
     def _outcome(
-        self, story: Story, state: FitState, info: StepInfo, a_pass: int, n_rows: int
+        self, story: Story, state: FitState, info: StepInfo, a_pass: int, over: bool | None
     ) -> Outcome:
-        """How the fit stands; `state` is the one before the step, `n_rows` are those of a pass."""
+        """How the fit stands; `state` is the one before the step, and `over` says whether all
+        passes are done, where the cursor does not.
+        """
+        if info.events:
+            return Outcome.RUNNING
         done = 0 if state.memo is None else state.cursor + 1
-        earlier = [line for line in state.trace if line.step > state.origin]
-        if info.events or any(line.events for line in earlier):
-            # A rescue begins the memo anew, but not the count of passes; a pass follows it.
-            seen = sum(line.n_rows for line in earlier) + info.n_rows
-            over = seen + (n_rows if info.events else 1) > self.max_passes * n_rows
-        else:
+        if over is None:
             # The pass that fills the memo is the first one.
             over = done >= (self.max_passes - 1) * a_pass
-        if info.events:
-            return Outcome.MAX_STEPS if over else Outcome.RUNNING
         trace = state.trace[-a_pass:]
         drawn = isinstance(self.responsibility, Sampled)
         if state.memo is not None and not drawn:

@@ -100,14 +100,19 @@ class Column:
 
         Raises ConfigError where limits of the two contradict each other.
         """
-        return replace(
-            self,
-            levels=max(self.levels, known.levels, key=len),
-            unit=self.unit or known.unit,
-            lower=known.lower if self.lower is None else self.lower,
-            upper=known.upper if self.upper is None else self.upper,
-            resolution=known.resolution if self.resolution is None else self.resolution,
-        )
+        try:
+            return replace(
+                self,
+                levels=max(self.levels, known.levels, key=len),
+                unit=self.unit or known.unit,
+                lower=known.lower if self.lower is None else self.lower,
+                upper=known.upper if self.upper is None else self.upper,
+                resolution=known.resolution if self.resolution is None else self.resolution,
+            )
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}: what is not said is as in the data stored before; say both limits"
+            ) from None
 
     def code(self, value: float | str) -> float:
         """The number that stands for a value in `Rows`: a level's position, or the number itself.
