@@ -702,41 +702,66 @@ def _add_product(a: Any, b: Any, out: Any) -> None:
 
 
 @_compiled()
-def _add_scaled(a: Any, factor: Any, out: Any) -> None:
-    for r in range(out.shape[0]):
-        out[r] += a[r] * factor
+def _distances(y: Any, start: int, mean: Any, mask: Any, m: int, out: Any) -> None:
+    """`y - mean` (d, m) from column `start` of (d, n) on, 0 where nothing is observed."""
+    for i in range(y.shape[0]):
+        centre = mean[i]
+        for r in range(m):
+            out[i, r] = (y[i, start + r] - centre) * mask[i, r]
 
 
 @_compiled()
-def _add_scaled_4(
-    a: Any, b: Any, c: Any, d: Any, of_a: Any, of_b: Any, of_c: Any, of_d: Any, out: Any
-) -> None:
-    """Four terms at a time: the sum is read and written once."""
-    for r in range(out.shape[0]):
-        out[r] += (a[r] * of_a + b[r] * of_b) + (c[r] * of_c + d[r] * of_d)
-
-
-@_compiled()
-def _weighed_sum(x: Any, factors: Any, m: int, out: Any) -> None:
-    """`factors' x` (m,) of the first columns of (d, TILE)."""
+def _turned(matrix: Any, x: Any, m: int, out: Any, square: Any) -> None:
+    """`matrix x` of the first m columns of (d, TILE), and `x' matrix x` of each of them."""
     d = x.shape[0]
-    out[:] = 0
-    j = 0
-    while j + 4 <= d:
-        a, b, c, e = x[j, :m], x[j + 1, :m], x[j + 2, :m], x[j + 3, :m]
-        _add_scaled_4(a, b, c, e, factors[j], factors[j + 1], factors[j + 2], factors[j + 3], out)
-        j += 4
-    while j < d:
-        _add_scaled(x[j, :m], factors[j], out)
-        j += 1
+    square[:m] = 0
+    for i in range(d):
+        out[i, :m] = 0
+        j = 0
+        while j + 4 <= d:
+            # Four terms at a time: the sum is read and written once.
+            p, q, s, t = matrix[i, j], matrix[i, j + 1], matrix[i, j + 2], matrix[i, j + 3]
+            for r in range(m):
+                out[i, r] += (x[j, r] * p + x[j + 1, r] * q) + (x[j + 2, r] * s + x[j + 3, r] * t)
+            j += 4
+        while j < d:
+            p = matrix[i, j]
+            for r in range(m):
+                out[i, r] += x[j, r] * p
+            j += 1
+        for r in range(m):
+            square[r] += x[i, r] * out[i, r]
 
 
 @_compiled(reorder=True)
-def _dot(a: Any, b: Any) -> float:
-    s = 0.0
-    for r in range(a.shape[0]):
-        s += np.float64(a[r]) * np.float64(b[r])
-    return s
+def _add_products(x: Any, y: Any, m: int, out: Any) -> None:
+    """`x y'` of the first m columns of two (d, TILE), on and below the diagonal, added to (d, d);
+    what comes above it is not all there is. Four sums at a time read each number of `x` once, and a
+    sum over the few rows of a tile is taken in their arithmetic.
+    """
+    d = x.shape[0]
+    zero = x.dtype.type(0)
+    for i in range(d):
+        j = 0
+        while j + 4 <= d and j <= i:
+            p, q, s, t = zero, zero, zero, zero
+            for r in range(m):
+                v = x[i, r]
+                p += v * y[j, r]
+                q += v * y[j + 1, r]
+                s += v * y[j + 2, r]
+                t += v * y[j + 3, r]
+            out[i, j] += p
+            out[i, j + 1] += q
+            out[i, j + 2] += s
+            out[i, j + 3] += t
+            j += 4
+        while j <= i:
+            p = zero
+            for r in range(m):
+                p += x[i, r] * y[j, r]
+            out[i, j] += p
+            j += 1
 
 
 @_compiled()
@@ -752,13 +777,11 @@ def _subtract_number(a: Any, number: Any, out: Any) -> None:
 @_compiled()
 def _factors_of_rows(factor: Any, pattern: Any, lower: Any) -> None:
     """The triangle of each row's factor, (s (s + 1) / 2, TILE), of the patterns' (s, s, p)."""
-    m = pattern.shape[0]
     at = 0
     for i in range(factor.shape[0]):
         for j in range(i + 1):
-            row, entries = lower[at, :m], factor[i, j]
-            for r in range(m):
-                row[r] = entries[pattern[r]]
+            for r in range(pattern.shape[0]):
+                lower[at, r] = factor[i, j, pattern[r]]
             at += 1
 
 
@@ -819,13 +842,8 @@ def solve_by_gaps(
             c = matrix[k]
             if k == 0 or c != matrix[k - 1]:
                 _factors_of_rows(factor[c], at, lower)
-            for i in range(d):
-                _subtract_number(y[i, start:stop], mean[k, i], slope[i, :m])
-                _product(slope[i, :m], mask[i, :m], e[i, :m])
-            square[:m] = 0
-            for i in range(d):
-                _weighed_sum(e, precision[c, i], m, slope[i, :m])
-                _add_product(e[i, :m], slope[i, :m], square[:m])
+            _distances(y, start, mean[k], mask, m, e)
+            _turned(precision[c], e, m, slope, square)
             for a in range(size):
                 for r in range(m):
                     g[a, r] = slope[columns[a, start + r], r]
@@ -924,8 +942,7 @@ def gather_lanes(
             for i in range(d):
                 _product(e[i, :m], weight, weighed[i, :m])
                 first[k, i] += _total(weighed[i, :m])
-                for j in range(i + 1):
-                    second[k, i, j] += _dot(weighed[i, :m], e[j, :m])
+            _add_products(weighed, e, m, second[k])
     for k in range(mean.shape[0]):
         for i in range(d):
             for j in range(i):
