@@ -134,6 +134,19 @@ def within(array: Array, limit: float) -> bool:
         return not array.size or (float(array.min()) >= -limit and float(array.max()) <= limit)
 
 
+def parted(array: Array, limit: float) -> tuple[Array, NDArray[np.bool_]] | None:
+    """A copy of an array of floating-point numbers with 0 for NaN, and which of them are there.
+
+    None where it does not pay, or any is beyond a limit.
+    """
+    if not (array.flags.forc and pays(array.size)):
+        return None
+    values, there = np.empty_like(array), np.empty_like(array, dtype=np.bool_)
+    flat = [a.reshape(-1, order="A") for a in (array, values, there)]
+    found: Any = loops()
+    return (values, there) if found.parted(flat[0], limit, *flat[1:]) else None
+
+
 def quadratic(values: Array, pivot: Any, out: Array) -> Array:
     """`[y_i y_j (i <= j), y, 1]` of rows, as `pivoted`."""
     d = values.shape[1]

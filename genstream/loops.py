@@ -684,9 +684,19 @@ def half_square(z: Any, out: Any) -> None:
         out[r] *= -0.5
 
 
-# Rows whose patterns of gaps differ, side by side: see `genstream.families.lanes`. A few rows at a
-# time, as vectors: what is held of them stays in the first cache.
-TILE = 64
+# Rows whose patterns of gaps differ, side by side: see `genstream.families.lanes`. Tiles of them
+# are worked on as vectors: what is held of one stays in the nearer caches. Matrix products are of
+# whole tiles: what stands in columns beyond the last row is 0, or nobody looks at it.
+TILE, TILE_NUMBERS = 256, 1 << 15
+# Pivots whose product stays within the range of float64.
+RUN = 8
+
+
+@_compiled()
+def _tile_rows(n: int, d: int, size: int) -> int:
+    """Rows of a tile, of n in all: of d columns, `size` of which are solved for."""
+    most = TILE_NUMBERS // (4 * d + size * (size + 5) // 2)
+    return min(TILE, max(32, most // 32 * 32), (n + 7) // 8 * 8)
 
 
 @_compiled()
@@ -702,81 +712,42 @@ def _add_product(a: Any, b: Any, out: Any) -> None:
 
 
 @_compiled()
-def _distances(y: Any, start: int, mean: Any, mask: Any, m: int, out: Any) -> None:
-    """`y - mean` (d, m) from column `start` of (d, n) on, 0 where nothing is observed."""
-    for i in range(y.shape[0]):
-        centre = mean[i]
-        for r in range(m):
-            out[i, r] = (y[i, start + r] - centre) * mask[i, r]
-
-
-@_compiled()
-def _turned(matrix: Any, x: Any, m: int, out: Any, square: Any) -> None:
-    """`matrix x` of the first m columns of (d, TILE), and `x' matrix x` of each of them."""
-    d = x.shape[0]
-    square[:m] = 0
-    for i in range(d):
-        out[i, :m] = 0
-        j = 0
-        while j + 4 <= d:
-            # Four terms at a time: the sum is read and written once.
-            p, q, s, t = matrix[i, j], matrix[i, j + 1], matrix[i, j + 2], matrix[i, j + 3]
-            for r in range(m):
-                out[i, r] += (x[j, r] * p + x[j + 1, r] * q) + (x[j + 2, r] * s + x[j + 3, r] * t)
-            j += 4
-        while j < d:
-            p = matrix[i, j]
-            for r in range(m):
-                out[i, r] += x[j, r] * p
-            j += 1
-        for r in range(m):
-            square[r] += x[i, r] * out[i, r]
-
-
-@_compiled(reorder=True)
-def _add_products(x: Any, y: Any, m: int, out: Any) -> None:
-    """`x y'` of the first m columns of two (d, TILE), on and below the diagonal, added to (d, d);
-    what comes above it is not all there is. Four sums at a time read each number of `x` once, and a
-    sum over the few rows of a tile is taken in their arithmetic.
-    """
-    d = x.shape[0]
-    zero = x.dtype.type(0)
-    for i in range(d):
-        j = 0
-        while j + 4 <= d and j <= i:
-            p, q, s, t = zero, zero, zero, zero
-            for r in range(m):
-                v = x[i, r]
-                p += v * y[j, r]
-                q += v * y[j + 1, r]
-                s += v * y[j + 2, r]
-                t += v * y[j + 3, r]
-            out[i, j] += p
-            out[i, j + 1] += q
-            out[i, j + 2] += s
-            out[i, j + 3] += t
-            j += 4
-        while j <= i:
-            p = zero
-            for r in range(m):
-                p += x[i, r] * y[j, r]
-            out[i, j] += p
-            j += 1
-
-
-@_compiled()
 def _subtract_number(a: Any, number: Any, out: Any) -> None:
     for r in range(out.shape[0]):
         out[r] = a[r] - number
 
 
-# Of what is held of a tile only the first m columns are in use: a row of a part of an array is
-# contiguous to the compiler, one of an array that is itself a part is not.
+@_compiled()
+def _masked_distance(a: Any, number: Any, mask: Any, out: Any) -> None:
+    for r in range(out.shape[0]):
+        out[r] = (a[r] - number) * mask[r]
+
+
+@_compiled(reorder=True)
+def _weighed(a: Any, weight: Any, out: Any) -> float:
+    """`weight a` in `out`, and its sum."""
+    total = a.dtype.type(0)
+    for r in range(a.shape[0]):
+        v = a[r] * weight[r]
+        out[r] = v
+        total += v
+    return np.float64(total)
+
+
+@_compiled()
+def pivoted_rows(x: Any, index: Any, shift: Any, inverse: Any, out: Any) -> None:
+    """As `pivoted`, of the rows `index` (m,) of (n, d)."""
+    for start in range(0, index.shape[0], FEW):
+        stop = min(start + FEW, index.shape[0])
+        for i in range(x.shape[1]):
+            s, f = shift[i], inverse[i]
+            for r in range(start, stop):
+                out[i, r] = (x[index[r], i] - s) * f
 
 
 @_compiled()
 def _factors_of_rows(factor: Any, pattern: Any, lower: Any) -> None:
-    """The triangle of each row's factor, (s (s + 1) / 2, TILE), of the patterns' (s, s, p)."""
+    """The triangle of each row's factor, (s (s + 1) / 2, T), of the patterns' (s, s, p)."""
     at = 0
     for i in range(factor.shape[0]):
         for j in range(i + 1):
@@ -787,7 +758,7 @@ def _factors_of_rows(factor: Any, pattern: Any, lower: Any) -> None:
 
 @_compiled()
 def _solve(lower: Any, g: Any, x: Any, m: int, square: Any) -> None:
-    """`x` (s, TILE) of `L D L' x = g`, and `g'x` (m,); `g` is overwritten."""
+    """`x` (s, T) of `L D L' x = g`, and `g'x` (m,); `g` is overwritten."""
     size = g.shape[0]
     at = 0
     square[:] = 0
@@ -805,78 +776,93 @@ def _solve(lower: Any, g: Any, x: Any, m: int, square: Any) -> None:
 
 
 @_compiled()
-def solve_by_gaps(
+def _from_peak(peak: Any, pattern: Any, square: Any, out: Any) -> None:
+    for r in range(out.shape[0]):
+        out[r] = peak[pattern[r]] - 0.5 * square[r]
+
+
+@_compiled()
+def score_by_gaps(
     y: Any,
     mean: Any,
-    seen: Any,
+    which: Any,
     pattern: Any,
     columns: Any,
     matrix: Any,
     precision: Any,
     factor: Any,
+    peak: Any,
     solved: Any,
-    quadratic: Any,
+    out: Any,
 ) -> None:
-    """Solve for what is missing: `x` (k, s, n) in `solved`, and the quadratic forms (k, n).
+    """Solve for what is missing: `x` (k, s, n) in `solved`, and the scores in rows `which` (k,) of
+    `out` (K, n).
 
-    `y` (d, n) are the rows, `seen` (p, d) is 1 where a pattern observes, `pattern` (n,) that of
-    each row, `columns` (s, n) what it misses. `matrix` (k,) says which of the precisions (c, d, d)
-    and factors (c, s, s, p) a component with `mean` (k, d) has.
+    `y` (d, n) are the rows, `pattern` (n,) says which pattern each of them has, `columns` (s, n)
+    what it misses. `peak` (K, p) is a pattern's score at distance 0. `matrix` (k,) says which of
+    the precisions (c, d, d) and factors (c, s, s, p) a component with `mean` (k, d) has.
     """
     d, n = y.shape
     size = columns.shape[0]
-    e, slope = np.empty((d, TILE), y.dtype), np.empty((d, TILE), y.dtype)
-    g = np.empty((size, TILE), y.dtype)
-    x = np.empty((size, TILE), y.dtype)
-    lower = np.empty((size * (size + 1) // 2, TILE), y.dtype)
-    square, explained = np.empty(TILE, y.dtype), np.empty(TILE, y.dtype)
-    mask = np.empty((d, TILE), y.dtype)
-    for start in range(0, n, TILE):
-        stop = min(start + TILE, n)
+    tile = _tile_rows(n, d, size)
+    rows, mask = np.zeros((d, tile), y.dtype), np.zeros((d, tile), y.dtype)
+    e, slope = np.zeros((d, tile), y.dtype), np.zeros((d, tile), y.dtype)
+    g, x = np.empty((size, tile), y.dtype), np.empty((size, tile), y.dtype)
+    lower = np.empty((size * (size + 1) // 2, tile), y.dtype)
+    square, explained = np.empty(tile, y.dtype), np.empty(tile, y.dtype)
+    for start in range(0, n, tile):
+        stop = min(start + tile, n)
         m = stop - start
         at = pattern[start:stop]
         for i in range(d):
+            rows[i, :m] = y[i, start:stop]
+        mask[:] = 1
+        for a in range(size):
             for r in range(m):
-                mask[i, r] = seen[at[r], i]
+                mask[columns[a, start + r], r] = 0
         for k in range(mean.shape[0]):
             c = matrix[k]
             if k == 0 or c != matrix[k - 1]:
                 _factors_of_rows(factor[c], at, lower)
-            _distances(y, start, mean[k], mask, m, e)
-            _turned(precision[c], e, m, slope, square)
+            for i in range(d):
+                _masked_distance(rows[i], mean[k, i], mask[i], e[i])
+            np.dot(precision[c], e, slope)
+            square[:] = 0
+            for i in range(d):
+                _add_product(e[i], slope[i], square)
             for a in range(size):
                 for r in range(m):
                     g[a, r] = slope[columns[a, start + r], r]
             _solve(lower, g, x, m, explained[:m])
             for a in range(size):
                 solved[k, a, start:stop] = x[a, :m]
-            _subtract_values(square[:m], explained[:m], quadratic[k, start:stop])
+            for r in range(m):
+                square[r] -= explained[r]
+            _from_peak(peak[which[k]], at, square, out[which[k], start:stop])
 
 
 @_compiled()
-def _subtract_values(a: Any, b: Any, out: Any) -> None:
-    for r in range(out.shape[0]):
-        out[r] = a[r] - b[r]
-
-
-@_compiled()
-def solve_by_observed(
+def score_by_observed(
     y: Any,
     mean: Any,
+    which: Any,
     pattern: Any,
     columns: Any,
     matrix: Any,
     factor: Any,
+    peak: Any,
     solved: Any,
-    quadratic: Any,
+    out: Any,
 ) -> None:
-    """As `solve_by_gaps`, for what is observed: in `columns` (s, n)."""
-    n = y.shape[1]
+    """As `score_by_gaps`, solving for what is observed: in `columns` (s, n)."""
+    d, n = y.shape
     size = columns.shape[0]
-    g, x = np.empty((size, TILE), y.dtype), np.empty((size, TILE), y.dtype)
-    lower = np.empty((size * (size + 1) // 2, TILE), y.dtype)
-    for start in range(0, n, TILE):
-        stop = min(start + TILE, n)
+    tile = _tile_rows(n, d, size)
+    g, x = np.empty((size, tile), y.dtype), np.empty((size, tile), y.dtype)
+    lower = np.empty((size * (size + 1) // 2, tile), y.dtype)
+    square = np.empty(tile, y.dtype)
+    for start in range(0, n, tile):
+        stop = min(start + tile, n)
         m = stop - start
         at = pattern[start:stop]
         for k in range(mean.shape[0]):
@@ -887,9 +873,10 @@ def solve_by_observed(
                 for r in range(m):
                     column = columns[a, start + r]
                     g[a, r] = y[column, start + r] - mean[k, column]
-            _solve(lower, g, x, m, quadratic[k, start:stop])
+            _solve(lower, g, x, m, square[:m])
             for a in range(size):
                 solved[k, a, start:stop] = x[a, :m]
+            _from_peak(peak[which[k]], at, square, out[which[k], start:stop])
 
 
 @_compiled()
@@ -909,49 +896,153 @@ def gather_lanes(
     completed distances `e` from each mean under weights (k, n).
 
     With what is missing in `columns` (s, n), `e` there is `-x`; with what is observed in them it is
-    `covariance x` elsewhere. Rows that no component has a part in cost little.
+    `covariance x` elsewhere. A tile in which a component has no part costs it nothing.
     """
     d, n = y.shape
     size = columns.shape[0]
-    e, weighed = np.empty((d, TILE), y.dtype), np.empty((d, TILE), y.dtype)
-    for start in range(0, n, TILE):
-        stop = min(start + TILE, n)
+    tile = _tile_rows(n, d, size)
+    rows, x = np.zeros((d, tile), y.dtype), np.zeros((d, tile), y.dtype)
+    e, weighed = np.zeros((d, tile), y.dtype), np.zeros((d, tile), y.dtype)
+    products = np.empty((d, d), y.dtype)
+    for start in range(0, n, tile):
+        stop = min(start + tile, n)
         m = stop - start
+        for i in range(d):
+            rows[i, :m] = y[i, start:stop]
+            e[i, m:] = 0
+            weighed[i, m:] = 0
         for k in range(mean.shape[0]):
             weight = weights[k, start:stop]
             if not weight.any():
                 continue
             if by_gaps:
                 for i in range(d):
-                    _subtract_number(y[i, start:stop], mean[k, i], e[i, :m])
+                    _subtract_number(rows[i, :m], mean[k, i], e[i, :m])
                 for a in range(size):
                     for r in range(m):
                         e[columns[a, start + r], r] = -solved[k, a, start + r]
             else:
-                matrix_k = covariance[matrix[k]]
-                e[:, :m] = 0
+                x[:] = 0
                 for a in range(size):
                     for r in range(m):
-                        column, x = columns[a, start + r], solved[k, a, start + r]
-                        for i in range(d):
-                            e[i, r] += matrix_k[column, i] * x
+                        x[columns[a, start + r], r] = solved[k, a, start + r]
+                np.dot(covariance[matrix[k]], x, e)
                 for a in range(size):
                     for r in range(m):
                         column = columns[a, start + r]
-                        e[column, r] = y[column, start + r] - mean[k, column]
+                        e[column, r] = rows[column, r] - mean[k, column]
             for i in range(d):
-                _product(e[i, :m], weight, weighed[i, :m])
-                first[k, i] += _total(weighed[i, :m])
-            _add_products(weighed, e, m, second[k])
-    for k in range(mean.shape[0]):
-        for i in range(d):
+                first[k, i] += _weighed(e[i, :m], weight, weighed[i, :m])
+            np.dot(weighed, e.T, products)
+            for i in range(d):
+                for j in range(d):
+                    second[k, i, j] += products[i, j]
+
+
+@_compiled()
+def sums_by_pattern(pattern: Any, weights: Any, out: Any) -> None:
+    """Add the weights (K, n) of each pattern's rows to (K, p)."""
+    for k in range(weights.shape[0]):
+        for r in range(pattern.shape[0]):
+            out[k, pattern[r]] += weights[k, r]
+
+
+@_compiled()
+def _cells(matrix: Any, row: Any, column: Any, out: Any) -> None:
+    for q in range(out.shape[0]):
+        out[q] = matrix[row[q], column[q]]
+
+
+@_compiled()
+def _pivots(column: Any, least: Any, out: Any) -> None:
+    """A column's variances, of which no less than `least` is left, and one over them."""
+    for q in range(out.shape[0]):
+        out[q] = max(column[q], least[q])
+        column[q] = 1 / out[q]
+
+
+@_compiled()
+def factor_lanes(matrices: Any, small: Any, eps: float, out: Any, log_det: Any) -> None:
+    """As `genstream.families.lanes.factor_lanes`, of the rows and columns `small` (s, p) of
+    matrices (c, d, d); the log-determinants are added to `log_det` (c, p).
+    """
+    size, n = small.shape
+    pivots, scaled = np.empty((size, LANE), out.dtype), np.empty(LANE, out.dtype)
+    least, run = np.empty(LANE, out.dtype), np.empty(LANE)
+    for c in range(matrices.shape[0]):
+        for start in range(0, n, LANE):
+            stop = min(start + LANE, n)
+            m = stop - start
+            for j in range(size):
+                for i in range(j, size):
+                    part = out[c, i, j, start:stop]
+                    _cells(matrices[c], small[i, start:stop], small[j, start:stop], part)
+                top = out[c, j, j, start:stop]
+                for r in range(m):
+                    least[r] = top[r] * eps
+                for h in range(j):
+                    _product(out[c, j, h, start:stop], pivots[h, :m], scaled[:m])
+                    for i in range(j, size):
+                        part = out[c, i, j, start:stop]
+                        _subtract_product(out[c, i, h, start:stop], scaled[:m], part)
+                _pivots(top, least[:m], pivots[j, :m])
+                for i in range(j + 1, size):
+                    part = out[c, i, j, start:stop]
+                    _product(part, top, part)
+            for first in range(0, size, RUN):
+                run[:m] = 1
+                for j in range(first, min(first + RUN, size)):
+                    _product(run[:m], pivots[j, :m], run[:m])
+                for r in range(m):
+                    log_det[c, start + r] += math.log(run[r])
+
+
+@_compiled()
+def add_inverses(factor: Any, small: Any, weight: Any, out: Any) -> None:
+    """Add to `out` (c, d, d), at the rows and columns `small` (s, p), the sum of the inverses of
+    what `factor_lanes` factored under weights (c, p): see
+    `genstream.families.lanes.invert_lanes`.
+    """
+    size, n = small.shape
+    inverse = np.empty((size, size, LANE), factor.dtype)
+    for c in range(factor.shape[0]):
+        for start in range(0, n, LANE):
+            stop = min(start + LANE, n)
+            m = stop - start
+            r = weight[c, start:stop]
+            if not r.any():
+                continue
+            for j in range(size - 1, -1, -1):
+                top = inverse[j, j, :m]
+                top[:] = factor[c, j, j, start:stop]
+                for i in range(j + 1, size):
+                    part = inverse[i, j, :m]
+                    part[:] = 0
+                    for h in range(j + 1, size):
+                        known = inverse[max(i, h), min(i, h), :m]
+                        _subtract_product(known, factor[c, h, j, start:stop], part)
+                    _subtract_product(factor[c, i, j, start:stop], part, top)
+            for i in range(size):
+                for j in range(i + 1):
+                    for q in range(m):
+                        at = start + q
+                        out[c, small[i, at], small[j, at]] += r[q] * inverse[i, j, q]
+        for i in range(out.shape[1]):
             for j in range(i):
-                second[k, j, i] = second[k, i, j]
+                out[c, j, i] = out[c, i, j]
 
 
-@_compiled(reorder=True)
-def _total(a: Any) -> float:
-    s = 0.0
-    for r in range(a.shape[0]):
-        s += np.float64(a[r])
-    return s
+@_compiled()
+def parted(x: Any, limit: float, values: Any, there: Any) -> bool:
+    """Numbers (n,) with 0 for NaN, and which of them are there; false, where any is larger than a
+    limit.
+    """
+    beyond = 0
+    for i in range(x.shape[0]):
+        v = x[i]
+        known = v == v
+        there[i] = known
+        v = v if known else x.dtype.type(0)
+        values[i] = v
+        beyond += not (abs(v) <= limit)
+    return beyond == 0

@@ -268,6 +268,9 @@ def _gaps_apart(
     array: Array, first_row: int, names: Sequence[str] | None
 ) -> tuple[Array, NDArray[np.bool_] | None]:
     """Values with 0 for NaN, and which entries were observed; see `Rows.of` for what it raises."""
+    parted = compiled.parted(array, LARGEST)
+    if parted is not None:
+        return parted
     observed: NDArray[np.bool_] | None = None
     finite = np.isfinite(array)
     if not finite.all():

@@ -13,9 +13,10 @@ import oracles
 import pytest
 from scipy import stats
 
+from genstream import compiled
 from genstream.families import gaussian_walk, lanes
 from genstream.families.lanes import Lanes, factor_lanes, invert_lanes, lane_inverse
-from genstream.families.patterns import Patterns
+from genstream.families.patterns import Patterns, alike
 from genstream.rows import Rows
 from genstream.story import Params, Story
 
@@ -26,6 +27,15 @@ D, K = 5, 3
 @pytest.fixture(autouse=True)
 def no_pattern_is_frequent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gaussian_walk, "FREQUENT", 10**9)
+
+
+@pytest.fixture(autouse=True, params=["numpy", "compiled"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything by NumPy, or in compiled loops."""
+    monkeypatch.setenv(compiled.SWITCH, str(int(request.param == "compiled")))
+    if request.param == "compiled" and not compiled.compiled_available():
+        pytest.skip("Numba is not installed")
+    monkeypatch.setattr(compiled, "pays", lambda *_: compiled.compiled_available())
 
 
 def drawn(
@@ -181,6 +191,25 @@ class TestChunks:
             for part in parts[1:]:
                 total = total.merge(part)
             assert oracles.distance(total, whole) < 1e-12
+
+    @pytest.mark.parametrize("dtype", ["float64", "float32"])
+    def test_many_rows_of_many_patterns_have_the_sums_of_a_few_at_a_time(
+        self, kind: str, dtype: str
+    ) -> None:
+        """More of both than a tile holds, and rows that lie column by column or apart."""
+        story, params, _ = drawn(kind, 13, dtype=dtype)
+        rng = np.random.default_rng(4)
+        values = oracles.with_gaps(story.draw(params, 5000, rng).values, 0.3, rng)
+        values[::50, 3:] = np.nan
+        whole = story.e_step(params, Rows.of(values))
+        parts = [story.e_step(params, Rows.of(part)) for part in np.split(values, 250)]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total.merge(part)
+        near = 1e-12 if dtype == "float64" else 1e-5
+        assert oracles.distance(total, whole) < near
+        for other in (np.asfortranarray(values), np.repeat(values, 2, axis=0)[::2]):
+            assert oracles.distance(story.e_step(params, Rows.of(other)), whole) < near
 
     @pytest.mark.parametrize("size", [16, 17, 40])
     def test_any_blocks_have_the_same_sums(
@@ -366,6 +395,14 @@ class TestPatterns:
         for p, rows in enumerate(parts(found)):
             np.testing.assert_array_equal(rows, np.flatnonzero(found.of_row == p))
         np.testing.assert_array_equal(np.sort(found.order), np.arange(200))
+
+    @pytest.mark.parametrize("order", [lambda a: a, np.sort])
+    def test_those_that_are_there_are_numbered(self, order: Any) -> None:
+        numbers = order(np.random.default_rng(8).integers(0, 300, 120))
+        for some in (numbers, numbers[:1], numbers[:0]):
+            present, own = alike(some)
+            assert present.tolist() == sorted(set(some.tolist()))
+            np.testing.assert_array_equal(present[own], some)
 
     def test_no_rows(self) -> None:
         found = Patterns(np.zeros((0, 3), dtype=bool))

@@ -68,6 +68,31 @@ class TestOf:
         with pytest.raises(DataError, match=message):
             Rows.of(values)
 
+    @pytest.mark.parametrize("dtype", [np.float64, np.float32])
+    @pytest.mark.parametrize("order", ["C", "F", "rows apart"])
+    def test_many_numbers_are_read_as_few_are(self, dtype: Any, order: str) -> None:
+        """Of many, gaps are told apart in compiled loops."""
+        rng = np.random.default_rng(0)
+        array = rng.normal(size=(40_000, 5)).astype(dtype)
+        array[rng.random(array.shape) < 0.2] = np.nan
+        array[0, 0], array[1, 1] = -0.0, np.finfo(dtype).tiny
+        given_ = np.repeat(array, 2, axis=0)[::2]
+        if order != "rows apart":
+            given_ = np.asarray(array, order=order)  # type: ignore[call-overload]
+        rows = Rows.of(given_)
+        np.testing.assert_array_equal(rows.is_observed, ~np.isnan(array))
+        np.testing.assert_array_equal(rows.values, np.where(np.isnan(array), 0, array))
+        assert rows.values.dtype == dtype
+        assert not np.shares_memory(rows.values, given_)
+        for bad in (np.inf, -np.inf):
+            given_[30_000, 2] = bad
+            with pytest.raises(DataError, match="row 30000, column 2 is infinite"):
+                Rows.of(given_)
+        if dtype == np.float64:
+            given_[30_000, 2] = 1e200
+            with pytest.raises(DataError, match=r"row 30000, column 2: 1e\+200 is too large"):
+                Rows.of(given_)
+
     def test_the_place_of_an_error_counts_from_the_first_row(self) -> None:
         with pytest.raises(DataError, match="row 107, column 'v' is infinite"):
             Rows.of(np.diag([np.inf] * 8)[7:, 6:], first_row=107, names=["u", "v"])

@@ -56,7 +56,7 @@ from genstream.families.blocks import (
     slices,
 )
 from genstream.families.lanes import LaneBlock, Lanes, lane_rows
-from genstream.families.patterns import Patterns
+from genstream.families.patterns import Patterns, alike
 from genstream.rows import Rows, pick
 from genstream.stats import Monoid
 
@@ -461,7 +461,7 @@ class GaussianWalk:
         for chosen in self._lanes(found.order, width):
             self.lanes.clear()
             block = self._lane_block(found.of_row[chosen])
-            block.load(pick(self.rows.values, chosen))
+            block.load(self.rows.values, chosen)
             self.block, self.index = block, chosen
             yield chosen
 
@@ -499,14 +499,17 @@ class GaussianWalk:
         rows that are done or have nothing observed.
         """
         k, d = self.kernel.mean.shape
+        # Integers of 16 bits are sorted by counting.
+        index = order[np.argsort(width.astype(np.uint16), kind="stable")]
+        edges = np.cumsum(np.bincount(width, minlength=d + 1))
         for o in range(1, d + 1):
-            index = order[width == o]
-            for piece in slices(len(index), lane_rows(k, d, o)):
-                yield index[piece]
+            same = index[edges[o - 1] : edges[o]]
+            for piece in slices(len(same), lane_rows(k, d, o)):
+                yield same[piece]
 
     def _lane_block(self, of_row: Array) -> LaneBlock:
         """A block of rows whose patterns (n,) observe equally many columns."""
-        present, own = np.unique(of_row, return_inverse=True)
+        present, own = alike(of_row)
         return LaneBlock(self.lanes, self._weak, self.patterns.observed[present], own)
 
     def load(self, index: Index) -> None:
@@ -539,7 +542,7 @@ class GaussianWalk:
         self.lanes.clear()
         for chosen in self._lanes(np.arange(n), width):
             block = self._lane_block(of_row[chosen])
-            block.load(pick(values, chosen))
+            block.load(values, chosen)
             self.block.parts.append((chosen, block))
         nothing = np.flatnonzero(found.width[of_row] == 0)
         if len(nothing):

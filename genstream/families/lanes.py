@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -33,6 +34,7 @@ from numpy.typing import NDArray
 
 from genstream import compiled
 from genstream.families.blocks import LOG_2PI, Array, slices
+from genstream.rows import pick
 
 if TYPE_CHECKING:
     from genstream.families.gaussian_walk import GaussianKernel
@@ -78,13 +80,17 @@ class _Group:
         self.covariance = kernel.covariance[own].astype(dtype)
         self.log_det = kernel.log_det[own]
 
+    def of_all(self, numbers: Array) -> Array:
+        """Those of the group's components, of all (K, ...)."""
+        return numbers if len(self.which) == len(numbers) else numbers[self.which]
+
 
 class Lanes:
     """What lanes need of a kernel for one walk, and the buffers they share.
 
     In float32, components whose quadratic form could be off by more than `MAX_ROUNDING` nats are
     worked on in float64, as they are over complete rows. `fast` says that loops are compiled: these
-    do all components in one go, without the interpreter's lock.
+    do all patterns and components in one go, without the interpreter's lock.
     """
 
     def __init__(self, kernel: GaussianKernel, fast: bool = False) -> None:
@@ -127,8 +133,8 @@ class _Rows:
     """Where the columns of the smaller side are, in rows whose patterns observe equally many.
 
     Of the patterns, `seen` (p, d) is what they observe, `small` (s, p) the columns of the smaller
-    side. Of the rows, `pattern` (n,) is the pattern, `columns` (s, n) the columns of the smaller
-    side and `places` (s, n) their positions in a (d, n) array.
+    side. Of the rows, `pattern` (n,) is the pattern and `columns` (s, n) are the columns of the
+    smaller side.
     """
 
     def __init__(self, lanes: Lanes, seen: NDArray[np.bool_], pattern: NDArray[np.intp]) -> None:
@@ -139,12 +145,15 @@ class _Rows:
         side = ~seen if self.by_gaps else seen
         size = d - self.n_observed if self.by_gaps else self.n_observed
         self.small = np.ascontiguousarray(np.nonzero(side)[1].reshape(len(seen), size).T)
-        index = np.dtype(np.intp)
-        self.columns = lanes.keep(index, (size, n))
+        self.columns = lanes.keep(np.dtype(np.intp), (size, n))
         # Indices are in range: `clip` only spares a copy.
         self.small.take(pattern, axis=1, out=self.columns, mode="clip")
-        self.places = np.multiply(self.columns, n, out=lanes.keep(index, (size, n)))
-        self.places += np.arange(n)
+
+    @cached_property
+    def places(self) -> Array:
+        """(s, n) positions of the columns of the smaller side in a (d, n) array."""
+        n = len(self.pattern)
+        return self.columns * n + np.arange(n)
 
 
 class LaneBlock:
@@ -170,27 +179,37 @@ class LaneBlock:
         self.n_observed = self.rows.n_observed
         kind = _ByGaps if self.rows.by_gaps else _ByObserved
         self.parts = [kind(lanes, group, self.rows) for group in lanes.groups]
-        # (K, n) score of each row were it at distance 0 from each mean.
+        # (K, p) score of a pattern's rows were they at distance 0 from each mean.
         level = -0.5 * self.n_observed * LOG_2PI - patterns @ self.kernel.log_scale
-        peak = self.kernel.log_weights[:, None] + level
+        self.peak = self.kernel.log_weights[:, None] + level
         for part in self.parts:
-            peak[part.group.which] -= 0.5 * part.log_det[part.group.matrix]
-        self.constant = peak.take(of_row, axis=1)
+            self.peak[part.group.which] -= 0.5 * part.log_det[part.group.matrix]
 
-    def load(self, values: Array) -> None:
-        """Take the rows (n, d) at hand."""
-        y = self.kernel.pivot.block(
-            values, self.lanes.keep(np.dtype(np.float64), values.shape[::-1])
-        )
+    @cached_property
+    def constant(self) -> Array:
+        """(K, n) score of each row were it at distance 0 from each mean."""
+        constant: Array = self.peak.take(self.rows.pattern, axis=1)
+        return constant
+
+    def load(self, values: Array, index: Array) -> None:
+        """Take the rows at positions `index` (m,) of (n, d)."""
+        lanes, pivot, shape = self.lanes, self.kernel.pivot, (values.shape[1], len(index))
+        if lanes.loops is None:
+            y = pivot.block(pick(values, index), lanes.keep(np.dtype(np.float64), shape))
+            for part in self.parts:
+                part.y = y.astype(part.group.dtype, copy=False)
+            return
+        if not values.flags.c_contiguous:
+            values, index = np.ascontiguousarray(values[index]), np.arange(len(index))
         for part in self.parts:
-            part.y = y.astype(part.group.dtype, copy=False)
+            part.y = lanes.keep(part.group.dtype, shape)
+            lanes.loops.pivoted_rows(values, index, pivot.shift, 1.0 / pivot.scale, part.y)
 
     def score(self) -> Array:
-        log_p = np.empty(self.constant.shape, dtype=self.kernel.dtype)
+        log_p = np.empty((len(self.peak), len(self.rows.pattern)), dtype=self.kernel.dtype)
         for part in self.parts:
             if self.lanes.loops is not None:
-                which = part.group.which
-                log_p[which] = self.constant[which] - 0.5 * part.all_quadratics()
+                part.score(self.peak, log_p)
                 continue
             for k, quadratic in zip(part.group.which, part.quadratics(), strict=True):
                 np.subtract(self.constant[k], 0.5 * quadratic, out=log_p[k], casting="same_kind")
@@ -200,8 +219,9 @@ class LaneBlock:
         """Add the moments under weights `scaled` (K, n), or `resp`, and the conditional covariance
         of missing entries under `resp`.
         """
-        rows, moved = self.rows, resp if scaled is None else scaled
-        mean, n = self.kernel.mean, moved.sum(axis=1, dtype=np.float64)
+        mean, moved = self.kernel.mean, resp if scaled is None else scaled
+        of_patterns = self._of_patterns(resp)
+        n = (of_patterns if scaled is None else scaled).sum(axis=1, dtype=np.float64)
         s = np.empty(mean.shape)
         q = np.empty((*mean.shape, mean.shape[1]))
         for part in self.parts:
@@ -215,10 +235,18 @@ class LaneBlock:
         cross = s[:, :, None] * mean[:, None, :]
         s += n[:, None] * mean
         q += cross + mean[:, :, None] * s[:, None, :]
-        spare = np.stack([np.bincount(rows.pattern, r, len(rows.seen)) for r in resp])
         for part in self.parts:
-            part.add_spare(spare, q)
+            part.add_spare(of_patterns, q)
         self.sums.add(n, s, q)
+
+    def _of_patterns(self, weights: Array) -> Array:
+        """(K, p) sums of weights (K, n) over each pattern's rows."""
+        pattern, n_patterns = self.rows.pattern, len(self.rows.seen)
+        if self.lanes.loops is None:
+            return np.stack([np.bincount(pattern, w, n_patterns) for w in weights])
+        sums = np.zeros((len(weights), n_patterns))
+        self.lanes.loops.sums_by_pattern(pattern, np.ascontiguousarray(weights), sums)
+        return sums
 
     def filled(self, resp: Array, drawn: Array | None) -> Array:
         """(d, n) `sum_k r_k E[y | y_O, k]` in pivot coordinates, under weights (K, n), of rows that
@@ -253,21 +281,35 @@ class _Part:
 
     def _factor(self, matrices: Array) -> None:
         d, small = self.group.mean.shape[1], self.rows.small
-        cells = small[:, None] * d + small
-        self.factor = self.lanes.keep(matrices.dtype, (len(matrices), *cells.shape))
-        self.log_det = factor_lanes(matrices.reshape(len(matrices), d * d), cells, self.factor)
+        size, n_patterns = small.shape
+        self.factor = self.lanes.keep(matrices.dtype, (len(matrices), size, size, n_patterns))
+        if self.lanes.loops is None:
+            cells = small[:, None] * d + small
+            self.log_det = factor_lanes(matrices.reshape(len(matrices), d * d), cells, self.factor)
+            return
+        self.log_det = np.zeros((len(matrices), n_patterns))
+        eps = float(np.finfo(matrices.dtype).eps)
+        self.lanes.loops.factor_lanes(matrices, small, eps, self.factor, self.log_det)
 
     def _buffer(self, name: str, *shape: int) -> Array:
         return self.lanes.buffer(name, self.group.dtype, shape)
 
-    def all_quadratics(self) -> Array:
-        """(k, n) the quadratic form of each component, compiled; leaves `x` in `solved`."""
-        quadratic = np.empty((len(self.group.which), len(self.rows.pattern)), self.group.dtype)
-        self._solve_all(quadratic)
-        return quadratic
+    def score(self, peak: Array, log_p: Array) -> None:
+        """Write the group's scores into (K, n), from those at distance 0 (K, p), compiled; leaves
+        `x` in `solved`.
+        """
+        raise NotImplementedError
 
-    def _solve_all(self, quadratic: Array) -> None:
-        """Fill `solved`, and the quadratic forms (k, n)."""
+    def quadratics(self) -> Iterator[Array]:
+        """(n,) the quadratic form of each component; leaves `x` in `solved`."""
+        raise NotImplementedError
+
+    def distance(self, i: int, root: Array) -> Array:
+        """(d, n) the completed distance from a component's mean, times `root` (n,)."""
+        raise NotImplementedError
+
+    def add_spare(self, weight: Array, q: Array) -> None:
+        """Add to (K, d, d) the conditional covariance of missing entries under weights (K, p)."""
         raise NotImplementedError
 
     def moments(self, weights: Array) -> tuple[Array, Array]:
@@ -282,7 +324,7 @@ class _Part:
             group.matrix,
             group.covariance,
             self.solved,
-            weights[group.which].astype(group.dtype, copy=False),
+            np.ascontiguousarray(group.of_all(weights), group.dtype),
             first,
             second,
         )
@@ -302,25 +344,31 @@ class _Part:
                 held = c
             yield lower
 
-    def _spares(self, weight: Array) -> Iterator[tuple[int, Array, Array]]:
-        """Of each component, or of all if they are tied, its position, its weights (p,) of those
-        in `weight` (K, p), and the (d, d) sum of the inverses of the smaller sides under them.
+    def _spares(self, weight: Array) -> tuple[Array, Array, Array]:
+        """Positions (c,) of the components, or of one of them if they are tied, their weights (c,),
+        and sums (c, d, d) of the inverses of the smaller sides under weights (K, p) of patterns.
         """
-        group, small = self.group, self.rows.small
+        group, small, n = self.group, self.rows.small, len(self.factor)
         d, (size, n_patterns) = group.mean.shape[1], small.shape
+        weight = group.of_all(weight)
+        if n < len(weight):
+            weight = weight.sum(axis=0, keepdims=True)
+        sums = np.zeros((n, d, d))
+        which, total = group.which[:n], weight.sum(axis=1)
+        if self.lanes.loops is not None:
+            self.lanes.loops.add_inverses(self.factor, small, weight, sums)
+            return which, total, sums
         row, column = np.triu_indices(size)
         cells = (small[row] * d + small[column]).ravel()
-        weight = weight[group.which]
-        if len(self.factor) < len(weight):
-            weight = weight.sum(axis=0, keepdims=True)
         step = max(1, SCRATCH_NUMBERS // max(1, size * size * n_patterns))
-        for some in slices(len(self.factor), step):
+        for some in slices(n, step):
             factor = self.factor[some]
             inverses = invert_lanes(factor, self._buffer("inverse", *factor.shape))
-            for k, r, inverse in zip(group.which[some], weight[some], inverses, strict=False):
+            for r, inverse, out in zip(weight[some], inverses, sums[some], strict=True):
                 terms = (inverse[row, column] * r).ravel()
                 half = np.bincount(cells, terms, d * d).reshape(d, d)
-                yield int(k), r, half + half.T - np.diag(half.diagonal())
+                out += half + half.T - np.diag(half.diagonal())
+        return which, total, sums
 
 
 class _ByGaps(_Part):
@@ -331,23 +379,23 @@ class _ByGaps(_Part):
         self._factor(group.precision)
         self.log_det += group.log_det[:, None]
 
-    def _solve_all(self, quadratic: Array) -> None:
+    def score(self, peak: Array, log_p: Array) -> None:
         rows, group = self.rows, self.group
-        self.lanes.loops.solve_by_gaps(
+        self.lanes.loops.score_by_gaps(
             self.y,
             group.mean,
-            rows.seen,
+            group.which,
             rows.pattern,
             rows.columns,
             group.matrix,
             group.precision,
             self.factor,
+            peak,
             self.solved,
-            quadratic,
+            log_p,
         )
 
     def quadratics(self) -> Iterator[Array]:
-        """(n,) the quadratic form of each component."""
         rows, group, y = self.rows, self.group, self.y
         seen = rows.seen.T.astype(group.dtype).take(rows.pattern, axis=1)
         e, slope = self._buffer("e", *y.shape), self._buffer("slope", *y.shape)
@@ -359,7 +407,6 @@ class _ByGaps(_Part):
             yield np.einsum("dn,dn->n", e, slope) - explained
 
     def distance(self, i: int, root: Array) -> Array:
-        """(d, n) the completed distance from a component's mean, times `root` (n,)."""
         e = self._buffer("e", *self.y.shape)
         np.subtract(self.y, self.group.mean[i][:, None], out=e)
         e *= root
@@ -367,9 +414,8 @@ class _ByGaps(_Part):
         return e
 
     def add_spare(self, weight: Array, q: Array) -> None:
-        """Add to (K, d, d) the conditional covariance of missing entries under weights (K, p)."""
-        for k, _, spare in self._spares(weight):
-            q[k] += spare
+        which, _, spare = self._spares(weight)
+        q[which] += spare
 
 
 class _ByObserved(_Part):
@@ -379,21 +425,22 @@ class _ByObserved(_Part):
         super().__init__(lanes, group, rows)
         self._factor(group.covariance)
 
-    def _solve_all(self, quadratic: Array) -> None:
+    def score(self, peak: Array, log_p: Array) -> None:
         rows, group = self.rows, self.group
-        self.lanes.loops.solve_by_observed(
+        self.lanes.loops.score_by_observed(
             self.y,
             group.mean,
+            group.which,
             rows.pattern,
             rows.columns,
             group.matrix,
             self.factor,
+            peak,
             self.solved,
-            quadratic,
+            log_p,
         )
 
     def quadratics(self) -> Iterator[Array]:
-        """(n,) the quadratic form of each component."""
         for i, lower in enumerate(self._factors()):
             yield _solve(lower, self._observed(i), self.solved[i])
 
@@ -404,7 +451,6 @@ class _ByObserved(_Part):
         return observed
 
     def distance(self, i: int, root: Array) -> Array:
-        """(d, n) the completed distance from a component's mean, times `root` (n,)."""
         e, x = self._buffer("e", *self.y.shape), self._buffer("slope", *self.y.shape)
         x[:] = 0.0
         x.ravel()[self.rows.places] = self.solved[i]
@@ -414,11 +460,10 @@ class _ByObserved(_Part):
         return e
 
     def add_spare(self, weight: Array, q: Array) -> None:
-        """Add to (K, d, d) the conditional covariance of missing entries under weights (K, p)."""
         kernel = self.lanes.kernel
-        for k, r, inverse in self._spares(weight):
-            covariance = kernel.covariance[0 if kernel.tied else k]
-            q[k] += r.sum() * covariance - covariance @ inverse @ covariance
+        which, total, inverse = self._spares(weight)
+        covariance = kernel.covariance if kernel.tied else kernel.covariance[which]
+        q[which] += total[:, None, None] * covariance - covariance @ inverse @ covariance
 
 
 def _solve(lower: list[Array], g: Array, out: Array) -> Array:

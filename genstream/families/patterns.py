@@ -38,6 +38,17 @@ class Patterns:
         return self.order[self.starts[pattern] : self.starts[pattern + 1]]
 
 
+def alike(numbers: Array) -> tuple[Array, Array]:
+    """The different ones of (n,) whole numbers in rising order, and the position of each in them:
+    what is sorted already is not sorted again.
+    """
+    step = np.diff(numbers)
+    if (step < 0).any():
+        return np.unique(numbers, return_inverse=True)
+    new = np.append(np.ones(min(1, len(numbers)), dtype=bool), step != 0)
+    return numbers[new], np.cumsum(new) - 1
+
+
 def _words(observed: NDArray[np.bool_]) -> Array:
     """(n, w) masks as words of 16 bits, which are sorted digit by digit, without comparisons."""
     n, d = observed.shape
