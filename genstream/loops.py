@@ -573,6 +573,17 @@ def _add_quadratic(y: Any, slope: float, curvature: float, out: Any) -> None:
         out[r] += (slope + curvature * y[r]) * y[r]
 
 
+@_compiled()
+def _add_quadratics(y: Any, i: int, slope: Any, curvature: Any, out: Any) -> None:
+    """Of columns i to i + 3 at once: the sum is read and written once."""
+    a, b, c, d = y[i], y[i + 1], y[i + 2], y[i + 3]
+    p, q, s, t = slope[0], slope[1], slope[2], slope[3]
+    e, f, g, h = curvature[0], curvature[1], curvature[2], curvature[3]
+    for r in range(out.shape[0]):
+        first = (p + e * a[r]) * a[r] + (q + f * b[r]) * b[r]
+        out[r] += first + ((s + g * c[r]) * c[r] + (t + h * d[r]) * d[r])
+
+
 @_compiled(reorder=True)
 def _moments(y: Any, weight: Any) -> Any:
     """`sum r y` and `sum r y^2`."""
@@ -613,9 +624,14 @@ def few_swept(
         for k in range(K):
             score = scores[k]
             score[:] = eta[k, 0]
-            for i in range(d):
-                curvature = eta[k, 1 + d] if together else eta[k, 1 + d + i]
-                _add_quadratic(y[i, :m], eta[k, 1 + i], curvature, score)
+            slope, curvature = eta[k, 1 : 1 + d], eta[k, 1 + d :]
+            i = 0
+            while i + 4 <= d and not together:
+                _add_quadratics(y, i, slope[i : i + 4], curvature[i : i + 4], score)
+                i += 4
+            while i < d:
+                _add_quadratic(y[i, :m], slope[i], curvature[0 if together else i], score)
+                i += 1
         some = weights[start:stop] if weights.shape[0] else weights
         if likeliest:
             hard(scores, some, best[:m], value[start:stop], found)
