@@ -2,8 +2,9 @@
 
 NumPy walks an array once an operation and has no vectorised float64 `exp` on many a machine (9 ns a
 number where a polynomial takes 1.4). Here a block's lanes of rows stay in the first cache from the
-largest log-joint to the normalised responsibility. Every loop over rows is a function of its own on
-contiguous one-dimensional arrays, which is what LLVM turns into vector instructions.
+largest log-joint to the normalised responsibility. A loop over rows is a function of its own on
+contiguous one-dimensional arrays, which is what LLVM turns into vector instructions, but where
+numbers are looked up one at a time.
 
 Multiplications and additions may be contracted, and the sign of zero is not kept; NaN and infinity
 are, so that a row that is not finite shows in its value. A sum over rows may be taken by vector
@@ -703,16 +704,16 @@ def half_square(z: Any, out: Any) -> None:
 # Rows whose patterns of gaps differ, side by side: see `genstream.families.lanes`. Tiles of them
 # are worked on as vectors: what is held of one stays in the nearer caches. Matrix products are of
 # whole tiles: what stands in columns beyond the last row is 0, or nobody looks at it.
-TILE, TILE_NUMBERS = 256, 1 << 15
-# Pivots whose product stays within the range of float64.
-RUN = 8
+# A tile has up to T = `TILE` rows: as many as `TILE_NUMBERS` allow, but not so few that calls cost
+# more than what they do.
+TILE, TILE_NUMBERS, LEAST_TILE = 256, 1 << 15, 64
 
 
 @_compiled()
 def _tile_rows(n: int, d: int, size: int) -> int:
     """Rows of a tile, of n in all: of d columns, `size` of which are solved for."""
     most = TILE_NUMBERS // (4 * d + size * (size + 5) // 2)
-    return min(TILE, max(32, most // 32 * 32), (n + 7) // 8 * 8)
+    return min(TILE, max(LEAST_TILE, most // 32 * 32), (n + 7) // 8 * 8)
 
 
 @_compiled()
@@ -971,20 +972,24 @@ def _cells(matrix: Any, row: Any, column: Any, out: Any) -> None:
 
 @_compiled()
 def _pivots(column: Any, least: Any, out: Any) -> None:
-    """A column's variances, of which no less than `least` is left, and one over them."""
+    """In `out` a column's variances, of which no less than `least` is left; in it one over them."""
     for q in range(out.shape[0]):
         out[q] = max(column[q], least[q])
         column[q] = 1 / out[q]
 
 
 @_compiled()
-def factor_lanes(matrices: Any, small: Any, eps: float, out: Any, log_det: Any) -> None:
+def factor_lanes(
+    matrices: Any, small: Any, eps: float, n_at_once: int, out: Any, log_det: Any
+) -> None:
     """As `genstream.families.lanes.factor_lanes`, of the rows and columns `small` (s, p) of
-    matrices (c, d, d); the log-determinants are added to `log_det` (c, p).
+    matrices (c, d, d); the log-determinants are added to `log_det` (c, p). The product of so many
+    pivots at once is within the range of float64.
     """
     size, n = small.shape
-    pivots, scaled = np.empty((size, LANE), out.dtype), np.empty(LANE, out.dtype)
-    least, run = np.empty(LANE, out.dtype), np.empty(LANE)
+    lanes = min(LANE, n)
+    pivots, scaled = np.empty((size, lanes), out.dtype), np.empty(lanes, out.dtype)
+    least, run = np.empty(lanes, out.dtype), np.empty(lanes)
     for c in range(matrices.shape[0]):
         for start in range(0, n, LANE):
             stop = min(start + LANE, n)
@@ -1005,9 +1010,9 @@ def factor_lanes(matrices: Any, small: Any, eps: float, out: Any, log_det: Any) 
                 for i in range(j + 1, size):
                     part = out[c, i, j, start:stop]
                     _product(part, top, part)
-            for first in range(0, size, RUN):
+            for first in range(0, size, n_at_once):
                 run[:m] = 1
-                for j in range(first, min(first + RUN, size)):
+                for j in range(first, min(first + n_at_once, size)):
                     _product(run[:m], pivots[j, :m], run[:m])
                 for r in range(m):
                     log_det[c, start + r] += math.log(run[r])
@@ -1015,12 +1020,12 @@ def factor_lanes(matrices: Any, small: Any, eps: float, out: Any, log_det: Any) 
 
 @_compiled()
 def add_inverses(factor: Any, small: Any, weight: Any, out: Any) -> None:
-    """Add to `out` (c, d, d), at the rows and columns `small` (s, p), the sum of the inverses of
-    what `factor_lanes` factored under weights (c, p): see
+    """Add to a symmetric `out` (c, d, d), at the rows and columns `small` (s, p), the sum of the
+    inverses of what `factor_lanes` factored under weights (c, p): see
     `genstream.families.lanes.invert_lanes`.
     """
     size, n = small.shape
-    inverse = np.empty((size, size, LANE), factor.dtype)
+    inverse = np.empty((size, size, min(LANE, n)), factor.dtype)
     for c in range(factor.shape[0]):
         for start in range(0, n, LANE):
             stop = min(start + LANE, n)

@@ -16,7 +16,7 @@ from scipy import stats
 from genstream import compiled
 from genstream.families import gaussian_walk, lanes
 from genstream.families.lanes import Lanes, factor_lanes, invert_lanes, lane_inverse
-from genstream.families.patterns import Patterns, alike
+from genstream.families.patterns import Patterns, numbered
 from genstream.rows import Rows
 from genstream.story import Params, Story
 
@@ -197,7 +197,7 @@ class TestChunks:
         self, kind: str, dtype: str
     ) -> None:
         """More of both than a tile holds, and rows that lie column by column or apart."""
-        story, params, _ = drawn(kind, 13, dtype=dtype)
+        story, params, _ = drawn(kind, 20, 100, dtype)
         rng = np.random.default_rng(4)
         values = oracles.with_gaps(story.draw(params, 5000, rng).values, 0.3, rng)
         values[::50, 3:] = np.nan
@@ -400,7 +400,7 @@ class TestPatterns:
     def test_those_that_are_there_are_numbered(self, order: Any) -> None:
         numbers = order(np.random.default_rng(8).integers(0, 300, 120))
         for some in (numbers, numbers[:1], numbers[:0]):
-            present, own = alike(some)
+            present, own = numbered(some)
             assert present.tolist() == sorted(set(some.tolist()))
             np.testing.assert_array_equal(present[own], some)
 

@@ -56,7 +56,7 @@ from genstream.families.blocks import (
     slices,
 )
 from genstream.families.lanes import LaneBlock, Lanes, lane_rows
-from genstream.families.patterns import Patterns, alike
+from genstream.families.patterns import Patterns, numbered
 from genstream.rows import Rows, pick
 from genstream.stats import Monoid
 
@@ -499,7 +499,7 @@ class GaussianWalk:
         rows that are done or have nothing observed.
         """
         k, d = self.kernel.mean.shape
-        # Integers of 16 bits are sorted by counting.
+        # Integers of 16 bits are sorted digit by digit.
         index = order[np.argsort(width.astype(np.uint16), kind="stable")]
         edges = np.cumsum(np.bincount(width, minlength=d + 1))
         for o in range(1, d + 1):
@@ -509,7 +509,7 @@ class GaussianWalk:
 
     def _lane_block(self, of_row: Array) -> LaneBlock:
         """A block of rows whose patterns (n,) observe equally many columns."""
-        present, own = alike(of_row)
+        present, own = numbered(of_row)
         return LaneBlock(self.lanes, self._weak, self.patterns.observed[present], own)
 
     def load(self, index: Index) -> None:

@@ -11,9 +11,10 @@ or, read off the observed side,
     g' x,            S_MO x,   x = inv(S_OO) g,   g = e_O.
 
 Of the two the one is taken that solves with the smaller matrix. Its factor `L D L'` is the same
-for all rows of a pattern, so a block computes it once a pattern, all patterns at a time, by a few
-operations a column. What differs from row to row is computed for all rows at a time, component by
-component; `P e` and the sum of `r e e'` are matrix products.
+for all rows of a pattern, so a block computes it once a pattern, many patterns at a time, by a few
+operations a column. What differs from row to row is computed for many rows at a time, component by
+component; `P e` and the sum of `r e e'` are matrix products. NumPy does so with all rows of a block
+at a time, compiled loops with tiles of them.
 
 Distances are from each component's own mean, so that a mean far out costs no digits.
 
@@ -44,6 +45,8 @@ LANE_ROWS = 8192
 LANE_NUMBERS = 1 << 21
 # Numbers of a temporary beyond which it pays to work on fewer components at a time.
 SCRATCH_NUMBERS = 1 << 18
+# Rows and columns up to which compiled loops factor matrices however few they are.
+SMALL_MATRIX = 32
 # Bytes to a multiple of which arrays begin.
 ALIGNED = 64
 # Pivots whose product stays within the range of float64.
@@ -283,13 +286,22 @@ class _Part:
         d, small = self.group.mean.shape[1], self.rows.small
         size, n_patterns = small.shape
         self.factor = self.lanes.keep(matrices.dtype, (len(matrices), size, size, n_patterns))
-        if self.lanes.loops is None:
+        if not self._many_lanes:
             cells = small[:, None] * d + small
             self.log_det = factor_lanes(matrices.reshape(len(matrices), d * d), cells, self.factor)
             return
         self.log_det = np.zeros((len(matrices), n_patterns))
         eps = float(np.finfo(matrices.dtype).eps)
-        self.lanes.loops.factor_lanes(matrices, small, eps, self.factor, self.log_det)
+        self.lanes.loops.factor_lanes(matrices, small, eps, RUN, self.factor, self.log_det)
+
+    @property
+    def _many_lanes(self) -> bool:
+        """Whether compiled loops factor and invert: not the large matrices of a few patterns, of
+        which NumPy does more in one operation.
+        """
+        size, n_patterns = self.rows.small.shape
+        few = size > SMALL_MATRIX and n_patterns < 2 * size
+        return self.lanes.loops is not None and not few
 
     def _buffer(self, name: str, *shape: int) -> Array:
         return self.lanes.buffer(name, self.group.dtype, shape)
@@ -355,7 +367,7 @@ class _Part:
             weight = weight.sum(axis=0, keepdims=True)
         sums = np.zeros((n, d, d))
         which, total = group.which[:n], weight.sum(axis=1)
-        if self.lanes.loops is not None:
+        if self._many_lanes:
             self.lanes.loops.add_inverses(self.factor, small, weight, sums)
             return which, total, sums
         row, column = np.triu_indices(size)

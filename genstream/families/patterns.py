@@ -38,7 +38,7 @@ class Patterns:
         return self.order[self.starts[pattern] : self.starts[pattern + 1]]
 
 
-def alike(numbers: Array) -> tuple[Array, Array]:
+def numbered(numbers: Array) -> tuple[Array, Array]:
     """The different ones of (n,) whole numbers in rising order, and the position of each in them:
     what is sorted already is not sorted again.
     """
