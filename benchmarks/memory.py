@@ -38,8 +38,9 @@ def fitted(gigabytes: float) -> dict[str, Any]:
         arguments = [str(CONFIG), f"data.source.gigabytes={gigabytes:g}"]
         if gigabytes >= LARGE:
             arguments.append("fit.max_steps=2")
+        arguments.append("orchestrate=none")
         planned = run(Path(folder), "plan", *arguments)
-        stages = run(Path(folder), "fit", *arguments, "orchestrate=none")["stages"]
+        stages = run(Path(folder), "fit", *arguments)["stages"]
     fit, recovered = stages["fit"], stages["evaluate"]["recovery"]
     return {
         "data": f"{gigabytes:g} GiB",

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from genstream.story import Story
 
 # Measured resident memory of a process that has imported what a fit imports, with slack for what
-# the allocator of each thread keeps back.
-BASE_NBYTES = 190 << 20
-PREFECT_NBYTES = 80 << 20
+# the allocator of each thread keeps back; and what compiled loops take besides, the first time when
+# they are compiled, what an orchestrated run does and a report.
+BASE_NBYTES = 210 << 20
+COMPILED_NBYTES = 170 << 20
+PREFECT_NBYTES = 150 << 20
 REPORT_NBYTES = 60 << 20
 WORKER_NBYTES = 32 << 20
 # Decoded chunks a worker holds at once: the one it works on, and the next one, read ahead where
@@ -127,6 +129,7 @@ def project_memory(config: Config, stories: Sequence[Story], extent: Extent) -> 
     the statistics of all stories in its hands, beside those merged along the tree; and the start,
     which takes the row sample with its temporaries, of as many stories as start side by side.
     """
+    from genstream.compiled import compiled_available
     from genstream.responsibility import MANY
     from genstream.start import LANE, SAMPLE_BYTES, SAMPLE_ROWS_EACH
 
@@ -156,6 +159,8 @@ def project_memory(config: Config, stories: Sequence[Story], extent: Extent) -> 
         a_buffer = side_by_side * (WORKER_NBYTES + BUFFER_CHUNKS * extent.chunk_nbytes)
         fit = max(fit, a_buffer + tree)
     total = BASE_NBYTES + max(fit, start)
+    if compiled_available():
+        total += COMPILED_NBYTES
     if config.report:
         total += REPORT_NBYTES
     if config.orchestrate != "none":
@@ -367,12 +372,14 @@ def _extent(config: Config) -> Extent:
 
     d = schema.n_features
     chunk_rows = min(rows, rows_of_chunk(d, itemsize))
+    # A chunk is decoded whole before the rows held out are parted from it.
+    copies = 2 if config.holdout else 1
     fitted = round(rows * (1 - (config.holdout or 0.0)))
     return Extent(
         schema,
         fitted,
         math.ceil(rows / max(chunk_rows, 1)),
-        chunk_rows * d * (itemsize + 1),
+        copies * chunk_rows * d * (itemsize + 1),
         itemsize,
         rows * d * itemsize,
         exact,
