@@ -25,8 +25,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Rows worked on at a time: two lanes of sums and one of scores are a few KiB.
 LANE = 256
-# The same where all columns of these are kept, in float64: at 32 columns 16 KiB.
-FEW = 64
+# The same where all columns of these are kept, in float64: as many as have `FEW_NUMBERS`.
+FEW, MANY_FEW, FEW_NUMBERS = 64, 256, 1 << 13
 
 
 def _compiled(reorder: bool = False) -> Callable[[F], F]:
@@ -615,10 +615,11 @@ def few_swept(
     """
     n, d = x.shape
     K = eta.shape[0]
-    y, room = np.empty((d, FEW)), np.empty(K * FEW)
-    found, best = np.zeros(K), np.empty(FEW, np.int32)
-    for start in range(0, n, FEW):
-        stop = min(start + FEW, n)
+    size = min(MANY_FEW, max(FEW, FEW_NUMBERS // max(1, d)))
+    y, room = np.empty((d, size)), np.empty(K * size)
+    found, best = np.zeros(K), np.empty(size, np.int32)
+    for start in range(0, n, size):
+        stop = min(start + size, n)
         m = stop - start
         pivoted(x[start:stop], shift, inverse, 0, y)
         scores = room[: K * m].reshape((K, m))

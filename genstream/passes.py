@@ -41,8 +41,11 @@ TASKS_PER_WORKER = 8
 # Nodes of the tree that one task of a cluster merges, a power of two: to send what was summed from
 # one worker to another takes longer than to merge it, and memory for so many.
 MERGED = 4
-# The share of its time that a worker may wait for storage before it has chunks read ahead.
-BLOCKED = 0.1
+# The share of its time that a worker may wait for storage before it has chunks read ahead, and the
+# reads it takes to tell: a wait for another thread now and then is none for storage.
+BLOCKED, SEVERAL = 0.25, 3
+# The share of its time that a first read waits where storage still is slow.
+STILL_BLOCKED = 0.3
 # Seconds from which on it pays to hand reading over to another thread.
 LONG_READ = 1e-3
 
@@ -209,7 +212,7 @@ class Passes:
                 worker()
             else:
                 abreast(worker, n_workers, stop)
-        # The next pass finds the same storage.
+        # The next pass finds the same storage, or what it read in the system's cache.
         self._blocks = reading.blocks
 
     def _reporter(self, spans: Sequence[tuple[int, int]]) -> Callable[[tuple[int, int]], None]:
@@ -351,10 +354,11 @@ class _SharedTree:
 class _Reading:
     """Reads chunks, the next one of a worker while it works on the last, where reading blocks.
 
-    Reading that keeps a core busy, as from a file in the system's cache, gains nothing by that: a
-    worker reads for itself until it has spent more than `BLOCKED` of its time waiting for storage
-    in reads of some length.
-    `blocks` says whether that is known already, and `alone` that there are no threads to read.
+    Reading that keeps a core busy, as from a file in the system's cache, loses by that: a worker
+    reads for itself until it has spent more than `BLOCKED` of its time waiting for storage in
+    several reads of some length.
+    `blocks` says whether the pass before was like that, which a worker's first read of this one may
+    show to be over; and `alone` that there are no threads to read.
     """
 
     def __init__(self, workers: int, *, blocks: bool = False, alone: bool = False) -> None:
@@ -374,7 +378,7 @@ class _Reading:
         the rows.
         """
         profile = current()
-        begin, waited, long = time.perf_counter(), 0.0, False
+        begin, waited, reads, long = time.perf_counter(), 0.0, 0, True
         at = next(numbers, None)
         pending: Future[Rows] | None = None
         while at is not None:
@@ -385,7 +389,11 @@ class _Reading:
                 # A thread's own clock costs more than to read a chunk of a few rows.
                 if long:
                     waited += now - wall - (time.thread_time() - busy)
-                    self.blocks |= waited > BLOCKED * (now - begin)
+                    reads += 1
+                    if reads == 1:
+                        self.blocks &= waited > STILL_BLOCKED * (now - wall)
+                    elif reads >= SEVERAL:
+                        self.blocks |= waited > BLOCKED * (now - begin)
                 long = now - wall > LONG_READ
             else:
                 held = [pending.result()]

@@ -7,12 +7,14 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import oracles
 import pytest
 
+from genstream import passes as passes_module
 from genstream.errors import CorruptError, DataError
 from genstream.learn import BatchEM, EStep, FitState, fit
 from genstream.online import MAX_PARTS, OnlineEM, _part_rows
@@ -77,6 +79,37 @@ def test_slow_storage_is_read_ahead_by_one_chunk_a_worker(workers: int, problem:
     assert source.most <= 2 * workers + 1
     plain = Passes(NumpySource(values, chunk_rows=CHUNK), scheduler="synchronous")
     assert oracles.identical(stats, plain.fold(EStep(story, params)))
+
+
+def test_what_need_not_be_waited_for_is_not_read_ahead(
+    problem: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two threads a worker take turns at the cores that there are: also after a pass from the disk,
+    where the next one is from memory. Time passes as the source says.
+    """
+    story, params, values = problem
+    clock = {"wall": 0.0, "busy": 0.0}
+
+    class Source(Slow):
+        waits = 0.0
+
+        def read(self, i: int) -> Rows:
+            # Decoding takes 2 ms, and a worker waits now and then for another thread.
+            waited = max(self.waits, 0.001 * (i % 4 == 1))
+            clock["busy"] += 0.002
+            clock["wall"] += 0.002 + waited
+            return super().read(i)
+
+    told = {"perf_counter": lambda: clock["wall"], "thread_time": lambda: clock["busy"]}
+    monkeypatch.setattr(passes_module, "time", SimpleNamespace(**told))
+    source = Source(values, 0.0)
+    passes = Passes(source, workers=1)
+    for waits, ahead in ((0.0, False), (0.02, True), (0.02, True), (0.0, False), (0.0, False)):
+        source.waits = waits
+        source.threads.clear()
+        passes.fold(EStep(story, params))
+        assert any(name.startswith("read-ahead") for name in source.threads) == ahead
+    assert source.reads == [5] * N_CHUNKS
 
 
 def test_reading_and_computing_overlap() -> None:
