@@ -64,7 +64,7 @@ class Options:
     quick: bool = False
     whole: bool = False
     threads: int = field(default_factory=lambda: os.cpu_count() or 1)
-    patience: float = 1200.0
+    patience: float = 600.0
     peers: Path = ROOT / ".venv-peers" / "bin" / "python"
 
     def rows(self, n: int) -> int:
