@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # the allocator of each thread keeps back; and what compiled loops take besides, the first time when
 # they are compiled, what an orchestrated run does and a report.
 BASE_NBYTES = 210 << 20
-COMPILED_NBYTES = 170 << 20
+COMPILED_NBYTES = 200 << 20
 PREFECT_NBYTES = 150 << 20
 REPORT_NBYTES = 60 << 20
 WORKER_NBYTES = 32 << 20
