@@ -210,21 +210,20 @@ def _of_nothing(story: Story) -> Any:
 def products_nbytes(story: Story, *, complete: bool = False) -> int:
     """Bytes of the products of columns in a block of rows, where these are too many for the cache.
 
-    A covariance matrix (d, d) has d (d + 1) / 2 of them a row, which components that need another
-    arithmetic than float32 have in float64 besides. Of `complete` rows one that all components
-    share needs none.
+    A covariance matrix (d, d) has d (d + 1) / 2 of them a row, but under few components only these
+    times d; components that need another arithmetic than float32 have them in float64 besides. Of
+    `complete` rows one that all components share needs none.
     """
     from genstream.families.blocks import MIN_BLOCK
+    from genstream.families.gaussian_walk import block_width
 
-    sizes = [
-        value.shape[-1]
-        for _, names, value in _of_nothing(story).leaves()
-        if names
-        and names[-1].endswith("feature_other")
-        and not (complete and "component" not in names)
-    ]
-    d = max(sizes, default=0)
-    numbers = MIN_BLOCK * d * (d + 1) // 2
+    numbers = 0
+    for _, names, value in _of_nothing(story).leaves():
+        tied = "component" not in names
+        if names and names[-1].endswith("feature_other") and not (complete and tied):
+            # Components that need float64 in a story of float32 may be all.
+            width = block_width(story.n_components, value.shape[-1], tied, 8, complete)
+            numbers = max(numbers, MIN_BLOCK * width)
     return numbers * (8 if story.dtype == "float64" else 4 + 8)
 
 

@@ -263,10 +263,10 @@ def where_it_matters(
 
 
 def half_square(z: Array, fast: bool) -> Array:
-    """(n,) `-|z|^2 / 2` of the columns of (d, n), in float64."""
+    """(K, n) `-|z|^2 / 2` of the columns of (K, d, n), in float64."""
     if not fast:
-        return np.asarray(-0.5 * np.einsum("in,in->n", z, z))
-    out = np.empty(z.shape[1])
+        return np.asarray(-0.5 * np.einsum("kin,kin->kn", z, z, dtype=np.float64))
+    out = np.empty((z.shape[0], z.shape[2]))
     cast(Any, loops()).half_square(np.ascontiguousarray(z), out)
     return out
 

@@ -694,12 +694,13 @@ def total(x: Any, out: Any) -> None:
 
 @_compiled()
 def half_square(z: Any, out: Any) -> None:
-    """(n,) `|z|^2 / -2` of the columns of a C-ordered (d, n)."""
-    out[:] = 0.0
-    for i in range(z.shape[0]):
-        _add_square(z[i], out)
-    for r in range(out.shape[0]):
-        out[r] *= -0.5
+    """(K, n) `|z|^2 / -2` of the columns of a C-ordered (K, d, n)."""
+    for k in range(z.shape[0]):
+        out[k] = 0.0
+        for i in range(z.shape[1]):
+            _add_square(z[k, i], out[k])
+        for r in range(out.shape[1]):
+            out[k, r] *= -0.5
 
 
 # Rows whose patterns of gaps differ, side by side: see `genstream.families.lanes`. Tiles of them

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import oracles
 import pytest
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
 
 from genstream import compiled
 from genstream.errors import ConfigError
@@ -205,10 +207,11 @@ class TestFeatures:
             np.testing.assert_allclose(
                 compiled.total(resp, fast), resp.sum(axis=0, dtype=float), rtol=1e-14
             )
+            z = resp[:6].reshape(2, 3, 301)
             np.testing.assert_allclose(
-                compiled.half_square(resp.astype(float), fast),
-                -0.5 * (resp.astype(float) ** 2).sum(axis=0),
-                rtol=1e-13,
+                compiled.half_square(z, fast),
+                -0.5 * (z.astype(float) ** 2).sum(axis=1),
+                rtol=10 * ROUNDING[dtype],
             )
 
 
@@ -463,13 +466,16 @@ def test_gathered_by_component_or_all_at_once_a_step_is_the_same(
 @needs_compiler
 @pytest.mark.parametrize("apart", (True, False))
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", (12, 6))
 def test_wide_rows_that_are_sure_of_their_component_are_gathered_by_it(
-    dtype: str, apart: bool, monkeypatch: pytest.MonkeyPatch
+    k: int, dtype: str, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where these are so few that no features are needed."""
     rng = np.random.default_rng(12)
-    values = rng.normal(size=(6000, 40)) + 4.0 * apart * rng.normal(size=(12, 40)).repeat(500, 0)
-    story = oracles.make_story("full", 12, 40, dtype=dtype).anchored(Rows.of(values))
-    labels = np.eye(12)[np.arange(6000) // 500]
+    of_row = np.arange(6000) * k // 6000
+    values = rng.normal(size=(6000, 40)) + 4.0 * apart * rng.normal(size=(k, 40))[of_row]
+    story = oracles.make_story("full", k, 40, dtype=dtype).anchored(Rows.of(values))
+    labels = np.eye(k)[of_row]
     params = story.m_step(story.e_step(story.vague(), Rows.of(values), labels), story.vague())
     if not apart:
         params = story.m_step(story.e_step(params, Rows.of(values), labels * 0.04 + 0.08), params)
@@ -487,6 +493,118 @@ def test_wide_rows_that_are_sure_of_their_component_are_gathered_by_it(
     assert not apart or 6000 <= sum(pairs) < 6100
     monkeypatch.setattr(gaussian_walk, "SURE_WIDTH", 10**9)
     assert oracles.distance(stats, story.e_step(params, Rows.of(values))) < 20 * ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("on", (True, False))
+class TestWithoutFeatures:
+    """Of many columns under few components."""
+
+    @pytest.fixture(autouse=True)
+    def blocks(
+        self,
+        on: bool,
+        everything_compiled: Callable[[bool], None],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> list[int]:
+        """How many blocks were scored without features."""
+        everything_compiled(on)
+        scored: list[int] = []
+        known = gaussian_walk._WhitenedBlock.score
+
+        def score(block: Any) -> Any:
+            scored.append(1)
+            return known(block)
+
+        monkeypatch.setattr(gaussian_walk._WhitenedBlock, "score", score)
+        return scored
+
+    def rows(self, k: int, weighted: bool = False, gaps: bool = False) -> tuple[Rows, np.ndarray]:
+        rng = np.random.default_rng(5)
+        values = rng.normal(size=(3000, 70)) @ np.diag(np.logspace(-1, 1, 70))
+        values += 0.2 * values[:, ::-1] + 3.0
+        labels = rng.integers(0, k, 3000)
+        values += 0.5 * rng.normal(size=(k, 70))[labels]
+        if gaps:
+            values[:1000, :2] = values[1000:2000, 5] = values[1990:2000, 20:60] = np.nan
+        weights = rng.uniform(0.1, 2, 3000) if weighted else None
+        return Rows.of(values, weights), np.eye(k)[labels] * 0.8 + 0.2 / k
+
+    @pytest.mark.parametrize("k", (1, 2, 14))
+    @pytest.mark.parametrize("tails", ("gaussian", "student"))
+    @pytest.mark.parametrize("gaps", (False, True))
+    @pytest.mark.parametrize("weighted", (False, True))
+    def test_a_step_is_the_same(
+        self,
+        dtype: str,
+        k: int,
+        tails: str,
+        gaps: bool,
+        weighted: bool,
+        blocks: list[int],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(gaussian_walk, "FREQUENT", 500 * k)
+        rows, labels = self.rows(k, weighted, gaps)
+        story = mixture(Schema.real(70), k, covariance="full", tails=tails, dtype=dtype)
+        story = story.anchored(rows)
+        params = story.m_step(story.e_step(story.vague(), rows, labels), story.vague())
+        blocks.clear()
+        found = story.e_step(params, rows), story.infer(params, rows).log_prob
+        filled = story.impute(params, rows)
+        # A single component is summed without scores where nothing is missing.
+        assert blocks
+        blocks.clear()
+        monkeypatch.setattr(gaussian_walk, "WHITENED_WIDTH", 10**9)
+        stats, log_prob = story.e_step(params, rows), story.infer(params, rows).log_prob
+        assert not blocks
+        assert oracles.distance(found[0], stats) < 20 * ROUNDING[dtype]
+        np.testing.assert_allclose(found[1], log_prob, atol=1e-10 if dtype == "float64" else 5e-3)
+        np.testing.assert_allclose(filled, story.impute(params, rows), rtol=3e-4, atol=1e-4)
+
+    def test_log_densities_are_those_of_the_definition(self, dtype: str, blocks: list[int]) -> None:
+        rows, labels = self.rows(3)
+        story = mixture(Schema.real(70), 3, covariance="full", dtype=dtype).anchored(rows)
+        params = story.m_step(story.e_step(story.vague(), rows, labels), story.vague())
+        blocks.clear()
+        found = story.infer(params, rows).log_prob
+        assert blocks
+        described = story.family.describe(params.family)
+        each = [
+            np.log(params.weights[k])
+            + multivariate_normal(described.mean[k], described.covariance(k)).logpdf(rows.values)
+            for k in range(3)
+        ]
+        wanted = logsumexp(each, axis=0)
+        np.testing.assert_allclose(found, wanted, atol=1e-10 if dtype == "float64" else 1e-3)
+
+    def test_components_that_need_float64_have_it(
+        self, dtype: str, blocks: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One of three has a column that nearly is the sum of others."""
+        rows, labels = self.rows(3)
+        values = rows.values.copy()
+        first = labels.argmax(axis=1) == 0
+        values[first, 0] = values[first, 1:6].sum(axis=1) + 1e-4 * values[first, 0]
+        labels = np.where(labels == labels.max(), 1.0, 0.0)
+        rows = Rows.of(values)
+        story = mixture(Schema.real(70), 3, covariance="full", dtype=dtype).anchored(rows)
+        params = story.m_step(story.e_step(story.vague(), rows, labels), story.vague())
+        covariance = params.family.covariance.copy()
+        variance, axis = np.linalg.eigh(covariance[0])
+        variance[0] *= 1e-2
+        covariance[0] = (axis * variance) @ axis.T
+        params = replace(params, family=replace(params.family, covariance=covariance))
+        kernel = story._kernel(params)
+        assert kernel.complete.linear.fine.tolist() == ([0] if dtype == "float32" else [])
+        blocks.clear()
+        found = story.e_step(params, rows), story.infer(params, rows).log_prob
+        assert blocks
+        exact = replace(story, family=story.family.with_dtype("float64"))
+        monkeypatch.setattr(gaussian_walk, "WHITENED_WIDTH", 10**9)
+        assert oracles.distance(found[0], exact.e_step(params, rows)) < 20 * ROUNDING[dtype]
+        wanted = exact.infer(params, rows).log_prob
+        np.testing.assert_allclose(found[1], wanted, atol=1e-6 if dtype == "float64" else 2e-3)
 
 
 def test_chunks_share_what_is_prepared_and_other_parameters_do_not() -> None:

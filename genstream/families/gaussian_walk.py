@@ -10,13 +10,15 @@ scores and sums are `4 p K` operations a row, for p features. At d = 6, K = 50 (
 time is the way to responsibilities (2 ns a number, 1 in float32), the rest products too thin for
 their full rate. At d = 16 and 64 with K = 16 the products run at half their rate, as packing 153 or
 2145 features for 16 components costs as much as multiplying them. At d = 64, K = 64 they run at
-their rate. Where rows of many columns are sure of their component, as they become near the end of a
-fit, sums are gathered from each component's own rows: a pass then takes 0.65 to 0.8 of the time in
-float64. The whitened form `|L^-1 (y - mean)|^2` needs no features but twice the operations, and
-as many numbers to square or to weigh (K d against p), so it is used only for its digits. In float32
-components whose rounding needs float64 (`Linear`) cost a second set of features, unless they are
-few: these are then worked on one by one, on the rows for which they matter. Where most components
-need it, all are in float64.
+their rate. Of many columns under few components (`_WhitenedBlock`) the whitened form is summed as
+well, without features: on a core of 75 (150) GF/s that takes 0.8 of the time at d = 64, K = 16 in
+float32, 0.6 (float32: 0.5) at d = 64, K = 8, and a tenth at d = 256, K = 2. With more components it
+takes up to twice the operations, and K d numbers to square or to weigh against p, so it is used
+only for its digits. Where rows of many columns are sure of their component, as they become near the
+end of a fit, sums are gathered from each component's own rows: a pass then takes 0.65 to 0.8 of the
+time in float64. In float32 components whose rounding needs float64 (`Linear`) cost a second set of
+features, unless they are few: these are then worked on one by one, on the rows for which they
+matter. Where most components need it, all are in float64.
 
 Threads that walk block by block take turns at the interpreter's lock, and where a step of a block
 is short they wait for it as long again. So complete rows are swept in one compiled call a chunk
@@ -39,7 +41,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +74,12 @@ NOTHING = 150.0
 # this takes `SURE_PAIR` times as long a row and component as the product of all, and a component
 # `SURE_CALL / p` of that product. Fewer features are multiplied in no time.
 SURE_ROWS, SURE_PAIR, SURE_CALL, SURE_WIDTH = 4096, 4.0, 300.0, 600
+# Where products have more features than this, and there are so many columns or more a component (by
+# bytes of a number), rows are worked on without features: see `_WhitenedBlock`. By then pairs of
+# rows that are sure of their components take `WHITENED_PAIR` times as long as each of all pairs.
+WHITENED_WIDTH, WHITENED_COLUMNS, WHITENED_PAIR = 600, {4: 4, 8: 5}, 2.0
+# Rows of a triangular matrix that are multiplied at a time: what is 0 beyond them is left out.
+STRIP = 32
 # What a kernel keeps of patterns it has met, in bytes.
 MARGINALS_NBYTES = 32 << 20
 
@@ -125,7 +133,7 @@ class GaussianKernel:
             # Threads that come to a pattern at once each make what is the same to the bit.
             found = Marginal(self, pattern)
             k, d = self.mean.shape
-            nbytes = 8 * (3 * self.covariance.size + k * (3 * d + d * (d + 3)))
+            nbytes = 8 * (5 * self.covariance.size + k * (4 * d + d * (d + 3)))
             if len(self._marginals) * nbytes < MARGINALS_NBYTES:
                 self._marginals[key] = found
         return found
@@ -173,6 +181,16 @@ class GaussianKernel:
         return stats, n * float(self.complete.peak[0]) - 0.5 * square
 
 
+class Strip(NamedTuple):
+    """Rows `span` of lower triangular matrices W of the components (C,): all of `[-W mean, W]`
+    that is not 0, as (C h, 1 + span.stop) for h rows.
+    """
+
+    components: Array
+    span: slice
+    matrix: Array
+
+
 class Marginal:
     """The marginal of the columns that one pattern observes, and what completes it.
 
@@ -188,13 +206,13 @@ class Marginal:
         self.seen, self.n_observed = seen, len(seen)
         self.log_scale = float(kernel.log_scale[seen].sum())
         self.mean = kernel.mean[:, seen]
-        self.precision, self.log_det = kernel.precision, kernel.log_det
+        self.whiten, self.precision, self.log_det = kernel.whiten, kernel.precision, kernel.log_det
         if not len(missing):
             return
         # The precision's own missing block may be all but singular where columns nearly determine
         # one another, and its inverse would cost the digits of what is observed.
         factor = np.linalg.cholesky(kernel.covariance[:, seen[:, None], seen])
-        whiten = np.linalg.inv(factor)
+        self.whiten = whiten = np.linalg.inv(factor)
         self.precision = whiten.swapaxes(1, 2) @ whiten
         self.log_det = 2 * np.log(np.diagonal(factor, axis1=1, axis2=2)).sum(axis=1)
         explained = kernel.covariance[:, missing[:, None], seen] @ whiten.swapaxes(1, 2)
@@ -227,6 +245,23 @@ class Marginal:
         covariance = self.kernel.covariance[:, self.seen[:, None], self.seen]
         rounding = quadratic_rounding(self.mean, covariance, self.precision)
         return Linear(eta, rounding, self.kernel.dtype)
+
+    @cached_property
+    def strips(self) -> list[Strip]:
+        """The whitening of all components, in strips of a few rows."""
+        fine, o = self.linear.fine, self.n_observed
+        coarse = np.setdiff1d(np.arange(len(self.mean)), fine)
+        found = []
+        for components, dtype in ((coarse, self.linear.dtype), (fine, np.dtype(np.float64))):
+            if not len(components):
+                continue
+            whiten = self.whiten[components]
+            shift = -(whiten @ self.mean[components, :, None])
+            for span in slices(o, STRIP):
+                both = np.concatenate([shift[:, span], whiten[:, span, : span.stop]], axis=2)
+                matrix = both.reshape(-1, 1 + span.stop).astype(dtype)
+                found.append(Strip(components, span, matrix))
+        return found
 
     @cached_property
     def peak(self) -> Array:
@@ -357,6 +392,32 @@ def _raw_moments(
     return float(n), (first - n * pivot.shift) / pivot.scale, second
 
 
+def _n_features(n_observed: int) -> int:
+    """How many features `fill_features` gives."""
+    return n_observed * (n_observed + 1) // 2 + n_observed + 1
+
+
+def _whitens(n_components: int, n_observed: int, tied: bool, itemsize: int) -> bool:
+    """Whether rows with so many columns observed are a `_WhitenedBlock`."""
+    few = n_components * WHITENED_COLUMNS[itemsize] <= n_observed
+    return few and not tied and _n_features(n_observed) > WHITENED_WIDTH
+
+
+def block_width(
+    n_components: int, n_columns: int, tied: bool, itemsize: int, complete: bool
+) -> int:
+    """The most numbers a row in the buffer of features, or of what stands for them, of blocks of
+    rows that observe all columns, or not all where they are not `complete`.
+    """
+
+    def width(n_observed: int) -> int:
+        if _whitens(n_components, n_observed, tied, itemsize):
+            return (n_components + 1) * n_observed + 1
+        return _n_features(n_observed)
+
+    return max(map(width, range(n_columns if complete else 0, n_columns + 1)))
+
+
 class Block(Protocol):
     """Rows at hand, whatever their gaps."""
 
@@ -408,7 +469,7 @@ class GaussianWalk:
         k, d = kernel.n_components, kernel.n_features
         # Complete rows under a tied covariance have no need of products of columns.
         alike = kernel.tied and rows.observed is None
-        self.width = d + 2 if alike else d * (d + 1) // 2 + d + 2
+        self.width = d + 2 if alike else self._width(d, rows.observed is None)
         self.fast = compiled.pays_for(rows.values, k)
         size = block_rows(self.width + k, kernel.dtype.itemsize, self.fast)
         self.size = min(size, max(1, rows.n_rows))
@@ -420,11 +481,16 @@ class GaussianWalk:
         self.log_p = np.empty((k, self.size), dtype=kernel.dtype)
         self.block: Any = None
         self.index: Index = slice(0)
-        self._works: dict[int, _PatternBlock | _TiedBlock] = {}
+        self._works: dict[int, _FeaturesBlock | _WhitenedBlock | _TiedBlock] = {}
         self._room = _Room(self, 0)
         # What blocks refer back to: else a chunk would outlive its use until the garbage collector
         # comes round.
         self._weak: Any = weakref.proxy(self)
+
+    def _width(self, n_columns: int, complete: bool) -> int:
+        kernel = self.kernel
+        shape = kernel.n_components, n_columns, kernel.tied, kernel.dtype.itemsize
+        return block_width(*shape, complete)
 
     def blocks(self) -> Iterator[Index]:
         if self.rows.observed is None:
@@ -471,12 +537,17 @@ class GaussianWalk:
             return self.kernel.complete
         return self.kernel.marginal(found.observed[pattern])
 
-    def _work(self, marginal: Marginal) -> _PatternBlock | _TiedBlock:
-        if marginal.n_observed == self.kernel.n_features and self.kernel.tied:
+    def _work(self, marginal: Marginal) -> _FeaturesBlock | _WhitenedBlock | _TiedBlock:
+        o, kernel = marginal.n_observed, self.kernel
+        if o == kernel.n_features and kernel.tied:
             return _TiedBlock(self._weak)
-        return _PatternBlock(self._weak, marginal)
+        if _whitens(kernel.n_components, o, kernel.tied, kernel.dtype.itemsize):
+            return _WhitenedBlock(self._weak, marginal)
+        return _FeaturesBlock(self._weak, marginal)
 
-    def _kept(self, pattern: int, marginal: Marginal) -> _PatternBlock | _TiedBlock:
+    def _kept(
+        self, pattern: int, marginal: Marginal
+    ) -> _FeaturesBlock | _WhitenedBlock | _TiedBlock:
         """The work on rows of one pattern, which goes on from block to block."""
         work = self._works.get(pattern)
         if work is None:
@@ -581,7 +652,7 @@ class GaussianWalk:
     ) -> Array | None:
         """Log-densities of rows of one pattern, whose statistics are gathered, or None."""
         work = self._work(marginal)
-        if isinstance(work, _TiedBlock):
+        if not isinstance(work, _FeaturesBlock):
             return None
         rows = self.rows
         values = pick(rows.values, index)
@@ -604,12 +675,12 @@ class GaussianWalk:
         self.features = buffer
 
     @property
-    def linear_block(self) -> _PatternBlock | None:
-        """The block at hand where it is linear in its features: of one pattern, and not tied."""
+    def linear_block(self) -> _FeaturesBlock | None:
+        """The block at hand where it is of one pattern, and scored from its features."""
         block = self.block
         if isinstance(block, _MixedBlock) and len(block.parts) == 1:
             block = block.parts[0][1]
-        return block if isinstance(block, _PatternBlock) else None
+        return block if isinstance(block, _FeaturesBlock) else None
 
     def score(self) -> Array:
         log_p: Array = self.block.score()
@@ -687,34 +758,152 @@ class GaussianWalk:
 
 
 class _PatternBlock:
-    """Blocks of one pattern: features of the observed columns, one GEMM each way."""
+    """Blocks of rows of one pattern, however they are scored."""
 
     def __init__(self, walk: GaussianWalk, marginal: Marginal) -> None:
         self.walk, self.marginal, self.linear = walk, marginal, marginal.linear
         o = marginal.n_observed
-        self.width = o * (o + 1) // 2 + o + 1
-        self.sums = np.zeros((walk.kernel.n_components, self.width))
+        self.sums = np.zeros((walk.kernel.n_components, _n_features(o)))
         self.seen = marginal.seen
         self.pivot = Pivot(walk.kernel.pivot.shift[self.seen], walk.kernel.pivot.scale[self.seen])
         self.whole = o == walk.kernel.n_features
-        fine = self.linear.fine
-        # Components that are worked on apart from the others, and how their scores may round.
-        self.apart: list[int] = []
-        if 0 < fine.size * COLUMNS_APART <= o:
-            self.apart, self.blur = fine.tolist(), self._blur(fine)
         self._roots: dict[int, Array] = {}
-        self._exact: Array | None = None
-        self._exact_room = np.empty((self.width, 0))
-        self._summed = np.empty(self.sums.shape, dtype=walk.kernel.dtype)
         self._y: Array | None = None
         # Of rows still to be gathered: values of blocks, and components, rows and weights of pairs.
         self._sure: list[tuple[Array, Array, Array, Array]] = []
         self._n_sure = 0
         self._upper = np.triu_indices(o)
-
         self.constant = marginal.peak[:, None]
         self.n_observed = o
         self.spared: Array | None = None
+
+    def _take(self, values: Array, y: Array) -> None:
+        """Take rows (n, d) at hand, and a buffer of at least (o, n) for `y`."""
+        self.values = values if self.whole else values[:, self.seen]
+        self._room, self._y = y[: len(self.seen)], None
+
+    @property
+    def y(self) -> Array:
+        """(o, n) observed columns in pivot coordinates, in float64."""
+        if self._y is None and self.walk.fast and self._room.flags.c_contiguous:
+            self._y = compiled.pivoted(self.values, self.pivot, self._room)
+        elif self._y is None:
+            self._y = self.pivot.block(self.values, self._room)
+        return self._y
+
+    def _direct(self, k: int, rows: Index) -> Array:
+        """Scores of some of the rows under one component, by the whitened distance: for a mean far
+        out in pivot units, or a component that needs float64 where few do.
+        """
+        marginal = self.marginal
+        if k not in self._roots:
+            precision = marginal.precision[0 if self.walk.kernel.tied else k]
+            self._roots[k] = np.linalg.cholesky(precision).T
+        z = self._roots[k] @ (self.y[:, rows] - marginal.mean[k][:, None])
+        return np.asarray(marginal.peak[k] - 0.5 * np.einsum("in,in->n", z, z))
+
+    def _add_rows(self, k: int, y: Array, weights: Array) -> None:
+        """Add sums of one component over rows, given as (o, n) columns, which are overwritten."""
+        o = len(y)
+        self.sums[k, -1] += weights.sum(dtype=np.float64)
+        self.sums[k, -1 - o : -1] += y @ weights
+        # Of a product with itself only half is computed.
+        y *= np.sqrt(weights)
+        self.sums[k, : -1 - o] += (y @ y.T)[self._upper]
+
+    def add(self, sums: Array) -> None:
+        """Add (K, p) sums of features to those of the pattern."""
+        self.sums += sums
+
+    def gather(self, resp: Array, scaled: Array | None = None) -> None:
+        if scaled is not None and not self.whole:
+            spared = resp.sum(axis=1, dtype=np.float64)
+            self.spared = spared if self.spared is None else self.spared + spared
+        weights = resp if scaled is None else scaled
+        if weights.dtype != self.dtype:
+            weights = weights.astype(self.dtype)
+        sure = self._pairs(weights) if self.sums.shape[1] > SURE_WIDTH else None
+        if sure is None:
+            self._gather(weights)
+            return
+        component, row = np.nonzero(sure)
+        self._sure.append((self.values, component, row + self._n_sure, weights[sure]))
+        self._n_sure += weights.shape[1]
+        if self._n_sure >= SURE_ROWS:
+            self._gather_sure()
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The arithmetic of the rows at hand."""
+        raise NotImplementedError
+
+    @property
+    def pair(self) -> float:
+        """How many times as long a pair of `_pairs` takes as one of all rows and components."""
+        return SURE_PAIR
+
+    def _gather(self, weights: Array) -> None:
+        """Add the sums of all rows at hand under weights (K, n)."""
+        raise NotImplementedError
+
+    def _pairs(self, weights: Array) -> NDArray[np.bool_] | None:
+        """(K, n) where weights are more than a share of rounding of their row's; None where these
+        are so many that one product of all takes less.
+        """
+        unit = float(np.finfo(weights.dtype).eps) / len(weights)
+        pairs = weights > unit * weights.sum(axis=0)
+        share = np.count_nonzero(pairs) / pairs.size
+        return pairs if SURE_CALL / self.sums.shape[1] + self.pair * share < 1 else None
+
+    def _gather_sure(self) -> None:
+        """Add the sums of rows that are sure of their components, component by component."""
+        if not self._sure:
+            return
+        values, component, row, weights = map(np.concatenate, zip(*self._sure, strict=True))
+        self._sure, self._n_sure = [], 0
+        order = np.argsort(component, kind="stable")
+        row, weights = row[order], weights[order]
+        edges = np.searchsorted(component[order], np.arange(len(self.sums) + 1))
+        dtype = np.dtype(np.float64) if self.linear.fine.size else self.linear.dtype
+        if self.walk.fast:
+            compiled.gather_sure(values, self.pivot, edges, row, weights, dtype, self.sums)
+            return
+        y = ((values - self.pivot.shift) / self.pivot.scale).astype(dtype, copy=False)
+        weights = weights.astype(dtype, copy=False)
+        for k in np.flatnonzero(np.diff(edges)):
+            pairs = slice(edges[k], edges[k + 1])
+            self._add_rows(int(k), y.take(row[pairs], axis=0).T, weights[pairs])
+
+    def filled(self, resp: Array, drawn: Array | None) -> Array:
+        if self.whole:
+            return self.y
+        marginal = self.marginal
+        y = self.y if drawn is None else self.y - drawn[self.seen]
+        filled = marginal.offset.T @ resp
+        for k, r in enumerate(resp):
+            lift = marginal.lift[0 if self.walk.kernel.tied else k]
+            filled += (lift @ y) * r
+        return np.asarray(filled if drawn is None else filled + drawn)
+
+    def finish(self) -> None:
+        self._gather_sure()
+        self.walk.add(*self.marginal.completed(self.sums, self.spared))
+
+
+class _FeaturesBlock(_PatternBlock):
+    """Blocks of one pattern: features of the observed columns, one GEMM each way."""
+
+    def __init__(self, walk: GaussianWalk, marginal: Marginal) -> None:
+        super().__init__(walk, marginal)
+        self.width = self.sums.shape[1]
+        fine = self.linear.fine
+        # Components that are worked on apart from the others, and how their scores may round.
+        self.apart: list[int] = []
+        if 0 < fine.size * COLUMNS_APART <= marginal.n_observed:
+            self.apart, self.blur = fine.tolist(), self._blur(fine)
+        self._exact: Array | None = None
+        self._exact_room = np.empty((self.width, 0))
+        self._summed = np.empty(self.sums.shape, dtype=walk.kernel.dtype)
 
     def _blur(self, components: Array) -> Array:
         """(C, 3) what `_score_apart` bounds the rounding of a row's score by."""
@@ -731,8 +920,8 @@ class _PatternBlock:
 
     def load(self, values: Array, y: Array, features: Array) -> None:
         """Take rows (n, d) at hand, in buffers of at least (o, n) and (width, n)."""
-        self.values = values if self.whole else values[:, self.seen]
-        self._room, self._y, self._exact = y[: len(self.seen)], None, None
+        self._take(values, y)
+        self._exact = None
         features = features[: self.width]
         if self.walk.fast and features.flags.c_contiguous:
             self.features = compiled.quadratic(self.values, self.pivot, features)
@@ -741,13 +930,8 @@ class _PatternBlock:
             self.features = fill_features(y, features)
 
     @property
-    def y(self) -> Array:
-        """(o, n) observed columns in pivot coordinates, in float64."""
-        if self._y is None and self.walk.fast and self._room.flags.c_contiguous:
-            self._y = compiled.pivoted(self.values, self.pivot, self._room)
-        elif self._y is None:
-            self._y = self.pivot.block(self.values, self._room)
-        return self._y
+    def dtype(self) -> np.dtype[Any]:
+        return self.features.dtype
 
     def exact(self) -> Array:
         """Features in float64."""
@@ -788,51 +972,13 @@ class _PatternBlock:
                 log_p[k, rows] = self._direct(k, rows)
         return log_p
 
-    def _direct(self, k: int, rows: Index) -> Array:
-        """Scores of some of the rows under one component, by the whitened distance: for a mean far
-        out in pivot units, or a component that needs float64 where few do.
-        """
-        marginal = self.marginal
-        if k not in self._roots:
-            precision = marginal.precision[0 if self.walk.kernel.tied else k]
-            self._roots[k] = np.linalg.cholesky(precision).T
-        z = self._roots[k] @ (self.y[:, rows] - marginal.mean[k][:, None])
-        return np.asarray(marginal.peak[k] - 0.5 * np.einsum("in,in->n", z, z))
-
     def _gather_apart(self, k: int, weights: Array) -> None:
         """Add one component's sums from coordinates in float64, of rows that have any weight."""
         hit = np.flatnonzero(weights)
         if len(hit):
             self._add_rows(k, self.y[:, hit], weights[hit].astype(np.float64))
 
-    def _add_rows(self, k: int, y: Array, weights: Array) -> None:
-        """Add sums of one component over rows, given as (o, n) columns, which are overwritten."""
-        o = len(y)
-        self.sums[k, -1] += weights.sum(dtype=np.float64)
-        self.sums[k, -1 - o : -1] += y @ weights
-        # Of a product with itself only half is computed.
-        y *= np.sqrt(weights)
-        self.sums[k, : -1 - o] += (y @ y.T)[self._upper]
-
-    def add(self, sums: Array) -> None:
-        """Add (K, p) sums of features to those of the pattern."""
-        self.sums += sums
-
-    def gather(self, resp: Array, scaled: Array | None = None) -> None:
-        if scaled is not None and not self.whole:
-            spared = resp.sum(axis=1, dtype=np.float64)
-            self.spared = spared if self.spared is None else self.spared + spared
-        weights = resp if scaled is None else scaled
-        if weights.dtype != self.features.dtype:
-            weights = weights.astype(self.features.dtype)
-        sure = self._pairs(weights) if self.width > SURE_WIDTH else None
-        if sure is not None:
-            component, row = np.nonzero(sure)
-            self._sure.append((self.values, component, row + self._n_sure, weights[sure]))
-            self._n_sure += weights.shape[1]
-            if self._n_sure >= SURE_ROWS:
-                self._gather_sure()
-            return
+    def _gather(self, weights: Array) -> None:
         if not self.apart:
             self.linear.accumulate(self.features, self.exact, weights, self.sums, self._summed)
             return
@@ -842,48 +988,94 @@ class _PatternBlock:
         for k in self.apart:
             self._gather_apart(k, weights[k])
 
-    def _pairs(self, weights: Array) -> NDArray[np.bool_] | None:
-        """(K, n) where weights are more than a share of rounding of their row's; None where these
-        are so many that one product of all takes less.
-        """
-        unit = float(np.finfo(weights.dtype).eps) / len(weights)
-        pairs = weights > unit * weights.sum(axis=0)
-        share = np.count_nonzero(pairs) / pairs.size
-        return pairs if SURE_CALL / self.width + SURE_PAIR * share < 1 else None
 
-    def _gather_sure(self) -> None:
-        """Add the sums of rows that are sure of their components, component by component."""
-        if not self._sure:
-            return
-        values, component, row, weights = map(np.concatenate, zip(*self._sure, strict=True))
-        self._sure, self._n_sure = [], 0
-        order = np.argsort(component, kind="stable")
-        row, weights = row[order], weights[order]
-        edges = np.searchsorted(component[order], np.arange(len(self.sums) + 1))
-        dtype = np.dtype(np.float64) if self.linear.fine.size else self.linear.dtype
+class _WhitenedBlock(_PatternBlock):
+    """Blocks of one pattern of many columns under few components, without their features.
+
+    Scores are squares of `W_k (y - mean_k)`, with the inverse W of a Cholesky factor, and moments
+    are `sum r_k y [1, y]`, each of all components by one product a strip. That is one to two times
+    the operations that features take; but with few components products of these run far below
+    their rate, and here K o numbers a row are written and read, not o (o + 1) / 2.
+    """
+
+    def __init__(self, walk: GaussianWalk, marginal: Marginal) -> None:
+        super().__init__(walk, marginal)
+        o = marginal.n_observed
+        self.width = (len(self.sums) + 1) * o + 1
+        self._moments = [np.zeros(strip.matrix.shape) for strip in marginal.strips]
+        self._wide_room = np.empty(0)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.walk.kernel.dtype
+
+    @property
+    def pair(self) -> float:
+        return WHITENED_PAIR
+
+    def load(self, values: Array, y: Array, features: Array) -> None:
+        """As `_FeaturesBlock.load`."""
+        self._take(values, y)
+        n, o = len(values), len(self.seen)
+        room = features.reshape(-1)
+        self._rows, self._products = room[: (o + 1) * n].reshape(o + 1, n), room[(o + 1) * n :]
+        self._rows[0] = 1.0
         if self.walk.fast:
-            compiled.gather_sure(values, self.pivot, edges, row, weights, dtype, self.sums)
-            return
-        y = ((values - self.pivot.shift) / self.pivot.scale).astype(dtype, copy=False)
-        weights = weights.astype(dtype, copy=False)
-        for k in np.flatnonzero(np.diff(edges)):
-            pairs = slice(edges[k], edges[k + 1])
-            self._add_rows(int(k), y.take(row[pairs], axis=0).T, weights[pairs])
+            compiled.pivoted(self.values, self.pivot, self._rows[1:])
+        else:
+            self._rows[1:] = self.y
+        self._exact: Array | None = None
 
-    def filled(self, resp: Array, drawn: Array | None) -> Array:
-        if self.whole:
-            return self.y
-        marginal = self.marginal
-        y = self.y if drawn is None else self.y - drawn[self.seen]
-        filled = marginal.offset.T @ resp
-        for k, r in enumerate(resp):
-            lift = marginal.lift[0 if self.walk.kernel.tied else k]
-            filled += (lift @ y) * r
-        return np.asarray(filled if drawn is None else filled + drawn)
+    def _at_hand(self, strip: Strip) -> tuple[Array, Array]:
+        """`[1, y]` (1 + span.stop, n) in the strip's arithmetic, and room for (C, h, n)."""
+        n = self._rows.shape[1]
+        rows, room = self._rows, self._products
+        if strip.matrix.dtype != rows.dtype:
+            if self._exact is None:
+                self._exact = np.vstack([np.ones((1, n)), self.y])
+            if self._wide_room.size < len(strip.matrix) * n:
+                self._wide_room = np.empty(len(strip.matrix) * n)
+            rows, room = self._exact, self._wide_room
+        shape = len(strip.components), -1, n
+        return rows[: strip.matrix.shape[1]], room[: len(strip.matrix) * n].reshape(shape)
+
+    def score(self) -> Array:
+        n = self._rows.shape[1]
+        square = np.zeros((len(self.sums), n))
+        for strip in self.marginal.strips:
+            rows, z = self._at_hand(strip)
+            np.matmul(strip.matrix, rows, out=z.reshape(-1, n))
+            square[strip.components] += compiled.half_square(z, self.walk.fast)
+        square += self.constant
+        log_p = part(self.walk.log_p, n)
+        log_p[:] = square
+        for k in self.linear.direct:
+            log_p[k] = self._direct(int(k), slice(None))
+        return log_p
+
+    def _gather(self, weights: Array) -> None:
+        self.sums[:, -1] += weights.sum(axis=1, dtype=np.float64)
+        for strip, moments in zip(self.marginal.strips, self._moments, strict=True):
+            rows, weighed = self._at_hand(strip)
+            every = len(strip.components) == len(weights)
+            some = weights if every else weights[strip.components]
+            own = rows[1 + strip.span.start :]
+            np.multiply(some[:, None], own, out=weighed)
+            moments += weighed.reshape(len(moments), -1) @ rows.T
 
     def finish(self) -> None:
-        self._gather_sure()
-        self.walk.add(*self.marginal.completed(self.sums, self.spared))
+        o = len(self.seen)
+        for strip, moments in zip(self.marginal.strips, self._moments, strict=True):
+            of_each = moments.reshape(len(strip.components), -1, 1 + strip.span.stop)
+            first = slice(-1 - o + strip.span.start, -1 - o + strip.span.stop)
+            self.sums[strip.components, first] += of_each[:, :, 0]
+            # Of a symmetric matrix the strips have the lower half, and features the upper one.
+            column, row = self._upper
+            mine = (row >= strip.span.start) & (row < strip.span.stop)
+            pairs = of_each[:, row[mine] - strip.span.start, 1 + column[mine]]
+            self.sums[np.ix_(strip.components, np.flatnonzero(mine))] += pairs
+            moments[:] = 0.0
+        super().finish()
 
 
 class _TiedBlock:
@@ -925,7 +1117,7 @@ class _TiedBlock:
             self.y = self.features[:d] = pivot.block(values, y)
         self.features[d] = 1.0
         self.z = self.kernel.whiten[0] @ self.y
-        self.features[d + 1] = compiled.half_square(self.z, self.walk.fast)
+        self.features[d + 1] = compiled.half_square(self.z[None], self.walk.fast)[0]
 
     def score(self) -> Array:
         log_p = part(self.walk.log_p, self.y.shape[1])
