@@ -306,11 +306,11 @@ def gaussians(
     k: int,
     iterations: int,
     peers: tuple[str, ...],
-    bar: tuple[float, float],
+    bar: tuple[float, float] | None,
     gemm_share: float | None = None,
 ) -> Case:
     """A Gaussian mixture of K components and overlapping rows of a quarter more sources; `bar` is
-    the one against scikit-learn.
+    the one against scikit-learn, if there is any.
     """
     form = {"diag": "diagonal"}.get(covariance, covariance)
     return Case(
@@ -319,7 +319,7 @@ def gaussians(
         overlapping(d, k + k // 4),
         n_rows,
         peers,
-        {"scikit-learn": bar},
+        {"scikit-learn": bar} if bar else {},
         gemm_share,
     )
 
@@ -356,6 +356,8 @@ CASES: dict[str, Case] = {
         (6, 12),
         gemm_share=0.40,
     ),
+    # Few components: summed without features.
+    "gmm-128-4": gaussians("full", 50_000, 128, 4, 5, (*GAUSSIAN, "pomegranate float32"), None),
     "gmm-diag": gaussians("diag", 500_000, 32, 64, 3, (*GAUSSIAN, *TORCH), (6, 10)),
     "gmm-spherical": gaussians("spherical", 500_000, 32, 64, 3, ("scikit-learn",), (6, 10)),
     "gmm-tied": gaussians("tied", 500_000, 32, 64, 3, ("scikit-learn",), (25, 25)),
