@@ -176,4 +176,5 @@ def test_memory_is_that_of_a_few_chunks(what: str, tmp_path: Path) -> None:
         return found
 
     peak(5_000)  # Imports are made once.
-    assert peak(120_000) < 1.5 * peak(25_000)
+    # Chunks that were all held would be five times as much; their graph alone may be half as much.
+    assert peak(120_000) < 2 * peak(25_000)
