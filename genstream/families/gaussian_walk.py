@@ -469,7 +469,8 @@ class GaussianWalk:
         k, d = kernel.n_components, kernel.n_features
         # Complete rows under a tied covariance have no need of products of columns.
         alike = kernel.tied and rows.observed is None
-        self.width = d + 2 if alike else self._width(d, rows.observed is None)
+        shape = k, d, kernel.tied, kernel.dtype.itemsize
+        self.width = d + 2 if alike else block_width(*shape, rows.observed is None)
         self.fast = compiled.pays_for(rows.values, k)
         size = block_rows(self.width + k, kernel.dtype.itemsize, self.fast)
         self.size = min(size, max(1, rows.n_rows))
@@ -486,11 +487,6 @@ class GaussianWalk:
         # What blocks refer back to: else a chunk would outlive its use until the garbage collector
         # comes round.
         self._weak: Any = weakref.proxy(self)
-
-    def _width(self, n_columns: int, complete: bool) -> int:
-        kernel = self.kernel
-        shape = kernel.n_components, n_columns, kernel.tied, kernel.dtype.itemsize
-        return block_width(*shape, complete)
 
     def blocks(self) -> Iterator[Index]:
         if self.rows.observed is None:
