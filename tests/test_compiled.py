@@ -211,7 +211,7 @@ class TestFeatures:
             np.testing.assert_allclose(
                 compiled.half_square(z, fast),
                 -0.5 * (z.astype(float) ** 2).sum(axis=1),
-                rtol=10 * ROUNDING[dtype],
+                rtol=ROUNDING[dtype],
             )
 
 
