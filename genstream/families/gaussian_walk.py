@@ -397,6 +397,11 @@ def _n_features(n_observed: int) -> int:
     return n_observed * (n_observed + 1) // 2 + n_observed + 1
 
 
+def _n_whitened(n_components: int, n_observed: int) -> int:
+    """How many numbers a row a `_WhitenedBlock` has: `[1, y]`, and o of each component."""
+    return (n_components + 1) * n_observed + 1
+
+
 def _whitens(n_components: int, n_observed: int, tied: bool, itemsize: int) -> bool:
     """Whether rows with so many columns observed are a `_WhitenedBlock`."""
     few = n_components * WHITENED_COLUMNS[itemsize] <= n_observed
@@ -412,7 +417,7 @@ def block_width(
 
     def width(n_observed: int) -> int:
         if _whitens(n_components, n_observed, tied, itemsize):
-            return (n_components + 1) * n_observed + 1
+            return _n_whitened(n_components, n_observed)
         return _n_features(n_observed)
 
     return max(map(width, range(n_columns if complete else 0, n_columns + 1)))
@@ -996,8 +1001,7 @@ class _WhitenedBlock(_PatternBlock):
 
     def __init__(self, walk: GaussianWalk, marginal: Marginal) -> None:
         super().__init__(walk, marginal)
-        o = marginal.n_observed
-        self.width = (len(self.sums) + 1) * o + 1
+        self.width = _n_whitened(len(self.sums), marginal.n_observed)
         self._moments = [np.zeros(strip.matrix.shape) for strip in marginal.strips]
         self._wide_room = np.empty(0)
 
